@@ -1,0 +1,133 @@
+"""Collapse: measured, named and told apart.
+
+A Siamese network can fail in three ways, which chance accuracy alone does not tell apart (paper, section 4.2):
+
+* complete collapse: every image gets the same output. The loss sits at its minimum AND the std of z/|z| is 0.
+* partial (dimensional) collapse: outputs differ, but only along a few directions. The std looks healthy; the spectrum
+  of the embeddings does not (arXiv 2209.15007).
+* divergence: the loss is not finite, or training never makes two views of an image agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Name = Literal["healthy", "partial", "collapsed", "diverged"]
+
+COLLAPSED_STD = 0.1
+"""Complete collapse: std of z/|z| times sqrt(d) below this. A healthy run stays near 1."""
+PARTIAL_RANK = 4.0
+"""Partial collapse: effective rank of z, on held-out images, below this. Healthy runs on ten-class sets end above 15."""
+
+
+def normalised_std(z: Tensor) -> Tensor:
+    """Std over the batch of z/|z|, mean over the d channels, times sqrt(d) (paper, fig. 2, middle).
+
+    z: float [B,d]. Returns a scalar: 1 for outputs spread over the sphere, 0 for a constant output.
+    """
+    return F.normalize(z.float(), dim=1).std(0).mean() * math.sqrt(z.shape[1])
+
+
+def spectrum(z: Tensor) -> Tensor:
+    """Singular values, descending, of the centred embeddings: float [N,d] -> float [min(N,d)]."""
+    z = z.float()
+    return torch.linalg.svdvals(z - z.mean(0))
+
+
+def effective_rank(z: Tensor) -> float:
+    """exp of the entropy of the normalised spectrum: in 1..min(N,d), the number of directions in use.
+
+    Source: Roy & Vetterli 2007; as a monitor, RankMe (arXiv 2210.02885). 0 for a constant output.
+    """
+    values = spectrum(z).double()
+    total = values.sum()
+    if not torch.isfinite(total) or total <= 1e-12 * max(1.0, float(z.float().abs().max())):
+        return 0.0
+    share = values / total
+    return math.exp(-float(torch.special.xlogy(share, share).sum()))
+
+
+def alignment(first: Tensor, second: Tensor) -> float:
+    """Mean cosine similarity of the two views of an image, [N,d] each: 1 when they agree."""
+    return float(F.cosine_similarity(first.float(), second.float(), dim=1).mean())
+
+
+def retrieval(first: Tensor, second: Tensor) -> float:
+    """Percent of images whose own second view is the nearest of all N second views; chance is 100/N."""
+    first, second = F.normalize(first.float(), dim=1), F.normalize(second.float(), dim=1)
+    similarity = first @ second.T
+    own = similarity.diagonal()[:, None]
+    # Ties count as misses: a constant output must score at chance or below, not 100.
+    return float(((similarity >= own).sum(1) == 1).float().mean() * 100)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the guard says, the figures it rests on, and what to try."""
+
+    name: Name
+    evidence: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.evidence}" + (f" {self.advice}" if self.advice else "")
+
+
+def judge(loss: float, std: float, rank: float | None = None, std_features: float | None = None) -> Verdict:
+    """A verdict from one set of figures.
+
+    Args:
+        loss: the training loss; -1 is the minimum of SimSiam's.
+        std: `normalised_std` of z.
+        rank: effective rank of z on held-out images, where measured.
+        std_features: `normalised_std` of the backbone's features, where measured.
+    """
+    if not math.isfinite(loss) or not math.isfinite(std):
+        return Verdict(
+            "diverged",
+            f"the loss is {loss}, the std {std}.",
+            "Lower train.lr, or train with --precision fp32.",
+        )
+    if std < COLLAPSED_STD:
+        return Verdict(
+            "collapsed",
+            f"std of z/|z| is {std:.3f} of 1/sqrt(d) (healthy: about 1), loss {loss:.3f}: "
+            "every image gets the same output.",
+            "Keep method.stop_gradient and method.predictor on; else lower train.lr or raise train.batch_size.",
+        )
+    if rank is not None and rank < PARTIAL_RANK:
+        return Verdict(
+            "partial",
+            f"std is {std:.2f}, but z uses only {rank:.1f} directions (effective rank).",
+            "Lower train.lr, raise train.batch_size, or strengthen the views.",
+        )
+    features = "" if std_features is None else f", features {std_features:.2f}"
+    ranked = "" if rank is None else f", effective rank {rank:.1f}"
+    return Verdict("healthy", f"std {std:.2f} of 1/sqrt(d){features}{ranked}.")
+
+
+@dataclass
+class Guard:
+    """Watches a run. A bad verdict must hold for `patience` looks in a row: a healthy run may dip once, early."""
+
+    patience: int = 3
+    verdict: Verdict = field(default_factory=lambda: Verdict("healthy", "nothing measured yet."))
+    _recent: deque[Verdict] = field(default_factory=deque)
+
+    def look(self, verdict: Verdict) -> Verdict:
+        """Takes the newest single verdict and returns the standing one."""
+        self._recent.append(verdict)
+        while len(self._recent) > self.patience:
+            self._recent.popleft()
+        names = {recent.name for recent in self._recent}
+        immediate = verdict.name in ("healthy", "diverged")
+        if immediate or (len(self._recent) == self.patience and len(names) == 1):
+            self.verdict = verdict
+        return self.verdict

@@ -1,0 +1,140 @@
+"""Typed settings: dataclasses that live beside their owner, filled from TOML tables and `key=value` overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Table = dict[str, Any]
+
+
+class UserError(ValueError):
+    """The user's mistake: one clear line that says what to do. The command line prints it and exits with status 2."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a mistyped name: ' Did you mean X?', or the list of what there is."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else f" There is: {', '.join(known)}."
+
+
+def read_recipe(path: Path) -> Table:
+    """Reads a TOML recipe. Raises UserError where the file is missing or not TOML."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        raise UserError(f"No recipe at {path}. `simsiam list` names the built-in ones.") from None
+    except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read the recipe {path}: {error}.") from None
+
+
+def write_recipe(table: Table) -> str:
+    """The table as TOML text. None is left out: TOML has no null, and a missing key means the default."""
+    import tomli_w
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: clean(item) for key, item in value.items() if item is not None}
+        return list(value) if isinstance(value, tuple) else value
+
+    return tomli_w.dumps(clean(table))
+
+
+def merge(base: Table, over: Table) -> Table:
+    """`over` laid on `base`, table by table; neither is changed."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def parse_override(text: str) -> Table:
+    """`views.blur=0.5` -> {"views": {"blur": 0.5}}. The value is TOML; a bare word is a string."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"Cannot read {text!r}: an override is written key=value, for example train.lr=0.03.")
+    value = {"True": "true", "False": "false"}.get(value.strip(), value.strip())
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    for part in reversed(key.strip().split(".")):
+        parsed = {part.strip(): parsed}
+    return parsed
+
+
+def fill(cls: type[T], table: Table, where: str) -> T:
+    """Builds the dataclass `cls` from a TOML table, checking names and types.
+
+    Raises UserError naming the key (`where` is the table's name) for an unknown key or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in table:
+        if key not in names:
+            raise UserError(f"Unknown setting {where}.{key}.{nearest(key, names)}")
+    try:
+        return cls(**{key: _coerce(value, hints[key], f"{where}.{key}") for key, value in table.items()})
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"In [{where}]: {error}") from None
+
+
+def _coerce(value: Any, hint: Any, name: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+        return _coerce(value, hint, name)
+    if origin is typing.Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise UserError(f"{name} is {value!r}: it must be one of {', '.join(map(repr, choices))}.")
+        return value
+    if origin is tuple:
+        if isinstance(value, list | tuple) and len(value) == len(typing.get_args(hint)):
+            return tuple(_coerce(v, h, name) for v, h in zip(value, typing.get_args(hint), strict=True))
+        raise UserError(f"{name} is {value!r}: it must be a list of {len(typing.get_args(hint))} values.")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is not bool and isinstance(value, bool))):
+        raise UserError(f"{name} is {value!r}: it must be of type {hint.__name__}.")
+    return value
+
+
+_UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def parse_duration(text: str) -> float:
+    """'90s', '10m', '1h30m', '2h' -> seconds. A bare number is refused: it would be a guess. Raises UserError."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(sec|min|s|m|h|d)", text.lower())
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if seconds <= 0 or re.sub(r"(\d+(?:\.\d+)?)\s*(sec|min|s|m|h|d)|\s", "", text.lower()):
+        raise UserError(f"Cannot read the time {text!r}: write it like 90s, 10m or 1h30m.")
+    return seconds
+
+
+def show_duration(seconds: float) -> str:
+    """Seconds as a person says them: '48 s', '9 min 05 s', '3 h 12 min'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} days"

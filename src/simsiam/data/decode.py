@@ -1,0 +1,173 @@
+"""An encoded image -> upright RGB pixels. A file that cannot be decoded says why; it is never silently replaced."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+T = TypeVar("T")
+
+MAX_ASPECT = 4
+"""With `short_side`, the long side is centre-cropped to so many short sides: a batch is padded to its widest image."""
+
+_UPRIGHT = {  # EXIF tag 0x0112
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class DecodeError(ValueError):
+    """The image cannot be decoded; the message is the reason, fit for a list of bad files."""
+
+
+def open_image(source: bytes | Image.Image) -> Image.Image:
+    """Reads the header only: size, mode and format are known, pixels are not. Raises DecodeError."""
+    if isinstance(source, Image.Image):
+        image = source
+    elif not source:
+        raise DecodeError("empty file (0 bytes)")
+    else:
+        try:
+            image = Image.open(io.BytesIO(source))
+        except Image.UnidentifiedImageError:
+            text = all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in source[:64])
+            raise DecodeError("text, not an image" if text else "not an image that Pillow can read") from None
+        except Exception as error:  # Pillow's plugins raise whatever a broken header makes them raise
+            raise DecodeError(_reason(error)) from None
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise DecodeError(
+            f"{image.width}x{image.height} is {image.width * image.height / 1e6:.0f} megapixels, "
+            f"over Pillow's limit of {limit / 1e6:.0f} against decompression bombs"
+        )
+    return image
+
+
+def decode(source: bytes | Image.Image, short_side: int | None = None) -> np.ndarray:
+    """The image as uint8 [H, W, 3], RGB, upright (EXIF orientation applied); the first frame of an animation.
+
+    Transparency is composited over white. Grey values of more than 8 bits are scaled, never clipped (`_to_8_bit`).
+
+    Args:
+        source: the encoded file, or an image opened by Pillow.
+        short_side: pixels. A larger image is reduced, antialiased and aspect kept, to min(H, W) == short_side; a
+            smaller one is never enlarged. A long side of more than `MAX_ASPECT` short sides is centre-cropped.
+            JPEG is decoded at a reduced DCT scale of at least twice the target where that suffices.
+
+    Raises DecodeError with the reason: empty, not an image, truncated, too many pixels.
+    """
+    image = open_image(source)
+    try:
+        if short_side is not None and min(image.size) > 2 * short_side:
+            gap = 2 * short_side / min(image.size)
+            image.draft(None, (round(image.width * gap), round(image.height * gap)))
+        image.load()
+        turn = orientation(image)  # after load(): Pillow turns a TIFF itself, there
+        image = _to_rgb(image)
+        if short_side is not None:
+            image = _reduce(image, short_side)
+        if turn in _UPRIGHT:
+            image = image.transpose(_UPRIGHT[turn])
+        return np.array(image)
+    except Exception as error:  # as above: broken files raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise DecodeError(_reason(error)) from None
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 is upright, and stands for unreadable EXIF too. From 5 on, width and height swap."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # a broken EXIF block does not make the pixels bad
+        return 1
+
+
+def default_workers() -> int:
+    """Threads for decoding: the cores this process may use, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, cores)
+
+
+def in_order(
+    work: Callable[[int], T], count: int, workers: int | None = None, chunk: int = 16
+) -> Generator[T, None, None]:
+    """work(0), work(1), ... computed by threads (Pillow releases the GIL) and yielded in order.
+
+    At most `2 * workers * chunk` results are held, so a slow reader bounds the memory.
+    """
+    workers = workers or default_workers()
+    starts = iter(range(0, count, chunk))
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="simsiam-decode")
+    pending: deque[Future[list[T]]] = deque()
+
+    def many(start: int) -> list[T]:
+        return [work(i) for i in range(start, min(start + chunk, count))]
+
+    try:
+        for start in starts:
+            pending.append(pool.submit(many, start))
+            if len(pending) >= 2 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
+    """Grey [H, W] of 16 or 32 bits, or float, to uint8, linearly.
+
+    Pillow's own conversion clips at 255. Integers of up to 16 bits are divided by the full scale of the smallest usual
+    depth (8, 10, 12, 14, 16 bits) that holds the image's maximum, because 12-bit cameras save 16-bit files that would
+    come out black. Floats in 0..1 are taken as such; anything else is stretched from its minimum to its maximum.
+    """
+    values = pixels.astype(np.float64)
+    finite = np.isfinite(values)
+    if not finite.all():
+        values = np.where(finite, values, values[finite].min(initial=0.0))
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > 65535:
+        values, full = values - low, high - low
+    elif pixels.dtype.kind == "f" and high <= 1:
+        full = 1.0
+    else:
+        full = next(float(2**bits - 1) for bits in (8, 10, 12, 14, 16) if high <= 2**bits - 1)
+    return np.rint(values * (255 / full) if full else values).astype(np.uint8)
+
+
+def _reduce(image: Image.Image, short_side: int) -> Image.Image:
+    width, height = image.size
+    short = min(width, height)
+    box_w, box_h = min(width, MAX_ASPECT * short), min(height, MAX_ASPECT * short)
+    left, top = (width - box_w) // 2, (height - box_h) // 2
+    box = (left, top, left + box_w, top + box_h)
+    if short <= short_side:
+        return image if (box_w, box_h) == (width, height) else image.crop(box)
+    size = (round(box_w * short_side / short), round(box_h * short_side / short))
+    return image.resize(size, Image.Resampling.BICUBIC, box=box)

@@ -1,0 +1,143 @@
+"""The run folder: everything that a run leaves behind, written so that a kill at any moment loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simsiam.config import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECIPE, SUMMARY, METRICS, ENVIRONMENT = "config.toml", "summary.json", "metrics.jsonl", "environment.json"
+EVALUATION, ENCODER, REPORT = "evaluation.json", "encoder", "report.html"
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed over `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror or error}. Free some space or choose another -o.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value at `path`. Raises UserError where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}. Is {path.parent} a run folder written by `simsiam train`?") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"Cannot read {path}: {error}") from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """One safetensors file: tensors and a string-to-string header, no code in it."""
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with atomic(path) as temporary:
+        save_file(plain, str(temporary), metadata=dict(metadata or {}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file and its header. Raises UserError where it is missing or broken."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file: {error}.") from None
+
+
+class Checkpoints:
+    """`checkpoints/`: the newest states, and the last one that the collapse guard called healthy.
+
+    A state is one safetensors file; its header carries the JSON part (step, elapsed seconds, ...), so a kill can never
+    separate the two. `LAST` and `HEALTHY` are text files that name a state.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / "checkpoints"
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, healthy: bool) -> Path:
+        path = self.folder / f"step-{step:09d}.safetensors"
+        if self.named("LAST") != path or not path.exists():
+            write_tensors(path, tensors, {"state": json.dumps(dict(state))})
+            write_text(self.folder / "LAST", path.name + "\n")
+        if healthy:
+            write_text(self.folder / "HEALTHY", path.name + "\n")
+        keep = {self.named("LAST"), self.named("HEALTHY")}
+        for old in self.folder.glob("step-*.safetensors"):
+            if old not in keep:
+                old.unlink(missing_ok=True)
+        return path
+
+    def named(self, name: str) -> Path | None:
+        try:
+            return self.folder / (self.folder / name).read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
+
+    def load(self, name: str = "LAST") -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The named state, or None where none was saved yet."""
+        path = self.named(name)
+        if path is None:
+            return None
+        tensors, metadata = read_tensors(path)
+        return tensors, json.loads(metadata["state"])
+
+
+class Metrics:
+    """`metrics.jsonl`: one JSON object a line, appended and flushed; a resumed run drops the lines past its step."""
+
+    def __init__(self, run: Path, resume_step: int | None = None) -> None:
+        self.path = run / METRICS
+        if resume_step is None:
+            self.path.write_text("", encoding="utf-8")
+        else:
+            kept = [line for line in read_metrics(run) if line["step"] <= resume_step]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
+
+    def write(self, **values: Any) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Every whole line of `metrics.jsonl`; a line cut off by a kill is skipped."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError), open(run / METRICS, encoding="utf-8") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines

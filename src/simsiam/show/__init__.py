@@ -1,0 +1,1 @@
+"""What people look at: readers of the run folder. Training never imports this."""

@@ -1,0 +1,495 @@
+"""The report: one self-contained HTML page about a run, made from the files of the run folder alone."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+import math
+import shlex
+import tomllib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from simsiam.config import UserError, show_duration
+from simsiam.runs import (
+    ENCODER,
+    ENVIRONMENT,
+    EVALUATION,
+    METRICS,
+    RECIPE,
+    REPORT,
+    SUMMARY,
+    read_json,
+    read_metrics,
+    write_text,
+)
+from simsiam.show import charts
+
+Table = dict[str, Any]
+Floats = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+
+NEIGHBOURS, QUERIES, VIEWS = 8, 8, 8
+MAP_ITEMS, SEARCH_ITEMS = 1500, 4000
+
+_VERDICTS = {
+    "healthy": ("good", "Healthy"),
+    "partial": ("fair", "Partly collapsed"),
+    "collapsed": ("bad", "Collapsed"),
+    "diverged": ("bad", "Diverged"),
+}
+_MEASURES = {
+    "knn": ("kNN", "the most similar training images vote on the class"),
+    "linear": ("Linear", "a linear classifier on the frozen features"),
+    "fewshot": ("Few-shot", "a classifier that saw only a few labelled images of each class"),
+}
+_FILES = {
+    f"{ENCODER}.safetensors": "the trained weights, no code in it",
+    f"{ENCODER}.json": "what using the weights needs: architecture, size, mean and std",
+    RECIPE: "every setting of this run; give it to --recipe to run again",
+    SUMMARY: "the result in figures",
+    EVALUATION: "kNN, linear and few-shot results",
+    METRICS: "the curves, one JSON object a line",
+    ENVIRONMENT: "versions and hardware",
+    "samples/embedding/vectors.npy": "embeddings of the sample on this page",
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The embedded images that the run kept for looking at; every array has one row per image."""
+
+    vectors: Floats  # [N,D]
+    untrained: Floats | None  # [N,D'], the same images
+    ids: list[str]
+    labels: NDArray[np.int64] | None  # [N], -1 unknown
+    classes: list[str] | None
+    thumbnails: Pixels  # [N,h,w,3]
+
+    def class_of(self, row: int) -> str | None:
+        if self.labels is None:
+            return None
+        label = int(self.labels[row])
+        if label < 0:
+            return "unknown"
+        return self.classes[label] if self.classes and label < len(self.classes) else str(label)
+
+    def rows(self, rows: NDArray[np.int64]) -> Sample:
+        return Sample(
+            self.vectors[rows],
+            None if self.untrained is None else self.untrained[rows],
+            [self.ids[row] for row in rows],
+            None if self.labels is None else self.labels[rows],
+            self.classes,
+            self.thumbnails[rows],
+        )
+
+
+def write_report(run: Path) -> Path:
+    """Writes `run/report.html` and returns its path.
+
+    Any file of the run folder may be missing; its part of the page is left out then.
+    Raises UserError where `run` is not a run folder, or a file in it is damaged.
+    """
+    run = Path(run)
+    if not any((run / name).exists() for name in (RECIPE, SUMMARY, METRICS)):
+        raise UserError(f"{run} is not a run folder: give the folder that `simsiam train -o` wrote.")
+    path = run / REPORT
+    write_text(path, _page(run))
+    return path
+
+
+def _page(run: Path) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.filters["number"] = _number
+    template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
+    content = _content(run)
+    return template.render(content, bundle=_bundle())
+
+
+@functools.cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed, from the wheel, so the page loads nothing. Building it takes a second."""
+    import vl_convert
+
+    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return script.replace("</script", r"<\/script")
+
+
+def _content(run: Path) -> Table:
+    summary, environment, evaluation = (_json(run / name) for name in (SUMMARY, ENVIRONMENT, EVALUATION))
+    recipe = (run / RECIPE).read_text(encoding="utf-8") if (run / RECIPE).exists() else ""
+    config = _toml(run / RECIPE, recipe)
+    metrics = read_metrics(run)
+    sample = _read_sample(run)
+    figures = {name: evaluation.get(name) or summary.get(name) or {} for name in _MEASURES}
+    facts = _facts(run, summary, config, evaluation, metrics, sample)
+    data = facts["data"]
+    again = shlex.join(["simsiam", "train", *([data] if data else []), "--recipe", str(run / RECIPE), "-o", "NEW_RUN"])
+    tone, word = _VERDICTS.get(facts["verdict"], ("none", "Not judged"))
+    if not summary and tone in ("none", "good"):
+        tone, word = "none", "Not finished"
+    return {
+        "title": Path(data).name or data if data else run.resolve().name,
+        "run": str(run),
+        "quoted_run": shlex.quote(str(run)),
+        "tone": tone,
+        "word": word,
+        "sentences": _sentences(facts, figures["knn"]),
+        "tiles": _tiles(facts),
+        "facts": facts,
+        "bad_files": summary.get("bad_files") if isinstance(summary.get("bad_files"), list) else [],
+        "results": _results(figures),
+        "curves": _curves(facts, metrics, figures["knn"]),
+        "views": _views(run),
+        "neighbours": None if sample is None or len(sample.ids) < 3 else _neighbours(sample),
+        "map": None if sample is None or len(sample.ids) < 3 else _map(sample),
+        "recipe": recipe,
+        "environment": {key: value for key, value in environment.items() if value is not None},
+        "again": environment["command"] if isinstance(environment.get("command"), str) else again,
+        "files": [
+            {"name": name, "says": says, "size": _size((run / name).stat().st_size)}
+            for name, says in _FILES.items()
+            if (run / name).exists()
+        ],
+    }
+
+
+def _json(path: Path) -> Table:
+    value = read_json(path) if path.exists() else {}
+    return value if isinstance(value, dict) else {}
+
+
+def _toml(path: Path, text: str) -> Table:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"Cannot read {path}: {error}.") from None
+
+
+# ---------------------------------------------------------------- words and figures
+
+
+def _facts(
+    run: Path, summary: Table, config: Table, evaluation: Table, metrics: Sequence[Table], sample: Sample | None
+) -> Table:
+    """What the page says about the run, each value None where no file tells it."""
+    last: Table = {}
+    for line in metrics:
+        last |= {key: value for key, value in line.items() if value is not None}
+    collapse = evaluation.get("collapse") or {}
+    told = ("std", "effective_rank", "verdict", "images_per_second")
+    facts = {key: summary.get(key, last.get(key)) for key in told}
+    facts |= {key: summary.get(key) for key in ("images", "epochs", "bad_files")}
+    facts |= {key: collapse[key] for key in told if collapse.get(key) is not None}
+    facts["steps"] = summary.get("steps", last.get("step"))
+    facts["seconds"] = summary.get("seconds", last.get("seconds"))
+    facts["retrieval"] = last.get("retrieval")
+    facts["method"] = _name(summary.get("method") or config.get("method"))
+    facts["encoder"] = _name(summary.get("encoder") or config.get("encoder"))
+    tables = (config.get("method"), config.get(str(facts["method"])), config.get("method_settings"))
+    dims = [collapse.get("dim"), summary.get("dim"), *(table.get("dim") for table in tables if isinstance(table, dict))]
+    facts["dim"] = next((dim for dim in dims if isinstance(dim, int)), None)
+    data = summary.get("data") or config.get("data")
+    facts["data"] = _name(data.get("path") or data.get("name") if isinstance(data, dict) else data)
+    facts["labelled"] = sample is not None and sample.labels is not None
+    facts["classes"] = len(sample.classes) if sample and sample.classes else None
+    facts["finished"] = bool(summary)
+    if isinstance(facts["bad_files"], list):
+        facts["bad_files"] = len(facts["bad_files"])
+    return facts
+
+
+def _name(value: Any) -> str | None:
+    if isinstance(value, dict):
+        value = value.get("name")
+    return None if value is None else str(value)
+
+
+def _sentences(facts: Table, knn: Mapping[str, Any]) -> list[str]:
+    """The verdict in plain words; the first sentence follows the verdict's name and a colon."""
+    images = f"{facts['images']:,} images" if facts["images"] else "the images"
+    time = f" in {_nbsp(show_duration(facts['seconds']))}" if facts["seconds"] else ""
+    rank = f"only {facts['effective_rank']:.0f}" if facts["effective_rank"] is not None else "only a few"
+    first = {
+        "healthy": f"the encoder learnt from {images}{time}.",
+        "partial": f"the encoder learnt from {images}{time}, but uses {rank} of "
+        f"{facts['dim'] or 'its'} directions. More epochs or a smaller output width may help.",
+        "collapsed": "every image gets nearly the same embedding, so this encoder is of no use. Check that the "
+        "stop-gradient and the predictor are on, or lower the learning rate.",
+        "diverged": "the loss left the range of finite numbers. The last healthy state was kept; lower the learning "
+        "rate.",
+    }.get(facts["verdict"] or "")
+    if first is None or (facts["verdict"] == "healthy" and not facts["finished"]):
+        steps = f"{facts['steps']:,} steps so far" if facts["steps"] else "no step has been recorded yet"
+        first = f"{steps}{time}. `simsiam train --resume` goes on."
+    trained, untrained, pixels = (knn.get(key) for key in ("trained", "untrained", "pixels"))
+    if facts["verdict"] in ("collapsed", "diverged"):
+        return [first]
+    if trained is not None:
+        says = f"Its nearest neighbours name the right class for {_percent(trained)} of the images held out for testing"
+        others = [(untrained, "before training"), (pixels, "with raw pixels")]
+        against = " and ".join(f"{_percent(value)} {name}" for value, name in others if value is not None)
+        second = f"{says}, against {against}." if against else f"{says}."
+        best = max((value for value, _ in others if value is not None), default=-math.inf)
+        return [first, second, *(["That is no gain: train longer, or on more images."] if trained <= best else [])]
+    if facts["retrieval"] is not None:
+        labels = "" if facts["labelled"] else "There are no labels to test against; "
+        says = f"it finds an image's own second view among the others in {_percent(facts['retrieval'])} of the cases."
+        return [first, (labels + says)[0].upper() + (labels + says)[1:]]
+    return [first]
+
+
+def _tiles(facts: Table) -> list[tuple[str, str]]:
+    """(name, value) of the key facts that are known."""
+    tiles = [
+        ("images", _number(facts["images"])),
+        ("encoder", facts["encoder"]),
+        ("method", facts["method"]),
+        ("epochs", _number(facts["epochs"])),
+        ("training time", _nbsp(show_duration(facts["seconds"])) if facts["seconds"] else None),
+        ("images a second", _number(facts["images_per_second"])),
+        ("bad files", _number(facts["bad_files"])),
+    ]
+    return [(name, value) for name, value in tiles if value is not None]
+
+
+def _results(figures: Mapping[str, Mapping[str, Any]]) -> Table | None:
+    rows: list[Table] = []
+    for key, (name, says) in _MEASURES.items():
+        row = {of: figures[key].get(of) for of in charts.REPRESENTATIONS}
+        if all(value is None for value in row.values()):
+            continue
+        settings = [
+            f"{setting} = {_number(value) if isinstance(value, float) else value}"
+            for setting, value in figures[key].items()
+            if setting not in row and value is not None and not isinstance(value, dict | list)
+        ]
+        others = [value for of, value in row.items() if of != "trained" and value is not None]
+        gain = row["trained"] - max(others) if others and row["trained"] is not None else None
+        rows.append({"name": name, "says": says, "settings": ", ".join(settings), "gain": gain, **row})
+    if not rows:
+        return None
+    return {"rows": rows, "chart": charts.results({str(row["name"]): row for row in rows})}
+
+
+def _curves(facts: Table, metrics: Sequence[Table], knn: Mapping[str, Any]) -> list[Table]:
+    """Charts of what `metrics.jsonl` holds, each with a sentence on how to read it."""
+    epochs, steps = facts["epochs"], facts["steps"]
+    per_step = epochs / steps if epochs and steps else 1.0
+    x_title = "epoch" if epochs and steps else "step"
+
+    def points(kind: str, key: str) -> list[tuple[float, float]]:
+        lines = [line for line in metrics if line.get("kind") == kind]
+        return [(line["step"] * per_step, float(line[key])) for line in lines if _finite(line.get(key))]
+
+    baselines = {
+        f"{name} {knn[of]:.1f}": float(knn[of])
+        for of, name in (("untrained", "untrained"), ("pixels", "raw pixels"))
+        if _finite(knn.get(of))
+    }
+    cosine = facts["method"] == "simsiam"
+    minimum = " The minimum is −1; reaching it at once, with the spread at 0, is collapse." if cosine else ""
+    wanted: list[tuple[str, str, str, str, dict[str, float], bool]] = [
+        ("train", "loss", "Loss", "Falls as the network predicts one view of an image from the other." + minimum,
+         {"minimum −1": -1.0} if cosine else {}, False),
+        ("train", "std", "Spread of the embeddings", "std of z × √d. Near 1, different images differ in embedding; "
+         "at 0 they all get the same one.", {"healthy 1": 1.0, "collapsed 0": 0.0}, True),
+        ("monitor", "effective_rank", "Effective rank", "How many independent directions the embeddings use. "
+         "It should settle well above a handful; a fall to a few is partial collapse, unseen by the spread.", {}, True),
+        ("monitor", "knn", "kNN accuracy (%)", "How often the nearest neighbours name the right class. Training has "
+         "paid off where the line is above both dashed ones.", baselines, False),
+        ("monitor", "retrieval", "Second view found (%)", "How often an image's other view is its nearest neighbour "
+         "among many. It needs no labels; higher is better.", {}, False),
+        ("train", "lr", "Learning rate", "The size of the steps: the schedule that was followed.", {}, True),
+    ]  # fmt: skip
+    found = []
+    for kind, key, title, says, references, zero in wanted:
+        line = points(kind, key)
+        if line:
+            # Labels stand where the line is far from its reference: losses end there, kNN starts there.
+            side: Literal["left", "right"] = "right" if key == "knn" else "left"
+            spec = charts.curve(line, title=title, x_title=x_title, references=references, label_at=side, zero=zero)
+            found.append({"title": title, "says": says, "last": _number(line[-1][1]), "chart": spec})
+    return found
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def _views(run: Path) -> Table | None:
+    """Rows of original, view 1, view 2 as data URIs; `small` where they are to be enlarged pixel by pixel."""
+    path = run / "samples" / "views.npy"
+    if not path.exists():
+        return None
+    views = np.load(path, allow_pickle=False)[:VIEWS]
+    return {"rows": [[_data_uri(picture) for picture in row] for row in views], "small": max(views.shape[2:4]) <= 64}
+
+
+def _read_sample(run: Path) -> Sample | None:
+    folder = run / "samples" / "embedding"
+    if not all((folder / name).exists() for name in ("vectors.npy", "items.parquet", "thumbnails.npy")):
+        return None
+    import pyarrow.parquet as pq
+
+    items = pq.read_table(folder / "items.parquet").to_pydict()
+    vectors = np.load(folder / "vectors.npy", allow_pickle=False, mmap_mode="r")
+    thumbnails = np.load(folder / "thumbnails.npy", allow_pickle=False, mmap_mode="r")
+    path = run / "samples" / "untrained.npy"
+    untrained = np.load(path, allow_pickle=False, mmap_mode="r") if path.exists() else None
+    count = len(vectors)
+    if not len(items["id"]) == len(thumbnails) == count or (untrained is not None and len(untrained) != count):
+        warnings.warn(f"The files in {folder} do not belong together: neighbours and map are left out.", stacklevel=2)
+        return None
+    known = np.array([-1 if label is None else label for label in items.get("label", [None] * count)], np.int64)
+    meta = _json(folder / "meta.json")
+    labels = known if (known >= 0).any() else None
+    sample = Sample(vectors, untrained, [str(i) for i in items["id"]], labels, meta.get("classes"), thumbnails)
+    return sample.rows(_draw(count, SEARCH_ITEMS))
+
+
+def _draw(count: int, most: int) -> NDArray[np.int64]:
+    """`most` of `count` rows at random, in order, the same ones every time."""
+    return np.sort(np.random.default_rng(0).permutation(count)[:most])
+
+
+def _neighbours(sample: Sample) -> Table:
+    """Query images, drawn at random over the classes, and who is nearest to them after and before training."""
+    k = min(NEIGHBOURS, len(sample.ids) - 1)
+    spaces = {"trained": sample.vectors} | ({} if sample.untrained is None else {"untrained": sample.untrained})
+    nearest = {name: _nearest(vectors, k) for name, vectors in spaces.items()}
+    agreement = {}
+    if sample.labels is not None:
+        for name, (_, index) in nearest.items():
+            same = (sample.labels[index] == sample.labels[:, None])[sample.labels >= 0]
+            agreement[name] = 100 * float(same.mean())
+    queries = []
+    for query in _spread(sample.labels, len(sample.ids)):
+        strips = []
+        for name, (similarity, index) in nearest.items():
+            found = zip(similarity[query], index[query], strict=True)
+            strip = [_neighbour(sample, query, int(row), float(score)) for score, row in found]
+            hits = sum(item["same"] for item in strip) if sample.class_of(query) not in (None, "unknown") else None
+            strips.append({"name": name, "items": strip, "hits": hits})
+        queries.append({
+            "id": sample.ids[query], "class": sample.class_of(query),
+            "image": _data_uri(sample.thumbnails[query]), "strips": strips,
+        })  # fmt: skip
+    return {"k": k, "count": len(sample.ids), "queries": queries, "agreement": agreement}
+
+
+def _neighbour(sample: Sample, query: int, row: int, similarity: float) -> Table:
+    same = sample.labels is not None and sample.labels[row] == sample.labels[query] >= 0
+    name = sample.class_of(row)
+    says = f"similarity {similarity:.2f}" + (f" · {name}" if name else "") + f" · {sample.ids[row]}"
+    return {"image": _data_uri(sample.thumbnails[row]), "same": bool(same), "says": says}
+
+
+def _spread(labels: NDArray[np.int64] | None, count: int) -> list[int]:
+    """Up to QUERIES rows, as many classes among them as possible."""
+    order = np.random.default_rng(1).permutation(count)
+    if labels is None:
+        return [int(row) for row in order[:QUERIES]]
+    turns: dict[int, int] = {}
+    keyed = []
+    for place, row in enumerate(order):
+        label = int(labels[row])
+        turns[label] = turns.get(label, -1) + 1
+        keyed.append((label < 0, turns[label], place, int(row)))
+    return [row for *_, row in sorted(keyed)[:QUERIES]]
+
+
+def _nearest(vectors: Floats, k: int) -> tuple[Floats, NDArray[np.int64]]:
+    """Cosine similarity and row of the k nearest others: two arrays [N,k], nearest first."""
+    from simsiam.neighbours import top_k
+
+    similarity, index = top_k(vectors, vectors, k, exclude_self=True)
+    return similarity.numpy(), index.numpy()
+
+
+def _map(sample: Sample) -> Table:
+    sample = sample.rows(_draw(len(sample.ids), MAP_ITEMS))
+    place, how = _layout(sample.vectors)
+    pictures = [_data_uri(_shrink(picture, 40), quality=62) for picture in sample.thumbnails]
+    rows = []
+    for row, (x, y) in enumerate(place):
+        item: Table = {"x": round(float(x), 3), "y": round(float(y), 3), "id": sample.ids[row], "image": pictures[row]}
+        name = sample.class_of(row)
+        rows.append(item if name is None else item | {"class": name})
+    names = sorted({row["class"] for row in rows}) if sample.labels is not None else None
+    return {"count": len(rows), "how": how, "labelled": names is not None, "chart": charts.embedding_map(rows, names)}
+
+
+def _layout(vectors: Floats) -> tuple[Floats, str]:
+    """Places [N,2] where near means similar, and the name of what made them: t-SNE, or PCA for a few items."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    # Neighbours of unit vectors are the same under Euclidean distance and cosine; 50 components keep t-SNE quick.
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    width = min(50, *unit.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a collapsed embedding has no variance to explain
+        unit = PCA(width, svd_solver="full").fit_transform(np.nan_to_num(unit - unit.mean(axis=0)))
+        if len(unit) < 20 or unit.std() < 1e-6 or width < 2:
+            return np.pad(unit, ((0, 0), (0, 2)))[:, :2], "PCA"
+        tsne = TSNE(perplexity=min(30, len(unit) / 4), init="pca", random_state=0, n_jobs=1)
+        return tsne.fit_transform(unit), "t-SNE"
+
+
+def _shrink(picture: Pixels, side: int) -> Pixels:
+    image = Image.fromarray(picture)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def _data_uri(picture: Pixels, quality: int = 80) -> str:
+    """A picture [h,w,3] as a WebP data URI, shrunk to 160 pixels; exact up to 40, where every pixel is seen."""
+    exact = max(picture.shape[:2]) <= 40 and quality >= 80
+    buffer = io.BytesIO()
+    Image.fromarray(_shrink(picture, 160)).save(buffer, "WEBP", lossless=exact, quality=quality, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# ---------------------------------------------------------------- how figures are written
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _nbsp(text: str) -> str:
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0f}\N{NO-BREAK SPACE}%"
+
+
+def _number(value: Any) -> str | None:
+    if not _finite(value):
+        return None if value is None else str(value)
+    whole = value == int(value) or abs(value) >= 100
+    return (f"{value:,.0f}" if whole else f"{value:.3g}").replace("-", "\N{MINUS SIGN}")
+
+
+def _size(count: float) -> str:
+    units: Iterable[str] = ("bytes", "kB", "MB")
+    for unit in units:
+        if count < 1000:
+            return f"{count:.3g}\N{NO-BREAK SPACE}{unit}"
+        count /= 1000
+    return f"{count:.3g}\N{NO-BREAK SPACE}GB"

@@ -1,0 +1,270 @@
+"""decode: every kind of file that a folder of images holds, and the broken ones among them."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from simsiam.data.decode import DecodeError, decode, in_order
+
+H, W = 60, 80
+
+
+def scene(height: int = H, width: int = W) -> np.ndarray:
+    """uint8 [H, W, 3], smooth (survives JPEG), a different colour in every corner."""
+    y, x = np.mgrid[0:height, 0:width]
+    return np.stack([255 * x / width, 255 * y / height, 128 + 60 * np.sin(x / 9)], axis=2).astype(np.uint8)
+
+
+def encode(image: Image.Image | np.ndarray, kind: str = "PNG", **options: object) -> bytes:
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def rotated(orientation: int, kind: str = "JPEG") -> bytes:
+    """`scene()` stored turned, with the EXIF tag that turns it back."""
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose values that undo the tag
+    image = Image.fromarray(scene()).transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, kind, exif=exif, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
+
+
+def write_nasty_folder(root: Path) -> tuple[list[str], dict[str, str]]:
+    """Real files of all kinds under `root`: returns the ids of the good ones and, of the bad, a part of the reason."""
+    rgb = Image.fromarray(scene())
+    grey = rgb.convert("L")
+    alpha = rgb.copy()
+    alpha.putalpha(grey)
+    jpeg = encode(rgb, "JPEG")
+    good = {
+        "plain.jpg": jpeg,
+        "UPPER.JPEG": jpeg + b"\n",
+        "rotated.jpg": rotated(6),
+        "cmyk.jpg": encode(rgb.convert("CMYK"), "JPEG"),
+        "progressive.jfif": encode(rgb, "JPEG", progressive=True),
+        "grey.png": encode(grey),
+        "deep.png": encode(np.asarray(grey).astype(np.uint16) * 257),
+        "palette.gif": encode(rgb.convert("P", palette=Image.Palette.ADAPTIVE), "GIF"),
+        "moving.gif": encode(rgb, "GIF", save_all=True, append_images=[ImageOps.invert(rgb)]),
+        "see through.png": encode(alpha),
+        "one bit.png": encode(grey.convert("1")),
+        "deep/down/here/scan.tiff": encode(rgb, "TIFF"),
+        "deep/float.tif": encode(np.asarray(grey).astype(np.float32) / 255, "TIFF"),
+        "web.webp": encode(rgb, "WEBP"),
+        "old.bmp": encode(rgb, "BMP"),
+        "Zürich 東京/bild ü.jpg": encode(ImageOps.mirror(rgb), "JPEG"),
+    }
+    bad = {
+        "cut.jpg": (jpeg[: len(jpeg) * 3 // 4], "truncated"),
+        "cut.png": (encode(rgb)[:200], "truncated"),
+        "nothing.jpg": (b"", "empty file"),
+        "letter.jpg": (b"Dear reader,\nthis is no image.\n", "text, not an image"),
+        "noise.png": (np.random.default_rng(0).bytes(500), "not an image"),
+    }
+    junk = {
+        "notes.txt": b"x",
+        ".hidden.jpg": jpeg,
+        "__MACOSX/plain.jpg": b"x",
+        ".thumbnails/t.jpg": jpeg,
+        "labels.csv": b"a,b",
+    }
+    for name, content in [*good.items(), *((name, content) for name, (content, _) in bad.items()), *junk.items()]:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return sorted(good), {name: reason for name, (_, reason) in bad.items()}
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return float(np.abs(a.astype(int) - b.astype(int)).mean())
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+def test_lossless_files_come_back_exactly(kind: str) -> None:
+    assert np.array_equal(decode(encode(scene(), kind)), scene())
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_lossy_files_come_back_nearly(kind: str) -> None:
+    assert difference(decode(encode(scene(), kind, quality=95)), scene()) < 3
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
+    """Not applied, or applied twice, the difference is above 50."""
+    for short_side in (None, 30):
+        expected = scene() if short_side is None else decode(encode(scene()), 30)
+        assert difference(decode(rotated(orientation, kind), short_side), expected) < 5
+
+
+def test_transparency_is_composited_over_white() -> None:
+    alpha = np.zeros((H, W), dtype=np.uint8)
+    alpha[:, W // 2 :] = 255
+    rgba = np.dstack([scene(), alpha])
+    expected = np.where(alpha[..., None] == 255, scene(), 255)
+    assert np.array_equal(decode(encode(rgba)), expected)
+    grey = np.asarray(Image.fromarray(scene()).convert("L"))
+    out = decode(encode(Image.merge("LA", (Image.fromarray(grey), Image.fromarray(alpha)))))
+    assert np.array_equal(out, np.where(alpha == 255, grey, 255)[..., None].repeat(3, axis=2))
+
+
+def test_palette_with_a_transparent_colour() -> None:
+    image = Image.new("P", (4, 2), 0)
+    image.putpalette([200, 10, 10, 10, 200, 10])
+    image.putpixel((0, 0), 1)
+    for kind in ("PNG", "GIF"):
+        out = decode(encode(image, kind, transparency=0))
+        assert out[0, 0].tolist() == [10, 200, 10] and out[1, 1].tolist() == [255, 255, 255], kind
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    ramp = np.linspace(0, 65535, 256 * 4).astype(np.uint16).reshape(4, 256)
+    for kind in ("PNG", "TIFF"):
+        out = decode(encode(ramp, kind))
+        assert np.array_equal(out[..., 0], np.rint(ramp / 257).astype(np.uint8))
+    twelve = (ramp >> 4).astype(np.uint16)  # a 12-bit camera's file is not nearly black
+    assert np.array_equal(decode(encode(twelve))[..., 0], np.rint(twelve * (255 / 4095)).astype(np.uint8))
+    eight = np.arange(256, dtype=np.uint16).reshape(4, 64)
+    assert np.array_equal(decode(encode(eight))[..., 0], eight)
+
+
+def test_32_bit_and_float_images_are_scaled() -> None:
+    unit = np.linspace(0, 1, 256, dtype=np.float32).reshape(4, 64)
+    assert np.array_equal(decode(encode(unit, "TIFF"))[..., 0].ravel(), np.arange(256))
+    for stretched in (unit * 4000 - 2000, (unit * 2**24).astype(np.int32)):
+        out = decode(encode(stretched, "TIFF"))[..., 0].ravel()
+        assert difference(out, np.arange(256)) < 0.01
+    with_nan = unit.copy()
+    with_nan[0, 0] = np.nan
+    assert np.array_equal(decode(encode(with_nan, "TIFF")), decode(encode(unit, "TIFF")))
+    assert decode(encode(np.full((3, 3), -7.0, dtype=np.float32), "TIFF")).max() == 0  # constant: no division by zero
+
+
+def test_cmyk_one_bit_and_first_frame() -> None:
+    image = Image.fromarray(scene())
+    assert difference(decode(encode(image.convert("CMYK"), "JPEG", quality=95)), scene()) < 5
+    assert set(np.unique(decode(encode(image.convert("1"))))) == {0, 255}
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    for kind in ("GIF", "WEBP", "TIFF"):
+        out = decode(encode(red, kind, save_all=True, append_images=[blue]))
+        assert out[4, 4, 0] > 240 and out[4, 4, 2] < 15, kind
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_short_side_is_exact_and_near_the_full_decode(kind: str) -> None:
+    """The twin decodes at full size and reduces in float: the reduced DCT scale must not be seen."""
+    big = scene(601, 802)
+    options = {"quality": 95} if kind == "JPEG" else {}
+    out = decode(encode(big, kind, **options), 50)
+    assert min(out.shape[:2]) == 50 and out.shape == (50, round(802 * 50 / 601), 3)
+    channels = [
+        Image.fromarray(big[..., c].astype(np.float32)).resize((67, 50), Image.Resampling.BICUBIC) for c in range(3)
+    ]
+    twin = np.stack([np.asarray(c) for c in channels], axis=2)
+    assert np.abs(out - twin).mean() < 2
+
+
+def test_reduction_is_antialiased() -> None:
+    """A one-pixel checkerboard must become grey, not black or white."""
+    board = (np.indices((256, 256)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    out = decode(encode(board), 32)
+    assert abs(float(out.mean()) - 127.5) < 2 and out.std() < 5
+
+
+def test_draft_mode_reads_less() -> None:
+    """The reduced DCT scale is what makes a folder of photographs fast."""
+    data = encode(scene(1200, 1600), "JPEG")
+    times = {}
+    for side in (64, None):
+        start = time.perf_counter()
+        for _ in range(3):
+            decode(data, side)
+        times[side] = time.perf_counter() - start
+    assert times[64] < times[None]
+
+
+def test_never_enlarged() -> None:
+    assert decode(encode(scene(20, 30)), 64).shape == (20, 30, 3)
+
+
+def test_extreme_aspect_is_centre_cropped() -> None:
+    wide = np.zeros((10, 400, 3), dtype=np.uint8)
+    wide[:, 180:220] = 255
+    out = decode(encode(wide), 64)
+    assert np.array_equal(out, wide[:, 180:220])
+    assert decode(encode(wide.transpose(1, 0, 2)), 5).shape == (20, 5, 3)
+    assert decode(encode(wide)).shape == (10, 400, 3)  # whole where no short side is asked for
+    assert decode(encode(np.zeros((1, 500), dtype=np.uint8)), 32).shape == (1, 4, 3)
+
+
+def test_bad_files_say_why(tmp_path: Path) -> None:
+    _, bad = write_nasty_folder(tmp_path)
+    for name, reason in bad.items():
+        for short_side in (None, 16):
+            with pytest.raises(DecodeError, match=reason):
+                decode((tmp_path / name).read_bytes(), short_side)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("short_side", [None, 16])
+def test_half_a_file_is_bad_in_every_format(kind: str, short_side: int | None) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
+    data = encode(noise, kind)
+    with pytest.raises(DecodeError):
+        decode(data[: len(data) // 2], short_side)
+
+
+def test_any_damage_is_a_decode_error_or_an_image() -> None:
+    """Pillow's plugins raise all kinds of errors on damaged headers; only DecodeError comes out."""
+    rng = np.random.default_rng(1)
+    for kind in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"):
+        data = encode(scene(24, 32), kind)
+        for _ in range(60):
+            damaged = bytearray(data)
+            for at in rng.integers(0, len(data), 6):
+                damaged[at] = rng.integers(0, 256)
+            try:
+                assert decode(bytes(damaged), 16).dtype == np.uint8
+            except DecodeError as error:
+                assert str(error)
+
+
+def test_decompression_bomb_is_a_bad_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(scene(100, 100))
+    for limit in (9_999, 4_000):  # Pillow itself warns at the first and raises at the second
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(DecodeError, match=r"(?i)decompression bomb"):
+            decode(data)
+
+
+def test_an_opened_image_is_accepted() -> None:
+    assert np.array_equal(decode(Image.fromarray(scene())), scene())
+
+
+def test_in_order_keeps_order_bounds_memory_and_passes_errors_on() -> None:
+    running, peak, lock = set(), [0], threading.Lock()
+
+    def work(i: int) -> int:
+        with lock:
+            running.add(i)
+            peak[0] = max(peak[0], len(running))
+        time.sleep(0.001 * (i % 3))
+        return i
+
+    seen = []
+    for i in in_order(work, 101, workers=3, chunk=4):
+        running.discard(i)
+        seen.append(i)
+    assert seen == list(range(101)) and 1 < peak[0] <= 2 * 3 * 4 + 4
+    with pytest.raises(ZeroDivisionError):
+        list(in_order(lambda i: 1 // (5 - i), 10, workers=2, chunk=1))

@@ -1,0 +1,487 @@
+"""open_images: what people have, as it lies on their disks."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import struct
+import tarfile
+import threading
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from simsiam.config import UserError
+from simsiam.data.check import check
+from simsiam.data.sources import ImageSet, _braces, open_images
+from test_decode import encode, write_nasty_folder
+
+CIFAR = Path(__file__).parents[2] / "shared/data/cifar10"
+
+
+def png(value: int) -> bytes:
+    return encode(np.full((4, 4, 3), value, dtype=np.uint8))
+
+
+def write(root: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(i))
+    return root
+
+
+def named(images: ImageSet) -> dict[str, str | None]:
+    """id -> class name."""
+    if images.labels is None:
+        return dict.fromkeys(images.ids)
+    assert images.classes is not None
+    return {i: images.classes[k] if k >= 0 else None for i, k in zip(images.ids, images.labels.tolist(), strict=True)}
+
+
+def held_out(images: ImageSet) -> list[str]:
+    return [images.ids[i] for i in images.test]
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_nasty_folder(tmp_path: Path) -> None:
+    good, bad = write_nasty_folder(tmp_path)
+    images = open_images(tmp_path)
+    assert images.ids == sorted([*good, *bad])
+    assert all(images.read(i) == (tmp_path / name).read_bytes() for i, name in enumerate(images.ids))
+    assert images.labels is None and len(images.test) == 0
+    assert np.array_equal(images.train, np.arange(len(images)))
+
+
+def test_check_reports_a_nasty_folder(tmp_path: Path) -> None:
+    good, bad = write_nasty_folder(tmp_path)
+    (tmp_path / "copy.jpg").write_bytes((tmp_path / "plain.jpg").read_bytes())
+    calls: list[tuple[int, int, int]] = []
+    found = json.loads(json.dumps(check(open_images(tmp_path), workers=2, progress=lambda *a: calls.append(a))))
+    assert {entry["path"] for entry in found["bad_files"]} == set(bad)
+    assert all(bad[entry["path"]] in entry["reason"] for entry in found["bad_files"])
+    assert found["duplicates"] == [["copy.jpg", "plain.jpg"]] and found["duplicates_across_splits"] == 0
+    assert found["images"] == len(good) + len(bad) + 1 == calls[-1][1] and calls[-1][2] == len(bad)
+    # The rotated one is stored 60 wide and 80 high: it counts as it is looked at.
+    assert found["sizes"]["min"] == found["sizes"]["max"] == [80, 60] and found["sizes"]["short_side"]["p50"] == 60
+    assert found["modes"]["CMYK"] == 1 and found["modes"]["1"] == 1 and found["formats"]["GIF"] == 2
+    assert found["labels"] is None and found["splits"] == {"train": found["images"], "test": 0}
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    images = open_images(write(tmp_path, "dog/1.png", "cat/1.png", "cat/deep/2.png", "dog/2.JPG"))
+    assert images.classes == ("cat", "dog")
+    assert named(images) == {"cat/1.png": "cat", "cat/deep/2.png": "cat", "dog/1.png": "dog", "dog/2.JPG": "dog"}
+
+
+def test_wrapped_class_folders_and_a_stray_image(tmp_path: Path) -> None:
+    names = [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(20)]
+    images = open_images(write(tmp_path, *(f"images/all/{name}" for name in names)))
+    assert images.classes == ("cat", "dog")
+    images = open_images(write(tmp_path / "images/all", *names, "stray.png").parents[1])
+    assert images.classes == ("cat", "dog") and named(images)["images/all/stray.png"] is None
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["1.png", "2.png", "a/3.png", "b/4.png"],  # as many outside as in
+        ["only/1.png", "only/2.png"],
+        [f"{i}/image.png" for i in range(9)],  # a folder each
+    ],
+)
+def test_folders_that_are_no_classes(tmp_path: Path, names: list[str]) -> None:
+    images = open_images(write(tmp_path, *names))
+    assert images.labels is None and images.classes is None and len(images) == len(names)
+
+
+@pytest.mark.parametrize(("first", "second"), [("train", "test"), ("Train", "Val"), ("training", "validation")])
+def test_split_folders(tmp_path: Path, first: str, second: str) -> None:
+    names = [f"{split}/{kind}/{i}.png" for split in (first, second) for kind in ("cat", "dog") for i in range(3)]
+    images = open_images(write(tmp_path, *names, f"{second}/unheard/1.png"))
+    assert images.classes == ("cat", "dog")
+    assert held_out(images) == sorted(i for i in images.ids if i.startswith(second))
+    assert named(images)[f"{second}/unheard/1.png"] is None  # not among the training classes
+    assert named(images)[f"{second}/cat/0.png"] == "cat"
+
+
+def test_split_folders_without_classes(tmp_path: Path) -> None:
+    images = open_images(write(tmp_path, "train/1.png", "train/2.png", "valid/1.png", "test/1.png"))
+    assert images.labels is None and held_out(images) == ["test/1.png", "valid/1.png"]
+    # One of the two alone is only a name: a railway's folder is not a split.
+    assert len(open_images(tmp_path / "train").test) == 0
+    rail = open_images(write(tmp_path / "rail", "train/1.png", "train/2.png", "bus/1.png", "bus/2.png"))
+    assert rail.classes == ("bus", "train") and len(rail.test) == 0
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    write(tmp_path / "real", "1.png", "sub/2.png")
+    (tmp_path / "real/sub/up").symlink_to(tmp_path / "real")
+    (tmp_path / "real/linked").symlink_to(write(tmp_path / "elsewhere", "3.png"))
+    (tmp_path / "real/gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert open_images(tmp_path / "real").ids == ["1.png", "linked/3.png", "sub/2.png"]
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    try:
+        with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as file:
+            file.write(png(7))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    images = open_images(tmp_path)
+    assert images.ids == ["caf\\xe9.png"] and json.dumps(images.ids[0]).encode() and images.read(0) == png(7)
+
+
+def test_fingerprint_changes_with_the_files_only(tmp_path: Path) -> None:
+    write(tmp_path / "a", "1.png", "2.png")
+    first = open_images(tmp_path / "a").fingerprint
+    assert open_images(tmp_path / "a").fingerprint == first
+    (tmp_path / "a").rename(tmp_path / "b")  # moved: the same images
+    assert open_images(tmp_path / "b").fingerprint == first
+    os.utime(tmp_path / "b/1.png", (1, 1))
+    second = open_images(tmp_path / "b").fingerprint
+    write(tmp_path / "b", "3.png")
+    assert len({first, second, open_images(tmp_path / "b").fingerprint}) == 3
+
+
+def test_one_file_and_a_glob(tmp_path: Path) -> None:
+    write(tmp_path, "a/1.png", "a/2.png", "b/3.png")
+    assert open_images(tmp_path / "a/1.png").ids == ["1.png"]
+    assert open_images(f"{tmp_path}/*/*.png").ids == ["a/1.png", "a/2.png", "b/3.png"]
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "pictures/1.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert open_images("~/pictures").ids == ["1.png"]
+
+
+def test_ignored_kinds_are_warned_about(tmp_path: Path) -> None:
+    write(tmp_path, "1.png", "2.heic", "3.heic", "more.zip", "notes.txt")
+    with pytest.warns(UserWarning, match=r"3 files are not read .* \.heic 2, \.zip 1"):
+        assert open_images(tmp_path).ids == ["1.png"]
+
+
+def test_errors_say_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "text", *(f"{i}.txt" for i in range(10)), "a.csv", "b.csv")
+    cases = {
+        str(tmp_path / "nowhere"): "There is no .*nowhere",
+        str(tmp_path / "empty"): "empty",
+        str(tmp_path / "text"): r"12 files, none an image: \.txt 10, \.csv 2",
+        str(tmp_path / "text/0.txt"): "1 file, none an image",
+        f"{tmp_path}/*.tar": "No file matches",
+        "CIFAR01": "no torchvision data set.* Did you mean 'CIFAR10'",
+        "cifar10": "Did you mean 'CIFAR10'",
+        f"CIFAR10:{tmp_path}": "CIFAR10 is not in .*",
+        f"ImageFolder:{tmp_path}/empty": "ImageFolder",
+        f"CocoDetection:{tmp_path}": "needs more than a folder",
+    }
+    for data, message in cases.items():
+        with pytest.raises(UserError, match=message) as error:
+            open_images(data)
+        assert "\n" not in str(error.value), data
+
+
+# --- Parquet ----------------------------------------------------------------------------------------------------------
+
+
+def table(values: list[int], label: pa.Array | None = None, paths: list[str | None] | None = None) -> pa.Table:
+    files = [{"bytes": png(v), "path": p} for v, p in zip(values, paths or [f"{v}.png" for v in values], strict=True)]
+    columns = {"image": pa.array(files, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))}
+    return pa.table(columns | ({"label": label} if label is not None else {}))
+
+
+def values_of(images: ImageSet) -> list[int]:
+    """The grey value that `png` was given, read back from every image."""
+    return [np.asarray(Image.open(io.BytesIO(images.read(i))))[0, 0, 0].item() for i in range(len(images))]  # type: ignore[arg-type]
+
+
+def test_parquet_with_hugging_face_names(tmp_path: Path) -> None:
+    info = {
+        "info": {"features": {"image": {"_type": "Image"}, "label": {"names": ["x", "y", "z"], "_type": "ClassLabel"}}}
+    }
+    data = table([5, 6, 7, 8, 9], pa.array([0, 2, 2, -1, 0])).replace_schema_metadata({"huggingface": json.dumps(info)})
+    pq.write_table(data, tmp_path / "a.parquet", row_group_size=2)
+    images = open_images(tmp_path / "a.parquet")
+    assert values_of(images) == [5, 6, 7, 8, 9] and images.classes == ("x", "y", "z")
+    assert images.labels is not None and images.labels.tolist() == [0, 2, 2, -1, 0] and len(images.test) == 0
+    assert images.ids == [f"{v}.png" for v in (5, 6, 7, 8, 9)]
+
+
+def test_parquet_folder_with_splits_read_from_many_threads(tmp_path: Path) -> None:
+    """More row groups than are held, several files, in every order: the image belongs to its label."""
+    (tmp_path / "data").mkdir()
+    value = iter(range(250))
+    for name, count in (("test-00000-of-00001", 40), ("train-00000-of-00002", 100), ("train-00001-of-00002", 110)):
+        values = [next(value) for _ in range(count)]
+        labels = pa.array([f"class {v % 3}" for v in values])
+        pq.write_table(
+            table(values, labels, ["image.png"] * count), tmp_path / f"data/{name}.parquet", row_group_size=7
+        )
+    images = open_images(tmp_path)
+    assert images.classes == ("class 0", "class 1", "class 2") and images.test.tolist() == list(range(40))
+    assert images.labels is not None and images.labels.tolist() == [v % 3 for v in range(250)]
+    assert len(set(images.ids)) == 250 and images.ids[40] == "data/train-00000-of-00002.parquet#0"
+    wrong: list[int] = []
+
+    def look(seed: int) -> None:
+        for i in np.random.default_rng(seed).permutation(250).tolist():
+            if np.asarray(Image.open(io.BytesIO(images.read(i))))[0, 0, 0] != i:  # type: ignore[arg-type]
+                wrong.append(i)
+
+    threads = [threading.Thread(target=look, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_parquet_with_raw_bytes_and_odd_labels(tmp_path: Path) -> None:
+    data = pa.table({"id": [1, 2, 3, 4], "picture": [png(v) for v in range(4)], "label": [7, 3, 7, 3]})
+    pq.write_table(data, tmp_path / "a.parquet")
+    images = open_images(tmp_path / "a.parquet")
+    assert values_of(images) == [0, 1, 2, 3] and images.ids[0] == "a.parquet#0"
+    assert images.classes == ("3", "7") and images.labels is not None and images.labels.tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("label", [[4, 4, 4], ["a", "b", "c"], [None, None, None]])
+def test_labels_that_tell_nothing_are_none(tmp_path: Path, label: list[object]) -> None:
+    pq.write_table(table([1, 2, 3], pa.array(label)), tmp_path / "a.parquet")
+    images = open_images(tmp_path / "a.parquet")
+    assert images.labels is None and images.classes is None
+
+
+def test_parquet_of_test_data_alone_is_what_was_asked_for(tmp_path: Path) -> None:
+    pq.write_table(table([1, 2, 3]), tmp_path / "test.parquet")
+    assert len(open_images(tmp_path / "test.parquet").train) == 3
+
+
+def test_bad_parquet(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"], "n": [1]}), tmp_path / "text.parquet")
+    pq.write_table(table([]), tmp_path / "rows.parquet")
+    whole = table(list(range(50)))
+    pq.write_table(whole, tmp_path / "whole.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "whole.parquet").read_bytes()[:-100])
+    (tmp_path / "zero.parquet").write_bytes(b"")
+    cases = {
+        "text": r"no image column, but text \(string\)",
+        "rows": "no rows",
+        "cut": "Cannot read",
+        "zero": "Cannot read",
+    }
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=message) as error:
+            open_images(tmp_path / f"{name}.parquet")
+        assert "\n" not in str(error.value)
+
+
+def test_cifar10() -> None:
+    if not CIFAR.exists():
+        pytest.skip(f"no CIFAR-10 at {CIFAR}")
+    images = open_images(CIFAR)
+    assert images.classes is not None and images.labels is not None
+    assert len(images.train) == 50_000 and len(images.test) == 10_000 and images.classes[0] == "airplane"
+    assert all(images.ids[i].startswith("test/") for i in images.test)
+    for i in (
+        0,
+        999,
+        1000,
+        9_999,
+        10_000,
+        10_999,
+        11_000,
+        59_999,
+    ):  # the ids name the class: row groups and files align
+        assert images.ids[i].split("/")[1] == images.classes[images.labels[i]]
+    rows = pq.read_table(CIFAR / "train.parquet", columns=["image"])["image"]
+    assert images.read(10_000 + 31_415) == rows[31_415].as_py()["bytes"]
+
+
+# --- archives ---------------------------------------------------------------------------------------------------------
+
+
+def write_tar(path: Path, files: dict[str, bytes], mode: str = "w") -> None:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+LAYOUT = {
+    f"set/{split}/{kind}/{i}.png": png(100 * a + 10 * b + i)
+    for a, split in enumerate(("train", "test"))
+    for b, kind in enumerate(("cat", "dog"))
+    for i in range(3)
+}
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz", "zip"])
+def test_archives(tmp_path: Path, kind: str) -> None:
+    files = LAYOUT | {"set/notes.txt": b"x", "__MACOSX/set/train/._1.png": b"x", "set/.hidden.png": b"x"}
+    path = tmp_path / f"set.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    else:
+        packing = {"tar": "w", "tar.bz2": "w:bz2", "tar.xz": "w:xz"}.get(kind, "w:gz")
+        write_tar(path, {f"./{name}": content for name, content in files.items()}, packing)
+    images = open_images(path)
+    assert images.name == "set" and images.ids == list(LAYOUT)
+    assert [images.read(i) for i in reversed(range(12))] == list(LAYOUT.values())[::-1]
+    assert images.classes == ("cat", "dog") and images.test.tolist() == list(range(6, 12))
+    assert open_images(tmp_path).fingerprint == images.fingerprint  # a folder with nothing else
+
+
+def test_zip_is_thread_safe(tmp_path: Path) -> None:
+    content = {f"{i}.png": png(i) for i in range(200)}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in content.items():
+            archive.writestr(name, data)
+    images = open_images(tmp_path / "a.zip")
+    wrong: list[str] = []
+
+    def look(seed: int) -> None:
+        for i in np.random.default_rng(seed).permutation(200).tolist():
+            if images.read(i) != content[images.ids[i]]:
+                wrong.append(images.ids[i])
+
+    threads = [threading.Thread(target=look, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_unpacked_copy_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(tmp_path / "a.tar.gz", {"1.png": png(1)}, "w:gz")
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    images = open_images(tmp_path / "a.tar.gz")
+    assert len(list((tmp_path / "tmp").iterdir())) == 1 and images.read(0) == png(1)
+    del images
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_webdataset_shards(tmp_path: Path) -> None:
+    for shard in range(12):
+        files: dict[str, bytes] = {}
+        for i in range(4):
+            n = shard * 4 + i
+            files |= {f"{n:04d}.png": png(n), f"{n:04d}.cls": str(n % 3).encode(), f"{n:04d}.txt": b"a caption"}
+        write_tar(tmp_path / f"part-{shard:03d}.tar", files)
+    images = open_images(f"{tmp_path}/part-{{000..011}}.tar")
+    assert values_of(images) == list(range(48)) and images.classes == ("0", "1", "2")
+    assert images.labels is not None and images.labels.tolist() == [n % 3 for n in range(48)]
+    assert images.ids[5] == "part-001.tar/0005.png"
+    assert open_images(f"{tmp_path}/part-*.tar").ids == images.ids == open_images(tmp_path).ids
+    assert open_images(f"{tmp_path}/part-{{003,001}}.tar").ids[0] == "part-003.tar/0012.png"
+    with pytest.raises(UserError, match=r"2 of the 3 files of .* are missing, the first is .*part-012\.tar"):
+        open_images(f"{tmp_path}/part-{{011..013}}.tar")
+
+
+def test_webdataset_json_labels_and_split_names(tmp_path: Path) -> None:
+    for split, start in (("train", 0), ("val", 6)):
+        files: dict[str, bytes] = {}
+        for n in range(start, start + 6):
+            record = json.dumps({"label": ("ape", "bee")[n % 2], "width": 4}).encode()
+            files |= {f"a/{n}.seg.json": b"[1, 2", f"a/{n}.json": record, f"a/{n}.input.PNG": png(n)}
+        write_tar(tmp_path / f"{split}-0.tar", files)
+    images = open_images(tmp_path)
+    assert images.classes == ("ape", "bee") and values_of(images) == list(range(12))
+    assert images.labels is not None and images.labels.tolist() == [0, 1] * 6
+    assert images.test.tolist() == list(range(6, 12))
+
+
+def test_braces() -> None:
+    assert _braces("a{08..10}{x,y}") == ["a08x", "a08y", "a09x", "a09y", "a10x", "a10y"]
+    assert _braces("{9..11}") == ["9", "10", "11"] and _braces("plain") == ["plain"]
+
+
+def test_bad_archives(tmp_path: Path) -> None:
+    write_tar(tmp_path / "good.tar", {f"{i}.png": png(i) for i in range(9)})
+    whole = (tmp_path / "good.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: 4 * 1024 + 700])
+    (tmp_path / "damaged.tar").write_bytes(whole[:4096] + b"\xff" * 512 + whole[4608:])
+    (tmp_path / "cut.tar.gz").write_bytes(gzip.compress(whole)[:-60])
+    (tmp_path / "damaged.tgz").write_bytes(gzip.compress(whole)[:40] + bytes(99))
+    (tmp_path / "text.tar.gz").write_bytes(b"not packed")
+    (tmp_path / "text.zip").write_bytes(b"hello")
+    (tmp_path / "zero.tar").write_bytes(b"")
+    write_tar(tmp_path / "none.tar", {"readme.txt": b"x"})
+    for path in sorted(tmp_path.iterdir()):
+        if path.name == "good.tar":
+            assert len(open_images(path)) == 9
+            continue
+        with pytest.raises(UserError, match="No images in" if path.name == "none.tar" else "Cannot read") as error:
+            open_images(path)
+        assert "\n" not in str(error.value)
+
+
+def test_damage_inside_a_zip_is_one_bad_image(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i in range(3):
+            archive.writestr(f"{i}.png", png(i))
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    data[data.index(b"IDAT") + 5] ^= 0xFF
+    (tmp_path / "a.zip").write_bytes(data)
+    bad = check(open_images(tmp_path / "a.zip"))["bad_files"]
+    assert [entry["path"] for entry in bad] == ["0.png"] and "CRC" in bad[0]["reason"]
+
+
+# --- torchvision ------------------------------------------------------------------------------------------------------
+
+
+def write_mnist(root: Path) -> None:
+    """MNIST's own files, as torchvision keeps them: image n of a split is all n."""
+    raw = root / "MNIST/raw"
+    raw.mkdir(parents=True)
+    for prefix, count in (("train", 30), ("t10k", 20)):
+        images = np.repeat(np.arange(count, dtype=np.uint8), 28 * 28)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">iiii", 0x803, count, 28, 28) + images.tobytes())
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">ii", 0x801, count) + labels.tobytes())
+
+
+def test_torchvision_with_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mnist(tmp_path)
+    images = open_images(f"MNIST:{tmp_path}")
+    assert len(images.train) == 30 and images.test.tolist() == list(range(30, 50)) and images.ids[30] == "test/000000"
+    assert images.classes is not None and len(images.classes) == 10
+    assert images.labels is not None and images.labels.tolist() == [
+        *(n % 10 for n in range(30)),
+        *(n % 10 for n in range(20)),
+    ]
+    assert np.asarray(images.read(42)).max() == 12
+    monkeypatch.setenv("SIMSIAM_DATA", str(tmp_path))
+    assert open_images("MNIST").fingerprint == images.fingerprint
+
+
+def test_torchvision_with_split(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        write(tmp_path / "country211" / split, *(f"{c}/{i}.jpg" for c in ("AT", "CH") for i in range(3)))
+    images = open_images(f"Country211:{tmp_path}")
+    assert len(images) == 12 and images.test.tolist() == list(range(6, 12)) and images.classes == ("AT", "CH")
+    assert check(images)["bad_files"] == []
+
+
+def test_opening_warns_of_nothing(tmp_path: Path) -> None:
+    write(tmp_path, "1.png", "2.png", "readme.md", "labels.csv")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_images(tmp_path)

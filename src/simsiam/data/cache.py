@@ -27,6 +27,7 @@ from simsiam.data.sources import ImageSet
 FORMAT = 1
 """Part of every cache's key: raise it when the files or what `decode` returns change."""
 
+_HELD_OUT = 1000
 _ABANDONED_SECONDS = 3600
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
@@ -61,6 +62,17 @@ class Cache:
     def train(self) -> np.ndarray:
         """int64, the rows that are not in `test`."""
         return np.setdiff1d(np.arange(len(self)), self.test)
+
+    def split(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows to train on and those held out for monitoring, int64 each: a function of the data alone.
+
+        Held out is the data's own test split; where it has none, a tenth of the images, at most 1,000.
+        """
+        if len(self.test):
+            return self.train, self.test
+        order = np.random.default_rng(0).permutation(len(self))
+        few = min(len(self) // 10, _HELD_OUT)
+        return np.sort(order[few:]), np.sort(order[:few])
 
     @cached_property
     def uniform(self) -> tuple[int, int] | None:

@@ -1,0 +1,151 @@
+"""How good a run's encoder is, always beside what needs no training: raw pixels and the untrained encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simsiam import evaluate
+from simsiam.compute import Compute, generator, pick_device, probe_encoder, set_threads
+from simsiam.config import UserError
+from simsiam.console import Listener
+from simsiam.data.cache import Cache, build_cache
+from simsiam.data.sources import open_images
+from simsiam.data.views import ViewSettings, random_view
+from simsiam.embed import Preprocessing, embed_rows, pixel_rows, read_encoder, untrained
+from simsiam.encoders import Encoder
+from simsiam.evaluate import Features
+from simsiam.evaluate.linear import sgd_probe
+from simsiam.runs import EVALUATION, SUMMARY, read_json, write_json
+
+Rows = NDArray[np.int64]
+
+
+def side_by_side(
+    encoder: Encoder,
+    before: Encoder,
+    prepare: Preprocessing,
+    cache: Cache,
+    train: Rows,
+    test: Rows,
+    compute: Compute,
+    listener: Listener,
+) -> dict[str, Features]:
+    """Features of the same images from the trained encoder, the untrained one and from no encoder at all."""
+
+    def features(embed: Callable[[Rows], Tensor]) -> Features:
+        labels = None if cache.labels is None else torch.from_numpy(cache.labels)
+        return Features(
+            embed(train),
+            None if labels is None else labels[train],
+            embed(test) if len(test) else torch.zeros(0, embed(train[:1]).shape[1]),
+            None if labels is None else labels[test],
+            len(cache.classes or ()),
+        )
+
+    def by(network: Encoder) -> Callable[[Rows], Tensor]:
+        return lambda rows: embed_rows(network, prepare, cache, rows, compute, listener.embedding)
+
+    return {
+        "trained": features(by(encoder)),
+        "untrained": features(by(before)),
+        "pixels": features(lambda rows: pixel_rows(prepare, cache, rows)),
+    }
+
+
+def evaluate_run(
+    run: str | Path,
+    data: str | Path | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    sgd: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+    workers: int | None = None,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Evaluates a run and, on its own data, writes `evaluation.json` into its folder.
+
+    Args:
+        data: labelled images; None for those that the run was trained on. Without a test split of its own, the part that
+            training holds out is the test part.
+        names: evaluations, by name; None for all.
+        sgd: the paper's linear protocol too, as "linear_sgd": LARS, 90 epochs of random crops and flips.
+    Returns {"knn": {"trained", "untrained", "pixels", settings...}, "linear", "fewshot", "collapse"}, None where there
+    are no labels. Raises UserError where `run` has no encoder.
+    """
+    run = Path(run)
+    listener = listener or Listener()
+    set_threads()
+    for name in names or ():
+        evaluate.get(name)
+    encoder, prepare, meta = read_encoder(run)
+    where = pick_device(device)
+    compute = Compute(where, probe_encoder(encoder, prepare.size, where))
+    compute.place(encoder)
+    own = meta["data"] if data is None else str(data)
+    cache = build_cache(open_images(own), prepare.short_side, workers=workers, progress=listener.decoding)
+    train, test = cache.split()
+    if len(train) < 2:
+        raise UserError(f"{own} has {len(train)} usable image: an evaluation needs more.")
+    before = untrained(encoder.spec, meta["seed"], prepare, cache, train, compute)
+    kinds = side_by_side(encoder, before, prepare, cache, train, test, compute, listener)
+    listener.close()
+    compared = evaluate.compare(names or evaluate.names(), kinds, seed=seed)
+    result: dict[str, Any] = {"run": str(run), "data": own, **compared}
+    if compared.get("collapse"):
+        result["collapse"] = _collapse(run, data, compared["collapse"])
+    if sgd:
+        result["linear_sgd"] = _sgd(encoder, prepare, cache, kinds["trained"], train, compute, seed, listener)
+    if data is None:
+        write_json(run / EVALUATION, result)
+    return result
+
+
+def _collapse(run: Path, data: str | Path | None, features: dict[str, Any]) -> dict[str, Any]:
+    """The features' figures, and where the run's own summary tells it, the verdict on z: that is what training judges."""
+    plain = {key: value["trained"] if isinstance(value, dict) else value for key, value in features.items()}
+    found = {key: plain[key] for key in ("std", "effective_rank", "verdict", "dim", "rows")}
+    if data is None and (run / SUMMARY).exists():
+        summary = read_json(run / SUMMARY)
+        found |= {"std_features": found["std"], "effective_rank_features": found["effective_rank"]}
+        found |= {key: summary[key] for key in ("std", "effective_rank", "verdict", "dim")}
+    return found
+
+
+def _sgd(
+    encoder: Encoder,
+    prepare: Preprocessing,
+    cache: Cache,
+    features: Features,
+    rows: Rows,
+    compute: Compute,
+    seed: int,
+    listener: Listener,
+) -> dict[str, Any] | None:
+    data = features.labelled()
+    if data is None or features.train_labels is None or data.test_labels is None:
+        return None
+    # The released code's linear training: random resized crop at its default scale, and flips; no colour.
+    views = ViewSettings(
+        prepare.size, scale=(0.08, 1.0), jitter_p=0, gray_p=0, blur_p=0, mean=prepare.mean, std=prepare.std
+    )
+
+    def epoch(number: int) -> Tensor:
+        draws = generator(compute.device, seed, number)
+
+        def crop(x: Tensor, sizes: Tensor) -> Tensor:
+            return random_view(x, views, draws, sizes)
+
+        listener.embedding(number, 90)
+        return embed_rows(encoder, crop, cache, rows, compute)
+
+    result = sgd_probe(epoch, features.train_labels, data.test, data.test_labels, features.classes, seed=seed)
+    listener.close()
+    return {"trained": result.pop("value"), "untrained": None, "pixels": None, **result}

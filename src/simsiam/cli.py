@@ -1,0 +1,341 @@
+"""The command line: parse, call one function, print. What a verb needs is imported inside it, so --help is instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from simsiam.config import UserError
+
+if TYPE_CHECKING:
+    from simsiam.console import Console
+
+app = typer.Typer(
+    help="Point it at a folder of unlabelled images: an encoder that has learnt from them, and proof of what it learnt.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else goes to stderr.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads that decode images; default: the cores there are.")]
+Run = Annotated[Path, typer.Argument(help="A run folder, as `simsiam train` writes it.", show_default=False)]
+_DATA = (
+    "A folder of images (any depth, any mix), a Parquet file or folder, a tar, a zip, a shard pattern like "
+    "'shard-{000..009}.tar', or a torchvision data set's name."
+)
+
+
+class OnCollapse(StrEnum):
+    """What the collapse guard does."""
+
+    stop = "stop"
+    go_on = "continue"
+
+
+class Precision(StrEnum):
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+@app.command()
+def train(
+    data: Annotated[str | None, typer.Argument(help=_DATA + " None: the bundled demo set.", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, like train.lr=0.1.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; default: a new one under runs/.")] = None,
+    method: Annotated[str | None, typer.Option(help="See `simsiam list`.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Ours, torchvision's or timm's, by name.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the images.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Train for this time, like 10m; the schedule follows.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the views, and of the images in use, in pixels.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A built-in recipe's name, or a TOML file.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o.")] = False,
+    on_collapse: Annotated[OnCollapse | None, typer.Option(help="What the guard does. Default: stop.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Default: the faster one, measured.")] = None,
+    device: Device = "auto",
+    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same weights.")] = None,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Train an encoder on unlabelled images."""
+    console = _console()
+    texts = list(overrides or [])
+    if data is not None and "=" in data and not os.path.exists(data):
+        texts.insert(0, data)
+        data = None
+    from simsiam.train import train as run_training
+
+    summary = run_training(
+        data,
+        out,
+        recipe=recipe,
+        overrides=texts,
+        size=size,
+        resume=resume,
+        device=device,
+        workers=workers,
+        listener=console,
+        method=method,
+        encoder=encoder,
+        epochs=epochs,
+        budget=budget,
+        batch_size=batch_size,
+        seed=seed,
+        precision=None if precision is None else precision.value,
+        on_collapse=None if on_collapse is None else on_collapse.value,
+    )
+    from simsiam.show.report import write_report
+
+    page = write_report(Path(summary["run"]))
+    _training_table(console, summary)
+    console.say(f"Report   {page}")
+    console.say(f"Next     simsiam evaluate {summary['run']}")
+    console.say(f"         simsiam embed {summary['run']} {summary['data']} -o DIR")
+    if as_json:
+        _print_json(summary)
+    if summary["verdict"] in ("collapsed", "diverged"):
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    data: Annotated[str | None, typer.Argument(help="Labelled images; default: the run's own.", show_default=False)] = None,
+    only: Annotated[str | None, typer.Option(help="Some evaluations only, like knn,linear.")] = None,
+    sgd: Annotated[bool, typer.Option("--sgd", help="The paper's linear protocol: LARS, 90 epochs, crops and flips.")] = False,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of splits and draws.")] = 0,
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a run: kNN, linear probe, few-shot and collapse, beside raw pixels and the untrained encoder."""
+    console = _console()
+    from simsiam.assess import evaluate_run
+    from simsiam.show.report import write_report
+
+    chosen = None if only is None else [name.strip() for name in only.split(",")]
+    result = evaluate_run(
+        run, data, names=chosen, sgd=sgd, device=device, seed=seed, workers=workers, listener=console
+    )
+    console.close()
+    _evaluation_table(console, result)
+    if data is None:
+        console.say(f"Report   {write_report(run)}")
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def embed(
+    run: Run,
+    data: Annotated[str, typer.Argument(help=_DATA, show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for vectors.npy, items.parquet, meta.json.")],
+    device: Device = "auto",
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Turn images into vectors: one row for each image, in plain files."""
+    console = _console()
+    from simsiam.embed import embed_to
+
+    result = embed_to(run, data, out, device, workers, console.decoding, console.embedding)
+    console.close()
+    for bad in result["bad_files"]:
+        console.say(f"Bad file: {bad['path']}: {bad['reason']}")
+    console.say(
+        f"{result['vectors']:,} vectors of length {result['dim']} in {out}, {result['new']:,} of them new, "
+        f"{len(result['bad_files']):,} bad files left out."
+    )
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def report(run: Run, as_json: Json = False) -> None:
+    """Write the run's page, report.html: curves, views, neighbours, map, results."""
+    console = _console()
+    from simsiam.show.report import write_report
+
+    page = write_report(run)
+    console.say(f"Report   {page}")
+    if as_json:
+        _print_json({"report": str(page)})
+
+
+@app.command()
+def check(
+    data: Annotated[str, typer.Argument(help=_DATA, show_default=False)], workers: Workers = None, as_json: Json = False
+) -> None:
+    """Say what is in a data set before a long run: counts, sizes, modes, bad files, duplicates."""
+    console = _console()
+    from simsiam.data.check import check as look
+    from simsiam.data.sources import open_images
+
+    found = look(open_images(data), workers, console.checking)
+    console.close()
+    _check_table(console, found)
+    if as_json:
+        _print_json(found)
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """List methods, encoders, data sets, evaluations and recipes."""
+    console = _console()
+    from simsiam import catalogue
+
+    found = catalogue.everything()
+    for kind, entries in found.items():
+        console.results(kind, ["name", ""], [[name, says] for name, says in entries.items()])
+    if as_json:
+        _print_json({kind: list(entries) for kind, entries in found.items()})
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    if show:
+        from simsiam import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Runs the command line. Exit status: 0 done, 2 the user's mistake, 1 anything else."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        _last_line(f"Error: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _last_line("Interrupted.")
+        sys.exit(1)
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":
+            raise
+        _last_line(str(error))
+        sys.exit(1)
+
+
+# --- printing -------------------------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    from simsiam.console import Console
+
+    console = Console()
+    console.show_warnings()
+    return console
+
+
+def _last_line(text: str) -> None:
+    from rich.console import Console as Screen
+
+    Screen(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _number(value: Any, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _training_table(console: Console, summary: dict[str, Any]) -> None:
+    from simsiam.config import show_duration
+
+    knn = summary["knn"]
+    console.say("")
+    if summary["verdict"] != "healthy":
+        console.say(f"{summary['verdict'].upper()}: {summary['evidence']} {summary['advice'] or ''}")
+    rows = [
+        ["loss", _number(summary["loss"], 3)],
+        ["std of z/|z|, times sqrt(d) (1 healthy, 0 collapsed)", _number(summary["std"], 2)],
+        [f"effective rank of z (of {summary['dim']})", _number(summary["effective_rank"])],
+        ["verdict", summary["verdict"]],
+        ["images/s", _number(summary["images_per_second"], 0)],
+        ["epochs", f"{summary['epochs']:g}"],
+        ["time", show_duration(summary["seconds"])],
+    ]
+    console.results("Training", ["", "value"], rows)
+    if knn:
+        _comparison(console, f"kNN, percent right (k={knn['k']}, T={knn['T']}, {knn['test']:,} held-out images)", {"kNN": knn})
+
+
+def _comparison(console: Console, title: str, results: dict[str, Any]) -> None:
+    kinds = ("pixels", "untrained", "trained")
+    rows = [[name, *(_number(figures[kind]) for kind in kinds)] for name, figures in results.items()]
+    console.results(title, ["", "raw pixels", "untrained encoder", "trained"], rows)
+
+
+def _evaluation_table(console: Console, result: dict[str, Any]) -> None:
+    named = {name: figures for name, figures in result.items() if isinstance(figures, dict) and "trained" in figures}
+    if named:
+        _comparison(console, "Percent right, higher is better", named)
+        for name, figures in named.items():
+            settings = {key: value for key, value in figures.items() if key not in ("trained", "untrained", "pixels")}
+            plain = ", ".join(f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict | list))
+            console.say(f"  {name}: {plain}")
+    else:
+        console.say("No labels, so no kNN, linear or few-shot figures: only what needs none.")
+    collapse = result.get("collapse")
+    if collapse:
+        console.say(
+            f"Collapse: {collapse['verdict']}; std {_number(collapse['std'], 2)} (1 healthy, 0 collapsed), "
+            f"effective rank {_number(collapse['effective_rank'])} of {collapse['dim']}."
+        )
+
+
+def _check_table(console: Console, found: dict[str, Any]) -> None:
+    sizes, splits = found["sizes"], found["splits"]
+    labels = found["labels"]
+    extra = sum(len(group) - 1 for group in found["duplicates"])
+    rows = [
+        ["images", f"{found['images']:,} ({splits['train']:,} to train on, {splits['test']:,} in the test split)"],
+        ["on disk", f"{found['bytes'] / 1e6:,.1f} MB"],
+        ["bad files", f"{len(found['bad_files']):,}"],
+        ["byte-identical copies", f"{extra:,}" + _across(found)],
+        ["modes", _counts(found["modes"])],
+        ["formats", _counts(found["formats"])],
+    ]
+    if sizes:
+        rows[2:2] = [
+            ["width x height", "  ".join(f"{key} {sizes[key][0]}x{sizes[key][1]}" for key in ("min", "median", "max"))],
+            ["short side", "  ".join(f"{key} {value}" for key, value in sizes["short_side"].items())],
+        ]
+    rows.append(["labels", "none found" if labels is None else f"{len(labels)}: {_counts(labels)}"])
+    console.results(found["name"], ["", ""], rows)
+    for bad in found["bad_files"][:20]:
+        console.say(f"Bad file: {bad['path']}: {bad['reason']}")
+    for group in found["duplicates"][:10]:
+        console.say(f"Identical: {', '.join(group[:6])}{' ...' if len(group) > 6 else ''}")
+    hidden = max(0, len(found["bad_files"]) - 20) + max(0, len(found["duplicates"]) - 10)
+    if hidden:
+        console.say(f"... and {hidden:,} more: --json lists all.")
+
+
+def _across(found: dict[str, Any]) -> str:
+    groups = found["duplicates_across_splits"]
+    return f" ({groups:,} groups reach from the training into the test split)" if groups else ""
+
+
+def _counts(counts: dict[str, int]) -> str:
+    shown = list(counts.items())[:8]
+    rest = len(counts) - len(shown)
+    return ", ".join(f"{name} {count:,}" for name, count in shown) + (f", and {rest} more" if rest else "")

@@ -1,0 +1,150 @@
+"""What a person sees on the terminal while something runs: always on stderr, stdout belongs to `--json`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from simsiam.config import show_duration
+
+
+class Listener:
+    """Is told how a run goes; this one keeps silent. `train` knows nothing else about who watches."""
+
+    def decoding(self, done: int, total: int, bad: int) -> None:
+        """After every image that is decoded into the cache."""
+
+    def embedding(self, done: int, total: int) -> None:
+        """After every batch that is embedded."""
+
+    def plan(self, facts: Sequence[tuple[str, str]], reasons: Sequence[tuple[str, str, str]]) -> None:
+        """Before training: what is trained on what, and the reason for every default that was derived."""
+
+    def step(self, figures: dict[str, Any], progress: float, left: float | None) -> None:
+        """About once a second: the newest training figures, the share that is done and the seconds left."""
+
+    def monitor(self, figures: dict[str, Any]) -> None:
+        """After every look at the held-out images."""
+
+    def say(self, text: str) -> None:
+        """A line that must be seen."""
+
+    def close(self) -> None:
+        """Takes down what moves on the screen; told at the end, however it comes."""
+
+
+class Console(Listener):
+    """Progress bars and lines through rich; plain lines where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console as Screen
+        from rich.progress import Progress
+
+        self.screen = Screen(stderr=True, highlight=False)
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._said = 0.0
+
+    def _show(self, kind: str, columns: Sequence[Any], total: float) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        if self._bar is not None and self._task[0] == kind:
+            return
+        self.close()
+        self._bar = Progress(TextColumn(kind), BarColumn(24), *columns, console=self.screen, transient=kind != "training")
+        self._bar.start()
+        self._task = (kind, self._bar.add_task(kind, total=total, text=""))
+
+    def _count(self, kind: str, done: int, total: int, text: str) -> None:
+        from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+        if not self.screen.is_terminal:
+            return
+        columns = [MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()]
+        self._show(kind, columns, total)
+        assert self._bar is not None
+        self._bar.update(self._task[1], completed=done, text=text)
+        if done == total:
+            self.close()
+
+    def decoding(self, done: int, total: int, bad: int) -> None:
+        self._count("decoding", done, total, f"{bad} bad" if bad else "")
+        if done == total:
+            self.say(f"Decoded {done - bad:,} images" + (f"; {bad:,} bad files were left out." if bad else "."))
+
+    def checking(self, done: int, total: int, bad: int) -> None:
+        """After every image that `check` has read."""
+        self._count("checking", done, total, f"{bad} bad" if bad else "")
+
+    def embedding(self, done: int, total: int) -> None:
+        self._count("embedding", done, total, "")
+
+    def plan(self, facts: Sequence[tuple[str, str]], reasons: Sequence[tuple[str, str, str]]) -> None:
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2))
+        for name, value in facts:
+            table.add_row(f"[bold]{name}[/]", value)
+        self.screen.print(table)
+        if reasons:
+            self.screen.print("\n[bold]Chosen for this data[/] (set any of them as key=value)")
+            table = Table.grid(padding=(0, 2))
+            for setting, value, why in reasons:
+                table.add_row(f"  {setting}", f"[cyan]{value}[/]", f"[dim]{why}[/]")
+            self.screen.print(table)
+        self.screen.print()
+
+    def step(self, figures: dict[str, Any], progress: float, left: float | None) -> None:
+        from rich.progress import TextColumn
+
+        remaining = "" if left is None else f"{show_duration(left)} left"
+        text = (
+            f"{100 * progress:3.0f} %  loss {figures['loss']:+.3f}  std {figures['std']:.2f}  lr {figures['lr']:.3g}  "
+            f"{figures['images_per_second']:,.0f} images/s  {remaining}"
+        )
+        if self.screen.is_terminal:
+            self._show("training", [TextColumn("{task.fields[text]}")], 1.0)
+            assert self._bar is not None
+            self._bar.update(self._task[1], completed=progress, text=text)
+        elif progress >= self._said:
+            self.screen.print(text, soft_wrap=True)
+            self._said = math.floor(progress * 20 + 1) / 20
+
+    def monitor(self, figures: dict[str, Any]) -> None:
+        parts = [f"step {figures['step']:,}"]
+        if figures.get("knn") is not None:
+            parts.append(f"kNN {figures['knn']:.1f}")
+        if figures.get("effective_rank") is not None:
+            parts.append(f"effective rank {figures['effective_rank']:.0f}")
+            parts.append(f"own second view found {figures['retrieval']:.0f} %")
+        parts.append(figures["verdict"])
+        self.screen.print("[dim]  held out: " + "  ".join(parts) + "[/]", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        self.screen.print(text, soft_wrap=True, markup=False)
+
+    def results(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table of figures, the last thing on the screen."""
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if i else "left", style="bold" if column == "trained" else "")
+        for row in rows:
+            table.add_row(*row)
+        self.screen.print(table)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def show_warnings(self) -> None:
+        """From now on a warning is one line here, not Python's two with a source line."""
+
+        def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
+            self.screen.print(f"Warning: {message}", soft_wrap=True, markup=False, style="yellow")
+
+        warnings.showwarning = show

@@ -1,0 +1,357 @@
+"""A trained encoder in use: images in, one vector each out, in memory or as a folder of plain files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.base import BaseEstimator, TransformerMixin
+from torch import Tensor
+
+from simsiam.compute import Compute, pick_device, probe_encoder, set_threads
+from simsiam.config import UserError, fill
+from simsiam.data.decode import DecodeError, decode
+from simsiam.data.sources import open_images
+from simsiam.data.views import normalise, plain_pixels
+from simsiam.encoders import Encoder, EncoderSpec, build, to_table
+from simsiam.runs import ENCODER, atomic, read_json, read_tensors, write_json, write_tensors
+
+if TYPE_CHECKING:
+    from simsiam.data.cache import Cache
+
+VECTORS, ITEMS, META = "vectors.npy", "items.parquet", "meta.json"
+Progress = Callable[[int, int], None]
+
+_BATCH = 256
+_PIXEL_SIDE = 32  # larger pixels would make the baseline slower, not better
+_SMALL = 64
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From uint8 pixels to what the encoder takes; stored with the weights, so that use can never differ from training."""
+
+    size: int
+    """Side of the encoder's input in pixels."""
+    share: float
+    """Side of the central square that is cut out, as a share of the image's short side."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def short_side(self) -> int:
+        """What images are decoded to: `size` pixels are left after the central crop."""
+        return round(self.size / self.share)
+
+    def __call__(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """uint8 [B,3,H,W] and each image's (height, width) -> float32 [B,3,size,size]."""
+        return normalise(plain_pixels(images, self.size, self.share, sizes), self.mean, self.std)
+
+
+def preprocessing(size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Preprocessing:
+    """The usual central crop of 7/8 for photographs; images of a few dozen pixels are taken whole."""
+    return Preprocessing(size, 1.0 if size <= _SMALL else 0.875, mean, std)
+
+
+def embed_rows(
+    encoder: Callable[[Tensor], Tensor],
+    prepare: Callable[[Tensor, Tensor], Tensor],
+    cache: Cache,
+    rows: NDArray[np.int64],
+    compute: Compute,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Features float32 [N,D], on the CPU, of the given rows of a cache. The encoder must be in eval mode and placed.
+
+    `prepare` is a `Preprocessing`, or anything else from uint8 pixels and sizes to the encoder's input.
+    """
+    features = []
+    for start in range(0, len(rows), _BATCH):
+        images, sizes = cache.batch(rows[start : start + _BATCH])
+        x = prepare(images.to(compute.device), sizes.to(compute.device))
+        with torch.inference_mode(), compute.autocast():
+            features.append(encoder(x).float().cpu())
+        if progress is not None:
+            progress(min(start + _BATCH, len(rows)), len(rows))
+    return torch.cat(features).clone()  # clone: an inference tensor could not be trained on
+
+
+def pixel_rows(prepare: Preprocessing, cache: Cache, rows: NDArray[np.int64]) -> Tensor:
+    """The baseline that needs no encoder: the encoder's own input, at most 32 pixels wide, as a vector [N,3*h*w].
+
+    Normalised by mean and std, as the encoder sees it: that makes the baseline stronger than pixels in 0..1.
+    """
+    small = Preprocessing(min(prepare.size, _PIXEL_SIDE), prepare.share, prepare.mean, prepare.std)
+    return embed_rows(lambda x: x.flatten(1), small, cache, rows, Compute(torch.device("cpu"), "fp32"))
+
+
+def untrained(
+    spec: EncoderSpec, seed: int, prepare: Preprocessing, cache: Cache, rows: NDArray[np.int64], compute: Compute
+) -> Encoder:
+    """The encoder as it was before training, with BN statistics measured on the given rows.
+
+    With the initial statistics (mean 0, variance 1) its activations would drift from layer to layer, which would make
+    the baseline weaker than it is.
+    """
+    encoder = build(spec, seed)
+    compute.place(encoder)
+    norms = [module for module in encoder.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average over the batches
+    encoder.train()
+    embed_rows(encoder, prepare, cache, rows[: 4 * _BATCH], compute)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return encoder.eval()
+
+
+# --- the encoder on disk --------------------------------------------------------------------------------------------
+
+
+def save_encoder(run: Path, encoder: Encoder, prepare: Preprocessing, seed: int, about: dict[str, Any]) -> None:
+    """`encoder.safetensors` with the backbone's own names, `encoder.json` with all that its use needs."""
+    weights = run / f"{ENCODER}.safetensors"
+    write_tensors(weights, encoder.backbone.state_dict())
+    meta = {
+        "format": 1,
+        "encoder": to_table(encoder.spec),
+        "seed": seed,
+        "dim": encoder.dim,
+        "preprocessing": asdict(prepare),
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        **about,
+    }
+    write_json(run / f"{ENCODER}.json", meta)
+
+
+def read_encoder(run: Path) -> tuple[Encoder, Preprocessing, dict[str, Any]]:
+    """The encoder of a run in eval mode, its preprocessing and all of `encoder.json`.
+
+    Raises UserError where `run` has none (yet), or where the two files do not belong together.
+    """
+    description, weights = run / f"{ENCODER}.json", run / f"{ENCODER}.safetensors"
+    if not description.exists():
+        resume = f" Its training has not finished: `simsiam train --resume -o {run}`." if run.is_dir() else ""
+        raise UserError(f"{run} holds no trained encoder.{resume or ' Name a folder that `simsiam train` wrote.'}")
+    meta = read_json(description)
+    spec = fill(EncoderSpec, meta["encoder"], "encoder")
+    prepare = fill(Preprocessing, meta["preprocessing"], "preprocessing")
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != meta["sha256"]:
+        raise UserError(f"{weights} is not the file that {description.name} describes: copy both from one run.")
+    encoder = build(spec, meta["seed"])
+    encoder.backbone.load_state_dict(read_tensors(weights)[0])
+    return encoder.eval(), prepare, meta
+
+
+def load(run: str | Path, device: str = "auto", precision: str = "auto") -> ImageEncoder:
+    """The trained encoder of a run: `simsiam.load("runs/demo").embed(["a.jpg", "b.jpg"])`.
+
+    Raises UserError where `run` holds no encoder.
+    """
+    encoder = ImageEncoder(os.fspath(run), device, precision)
+    encoder.open()
+    return encoder
+
+
+class ImageEncoder(BaseEstimator, TransformerMixin):
+    """A run's encoder as a scikit-learn transformer: images in, float32 [N,D] out; it works inside a `Pipeline`.
+
+    Args:
+        run: the run folder.
+        device: 'auto', 'cpu', 'cuda', ...
+        precision: 'auto' (the faster of the two, measured), 'bf16' or 'fp32'.
+    """
+
+    def __init__(self, run: str, device: str = "auto", precision: str = "auto") -> None:
+        self.run = run
+        self.device = device
+        self.precision = precision
+
+    def open(self) -> Self:
+        """Loads the weights now, not at the first use. Raises UserError where there are none."""
+        if not hasattr(self, "encoder_"):
+            set_threads()
+            device = pick_device(self.device)
+            self.encoder_, self.preprocessing_, self.meta_ = read_encoder(Path(self.run))
+            precision: Any = self.precision
+            if precision == "auto":
+                precision = probe_encoder(self.encoder_, self.preprocessing_.size, device)
+            self.compute_ = Compute(device, precision)
+            self.compute_.place(self.encoder_)
+        return self
+
+    def fit(self, images: Any = None, y: Any = None) -> Self:
+        """Nothing is left to learn: loads the weights and returns itself."""
+        return self.open()
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        self.open()
+        return self.encoder_.dim
+
+    def embed(self, images: Any) -> NDArray[np.float32]:
+        """One vector for every image: float32 [N,D], in order, not normalised.
+
+        Args:
+            images: a list of paths, PIL images or uint8 arrays [H,W,3] or [H,W]; or one uint8 array [N,H,W,3].
+        Raises:
+            UserError where an image cannot be read: it says which.
+        """
+        self.open()
+        if isinstance(images, str | os.PathLike | Image.Image):
+            raise UserError("embed() takes a list of images: put the one image into a list, [image].")
+        rows = [
+            self._embed([_pixels(image, self.preprocessing_.short_side) for image in images[start : start + _BATCH]])
+            for start in range(0, len(images), _BATCH)
+        ]
+        return np.concatenate(rows) if rows else np.zeros((0, self.encoder_.dim), np.float32)
+
+    def transform(self, images: Any) -> NDArray[np.float32]:
+        """`embed` under the name that scikit-learn calls."""
+        return self.embed(images)
+
+    def _embed(self, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+        batch = np.zeros((len(images), 3, height, width), np.uint8)
+        for row, image in zip(batch, images, strict=True):
+            row[:, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
+        sizes = torch.tensor([image.shape[:2] for image in images], device=self.compute_.device)
+        x = self.preprocessing_(torch.from_numpy(batch).to(self.compute_.device), sizes)
+        with torch.inference_mode(), self.compute_.autocast():
+            return self.encoder_(x).float().cpu().numpy()
+
+
+def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
+    if isinstance(image, str | os.PathLike):
+        try:
+            return decode(Path(image).read_bytes(), short_side)
+        except (OSError, DecodeError) as error:
+            raise UserError(f"Cannot read the image {os.fspath(image)}: {error}.") from None
+    if not isinstance(image, Image.Image):
+        array = np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+            raise UserError(
+                f"An image is a path, a PIL image or a uint8 array [H,W,3]; this is {array.dtype} {list(array.shape)}."
+            )
+        image = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+    return decode(image, short_side)
+
+
+# --- a folder of embeddings -----------------------------------------------------------------------------------------
+
+
+def embed_to(
+    run: str | Path,
+    data: str | Path,
+    out: str | Path,
+    device: str = "auto",
+    workers: int | None = None,
+    decoding: Callable[[int, int, int], None] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Embeds a data set into a folder: `vectors.npy` [N,D] float32, `items.parquet`, `meta.json`.
+
+    A folder that this encoder already filled is brought up to date: an image whose pixels it has seen keeps its vector.
+
+    Returns {"vectors", "dim", "new", "bad_files"}: rows, length, how many were computed now, and the unreadable ones.
+    Raises UserError where `out` holds embeddings of another encoder, or something else.
+    """
+    from simsiam.data.cache import build_cache
+
+    encoder = ImageEncoder(os.fspath(run), device).open()
+    out = Path(out)
+    known = _known(out, encoder.meta_["sha256"])
+    cache = build_cache(open_images(data), encoder.preprocessing_.short_side, workers=workers, progress=decoding)
+    digests = [_digest(cache, row) for row in range(len(cache))]
+    new = np.array([row for row, digest in enumerate(digests) if digest not in known], dtype=np.int64)
+    vectors = np.empty((len(cache), encoder.dim), np.float32)
+    for row, digest in enumerate(digests):
+        if digest in known:
+            vectors[row] = known[digest]
+    if len(new):
+        vectors[new] = embed_rows(
+            encoder.encoder_, encoder.preprocessing_, cache, new, encoder.compute_, progress
+        ).numpy()
+    meta = {
+        "format": 1,
+        "run": os.fspath(run),
+        "encoder": encoder.meta_["sha256"],
+        "preprocessing": encoder.meta_["preprocessing"],
+        "dim": encoder.dim,
+        "data": str(data),
+        "fingerprint": cache.fingerprint,
+    }
+    write_embedding(out, vectors, cache, np.arange(len(cache)), meta, digests)
+    bad = [{"path": path, "reason": reason} for path, reason in cache.bad]
+    return {"vectors": len(vectors), "dim": encoder.dim, "new": len(new), "bad_files": bad}
+
+
+def write_embedding(
+    out: Path,
+    vectors: NDArray[np.float32],
+    cache: Cache,
+    rows: NDArray[np.int64],
+    meta: dict[str, Any],
+    digests: Sequence[str] | None = None,
+) -> None:
+    """The three files of an embedding; `items.parquet` has a row for every vector: id, label, class and pixels' hash."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    labels = None if cache.labels is None else [int(label) for label in cache.labels[rows]]
+    names = cache.classes or ()
+    columns = {
+        "id": pa.array([cache.ids[row] for row in rows], pa.string()),
+        "label": pa.array([None if labels is None or label < 0 else label for label in labels or [-1] * len(rows)], pa.int64()),
+        "class": pa.array([names[label] if label >= 0 else None for label in labels or [-1] * len(rows)], pa.string()),
+    }
+    if digests is not None:
+        columns["pixels"] = pa.array(digests, pa.string())
+    out.mkdir(parents=True, exist_ok=True)
+    # meta.json goes first and comes last: while it is missing, the other two are not trusted.
+    (out / META).unlink(missing_ok=True)
+    with atomic(out / VECTORS) as temporary, open(temporary, "wb") as file:
+        np.save(file, vectors)
+    with atomic(out / ITEMS) as temporary:
+        pq.write_table(pa.table(columns), temporary)
+    write_json(out / META, {**meta, "classes": list(names) or None, "vectors": len(vectors)})
+
+
+def _known(out: Path, sha256: str) -> dict[str, NDArray[np.float32]]:
+    """Pixels' hash -> vector of what this encoder has embedded into `out` before."""
+    import pyarrow.parquet as pq
+
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return {}
+    if not (out / META).exists() and not (out / VECTORS).exists():
+        raise UserError(f"{out} holds something else than embeddings: choose another -o.")
+    if not (out / META).exists():  # a killed write
+        return {}
+    if read_json(out / META).get("encoder") != sha256:
+        raise UserError(f"{out} holds embeddings of another encoder: choose another -o, or delete it.")
+    try:
+        digests = pq.read_table(out / ITEMS, columns=["pixels"])["pixels"].to_pylist()
+        vectors = np.load(out / VECTORS, allow_pickle=False)
+    except (OSError, ValueError, KeyError):
+        return {}
+    return dict(zip(digests, vectors, strict=True)) if len(digests) == len(vectors) else {}
+
+
+def _digest(cache: Cache, row: int) -> str:
+    images, _ = cache.batch(np.array([row]))
+    shape = f"{tuple(images.shape)}".encode()
+    return hashlib.blake2b(images.numpy().tobytes() + shape, digest_size=16).hexdigest()

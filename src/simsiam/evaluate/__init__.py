@@ -1,0 +1,119 @@
+"""Embeddings in, a dict of numbers out: one evaluation per file; the file name is the registry.
+
+A module has a docstring, `NEEDS_LABELS`, and
+
+    score(features, *, seed=0, **settings) -> dict     "value", the figure to compare, and the settings that it used
+
+which tests/test_evaluate.py checks for every file. Accuracies are in percent.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simsiam.config import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder made of a data set. Raises UserError where a value is NaN or infinite."""
+
+    train: Tensor
+    """float [N,D]"""
+    train_labels: Tensor | None
+    """int64 [N] in 0..classes-1, -1 where unknown; None where there are none"""
+    test: Tensor
+    """float [M,D]; M may be 0"""
+    test_labels: Tensor | None
+    classes: int
+
+    def __post_init__(self) -> None:
+        assert self.train.ndim == self.test.ndim == 2 and self.train.shape[1] == self.test.shape[1]
+        for rows, labels in ((self.train, self.train_labels), (self.test, self.test_labels)):
+            assert labels is None or (labels.shape == rows.shape[:1] and bool((labels < self.classes).all()))
+            check_finite(rows)
+
+    def labelled(self) -> Features | None:
+        """The rows whose label is known; None without test rows or without two classes to tell apart."""
+        if self.train_labels is None or self.test_labels is None:
+            return None
+        train, test = self.train_labels >= 0, self.test_labels >= 0
+        if not test.any() or len(self.train_labels[train].unique()) < 2:
+            return None
+        if train.all() and test.all():
+            return self
+        kept = self.train[train], self.train_labels[train], self.test[test], self.test_labels[test]
+        return Features(*kept, self.classes)
+
+
+def check_finite(rows: Tensor) -> None:
+    """Raises UserError where an encoder's features hold NaN or infinity."""
+    if not rows.isfinite().all():
+        raise UserError(
+            "The encoder's features are not finite: its training diverged. "
+            "Evaluate an earlier checkpoint, or train again with a lower train.lr."
+        )
+
+
+def names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def get(name: str) -> ModuleType:
+    """The evaluation's module. Raises UserError for an unknown name."""
+    if name not in names():
+        raise UserError(f"Unknown evaluation {name!r}.{nearest(name, names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def compare(
+    names: Iterable[str],
+    by_kind: Mapping[str, Features],
+    *,
+    seed: int = 0,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, dict[str, Any] | None]:
+    """Every named evaluation on every kind of features ("trained", "untrained", "pixels") of the same images.
+
+    Returns, ready for JSON, {name: {kind: value, ..., setting: value, ...}}; what differs between the kinds is itself
+    a table by kind. None for an evaluation that needs labels where there are not enough of them.
+    Raises UserError for an unknown evaluation or setting, and for features that are not finite.
+    """
+    return {name: _side_by_side(get(name), by_kind, seed, dict((settings or {}).get(name, {}))) for name in names}
+
+
+def _side_by_side(
+    module: ModuleType, by_kind: Mapping[str, Features], seed: int, settings: dict[str, Any]
+) -> dict[str, Any] | None:
+    known = inspect.signature(module.score).parameters.keys() - {"features", "seed"}
+    for key in settings:
+        if key not in known:
+            raise UserError(f"Unknown setting {key!r} of {module.__name__.rpartition('.')[2]}.{nearest(key, known)}")
+    scores: dict[str, dict[str, Any]] = {}
+    for kind, given in by_kind.items():
+        features = given.labelled() if module.NEEDS_LABELS else given
+        if features is None:
+            return None
+        scores[kind] = module.score(features, seed=seed, **settings)
+    table: dict[str, Any] = {kind: score["value"] for kind, score in scores.items()}
+    first = next(iter(scores.values()))
+    for key in first:
+        if key != "value":
+            same = all(score[key] == first[key] for score in scores.values())
+            table[key] = first[key] if same else {kind: score[key] for kind, score in scores.items()}
+    return table
+
+
+def draw(count: int, most: int, generator: torch.Generator) -> Tensor:
+    """Which of `count` rows to use where `most` are enough: a random choice, ascending, or all of them."""
+    chosen = torch.randperm(count, generator=generator)[:most]
+    return chosen.sort().values

@@ -1,0 +1,30 @@
+"""How spread out the embeddings are, without labels: 1 and many directions are healthy, 0 is a constant output.
+
+Training judges z, the projection; here it is whatever was embedded, most often the backbone's features, whose healthy
+figures differ (ReLU keeps them on one side of 0, so their std is below 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from simsiam.collapse import effective_rank, judge, normalised_std
+from simsiam.compute import generator
+from simsiam.evaluate import Features, draw
+
+NEEDS_LABELS = False
+
+
+def score(features: Features, *, seed: int = 0, rows: int = 2000) -> dict[str, Any]:
+    """std (times sqrt(d)), effective rank (at most the number of rows) and the verdict on them, on at most `rows` test
+    rows, or training rows where there are no test rows."""
+    given = features.test if len(features.test) > 1 else features.train
+    assert len(given) > 1
+    z = given[draw(len(given), rows, generator(torch.device("cpu"), seed)).to(given.device)]
+    std, rank = float(normalised_std(z)), effective_rank(z)
+    # There is no loss here; any finite one leaves the verdict to the std and the rank.
+    verdict = judge(0.0, std, rank).name
+    figures = {"value": round(std, 4), "std": round(std, 4), "effective_rank": round(rank, 2), "verdict": verdict}
+    return {**figures, "dim": z.shape[1], "rows": len(z)}

@@ -1,0 +1,72 @@
+"""A classifier that saw only a few labelled images of each class, averaged over random choices of them.
+
+The unlabelled training images are there all the same, so all of them set the scale of the features (`standardise`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simsiam.compute import generator
+from simsiam.evaluate import Features, draw
+from simsiam.evaluate.linear import accuracy, fit, standardise
+
+NEEDS_LABELS = True
+_AT_ONCE = 1 << 24
+"""Values in the draws that are fitted together (64 MiB of float32)."""
+
+
+def score(
+    features: Features,
+    *,
+    seed: int = 0,
+    labels_per_class: Sequence[int] = (1, 5, 10),
+    draws: int = 20,
+    C: float = 10.0,
+    most_test: int = 5000,
+) -> dict[str, Any]:
+    """Mean top-1 accuracy at the largest usable number of labels per class, and the std over the draws.
+
+    The draws depend on the seed and the labels alone, so they are the same for every encoder. Classes without a training
+    image cannot be drawn: their test rows count as misses. A number of labels that a class does not have is left out.
+
+    C: inverse strength of the L2 penalty, fixed, because a handful of labels is too few to choose it on.
+    """
+    data = features.labelled()
+    assert data is not None and data.train_labels is not None and data.test_labels is not None and draws > 0
+    labels, smallest = data.train_labels, int(data.train_labels.unique(return_counts=True)[1].min())
+    train, test = standardise(data.train, data.test)
+    rows = draw(len(test), most_test, generator(torch.device("cpu"), seed, 0)).to(test.device)
+    test, test_labels = test[rows], data.test_labels[rows]
+    by_labels = {}
+    for count in sorted(n for n in labels_per_class if n <= smallest):
+        chosen = choose(labels.cpu(), count, draws, seed).to(train.device)
+        together = max(1, _AT_ONCE // (chosen.shape[1] * train.shape[1]))
+        values = torch.cat(
+            [accuracy(fit(train[c], labels[c], data.classes, C), test, test_labels) for c in chosen.split(together)]
+        )
+        std = values.std(correction=min(1, draws - 1))
+        by_labels[count] = {"mean": round(float(values.mean()), 2), "std": round(float(std), 2)}
+    most = max(by_labels, default=0)
+    figures = by_labels.get(most, {"mean": None, "std": None})
+    return {
+        "value": figures["mean"],
+        "std": figures["std"],
+        "labels_per_class": most,
+        "draws": draws,
+        "C": C,
+        "by_labels": {str(count): value for count, value in by_labels.items()},
+        "test": len(test),
+    }
+
+
+def choose(labels: Tensor, count: int, draws: int, seed: int) -> Tensor:
+    """`count` random rows of every class that occurs, without repeats: labels int64 [N] -> rows int64 [draws,n]."""
+    members = [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
+    random = generator(torch.device("cpu"), seed, 1, count)
+    chosen = [[rows[torch.randperm(len(rows), generator=random)[:count]] for rows in members] for _ in range(draws)]
+    return torch.stack([torch.cat(each) for each in chosen])

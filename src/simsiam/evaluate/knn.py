@@ -1,0 +1,52 @@
+"""Weighted nearest neighbours: the training images that are most similar vote on the class.
+
+As InstDisc does it and as the authors' released code monitors training: cosine similarity, k = 200, votes weighted
+exp(similarity / T). T is 0.1 here (other projects: 0.1, the authors: 0.2), so k and T stand beside every figure.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simsiam.evaluate import Features
+from simsiam.neighbours import top_k
+
+NEEDS_LABELS = True
+
+
+def score(features: Features, *, seed: int = 0, k: int = 200, T: float = 0.1) -> dict[str, Any]:
+    """Top-1 accuracy. Nothing is drawn, so the seed is not used."""
+    data = features.labelled()
+    assert data is not None and data.train_labels is not None and data.test_labels is not None
+    value = accuracy(data.train, data.train_labels, data.test, data.test_labels, k, T)
+    rows = {"train": len(data.train), "test": len(data.test)}
+    return {"value": round(value, 2), "k": min(k, len(data.train)), "T": T, **rows}
+
+
+def accuracy(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 200, T: float = 0.1
+) -> float:
+    """Percent of test rows whose neighbours vote for the right class, in 0..100; NaN where no test label is known.
+
+    A constant output gives every test row the same votes, so it scores the share of one class: chance. Tied classes
+    go to the lower number.
+
+    Args:
+        train, test: float [N,D] and [M,D], of any scale.
+        train_labels, test_labels: int64 [N] and [M]; rows labelled -1 are left out.
+        k: neighbours that vote, at most N.
+        T: temperature; the lower, the more the nearest count.
+    Raises UserError where a feature is not finite.
+    """
+    assert T > 0
+    train, train_labels = train[train_labels >= 0], train_labels[train_labels >= 0].cpu()
+    test, test_labels = test[test_labels >= 0], test_labels[test_labels >= 0].cpu()
+    if not len(test) or not len(train):
+        return float("nan")
+    similarity, index = top_k(test, train, k)
+    weight = ((similarity - similarity[:, :1]) / T).exp()
+    votes = torch.zeros(len(test), int(train_labels.max()) + 1).scatter_add_(1, train_labels[index], weight)
+    return float((votes.argmax(1) == test_labels).double().mean() * 100)

@@ -1,0 +1,106 @@
+"""What is measured on held-out images while a run trains: label-free figures everywhere, kNN where labels exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from simsiam.collapse import alignment, effective_rank, normalised_std, retrieval
+from simsiam.compute import Compute, generator
+from simsiam.data.cache import Cache
+from simsiam.data.views import ViewSettings, random_view
+from simsiam.embed import Preprocessing, embed_rows, pixel_rows
+from simsiam.evaluate.knn import accuracy
+
+SAMPLE = 512
+"""Held-out images for the label-free figures."""
+_BANK, _QUERIES = 2500, 1000
+_VIEW_BATCH = 256
+
+
+class Monitor:
+    """The same held-out images, in the same views, at every look.
+
+    Args:
+        train, held_out: int64, the cache rows that are trained on and those that are not.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        train: NDArray[np.int64],
+        held_out: NDArray[np.int64],
+        views: ViewSettings,
+        prepare: Preprocessing,
+        compute: Compute,
+    ) -> None:
+        self.cache, self.views, self.prepare, self.compute = cache, views, prepare, compute
+        # A set too small to hold any out is watched on what it trains on: better than blind.
+        self.sample = draw(held_out if len(held_out) >= 16 else train, SAMPLE)
+        self.bank, self.queries = draw(train, _BANK), draw(held_out, _QUERIES)
+        labels = cache.labels
+        self.labelled = labels is not None and len(self.queries) > 0 and bool((labels[self.queries] >= 0).any())
+
+    def look(self, method: nn.Module) -> dict[str, Any]:
+        """Figures of the method as it stands; its mode is put back. Draws nothing from the training's random numbers."""
+        training = method.training
+        method.eval()
+        figures = self._two_views(method)
+        if self.labelled:
+            figures["knn"] = self.knn(method.encoder)  # type: ignore[arg-type]
+        method.train(training)
+        return figures
+
+    def baselines(self, untrained: nn.Module) -> dict[str, float]:
+        """kNN accuracy on this sample of the untrained encoder and of raw pixels: what training has to beat."""
+        if not self.labelled:
+            return {}
+        pixels = [pixel_rows(self.prepare, self.cache, rows) for rows in (self.bank, self.queries)]
+        return {"knn": self.knn(untrained), "knn_pixels": self._vote(*pixels)}
+
+    def knn(self, encoder: Callable[[Tensor], Tensor]) -> float:
+        """kNN accuracy in percent on this sample."""
+        return self._vote(
+            *(embed_rows(encoder, self.prepare, self.cache, rows, self.compute) for rows in (self.bank, self.queries))
+        )
+
+    def _vote(self, bank: Tensor, queries: Tensor) -> float:
+        assert self.cache.labels is not None
+        known = [torch.from_numpy(self.cache.labels[rows]) for rows in (self.bank, self.queries)]
+        return accuracy(bank, known[0], queries, known[1])
+
+    def _two_views(self, method: nn.Module) -> dict[str, Any]:
+        draws = generator(self.compute.device, 0x5EED)
+        features: list[list[Tensor]] = [[], []]
+        projections: list[list[Tensor]] = [[], []]
+        for start in range(0, len(self.sample), _VIEW_BATCH):
+            images, sizes = self.cache.batch(self.sample[start : start + _VIEW_BATCH])
+            images, sizes = images.to(self.compute.device), sizes.to(self.compute.device)
+            for side in range(2):
+                x = random_view(images, self.views, draws, sizes)
+                with torch.inference_mode(), self.compute.autocast():
+                    h, z = method.embed(x)  # type: ignore[operator]
+                features[side].append(h.float())
+                projections[side].append(z.float())
+        h1, z1, z2 = torch.cat(features[0]), torch.cat(projections[0]), torch.cat(projections[1])
+        if not (torch.isfinite(z1).all() and torch.isfinite(h1).all()):
+            return {}
+        return {
+            "std_z": float(normalised_std(z1)),
+            "std_features": float(normalised_std(h1)),
+            "effective_rank": effective_rank(z1.cpu()),
+            "effective_rank_features": effective_rank(h1.cpu()),
+            "alignment": alignment(z1, z2),
+            "retrieval": retrieval(z1, z2),
+        }
+
+
+def draw(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """`most` of the rows, the same ones every time, in order."""
+    chosen = np.random.default_rng(0).permutation(len(rows))[:most]
+    return rows[np.sort(chosen)]

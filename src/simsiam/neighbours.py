@@ -1,0 +1,73 @@
+"""Exact nearest neighbours by cosine similarity, block by block, so that memory stays bounded."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simsiam.config import UserError
+
+_BANK_BLOCK = 1 << 25
+"""Values of the bank that are normalised and held at a time (128 MiB of float32)."""
+
+
+def top_k(
+    queries: Tensor | np.ndarray,
+    bank: Tensor | np.ndarray,
+    k: int,
+    *,
+    exclude_self: bool = False,
+    block: int = 512,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k rows of the bank that are most similar to each query.
+
+    Args:
+        queries, bank: float [Q,D] and [N,D], of any scale; arrays may be read-only or memory-mapped.
+        k: at most N (N-1 with `exclude_self`) neighbours are returned.
+        exclude_self: the queries are the bank; row i is left out of its own neighbours, its duplicates are not.
+        block: queries compared at a time.
+        device: where to compute; None is where `bank` lies.
+    Returns:
+        Cosine similarities, float32 [Q,k], descending, and indices into the bank, int64 [Q,k], on the CPU. A row of
+        zeros has similarity 0 to everything. Equal similarities come in any order.
+    Raises:
+        UserError: a value is NaN or infinite.
+    """
+    assert queries.ndim == 2 and bank.ndim == 2 and queries.shape[1] == bank.shape[1]
+    assert k >= 1 and block >= 1 and (not exclude_self or len(queries) == len(bank))
+    if device is None:
+        device = bank.device if isinstance(bank, Tensor) else torch.device("cpu")
+    k = max(0, min(k, len(bank) - exclude_self))
+    scores = torch.full((len(queries), k), -torch.inf)
+    indices = torch.zeros(len(queries), k, dtype=torch.int64)
+    bank_block = max(1, _BANK_BLOCK // max(1, bank.shape[1]))
+    for first in range(0, len(bank), bank_block):
+        part = unit_rows(bank[first : first + bank_block], device)
+        for start in range(0, len(queries), block):
+            rows = slice(start, start + block)
+            similarity = unit_rows(queries[rows], device) @ part.T
+            if exclude_self:
+                similarity.diagonal(start - first).fill_(-torch.inf)
+            best, which = similarity.topk(min(k, len(part)), dim=1)
+            # Merged with the best of the bank's earlier blocks.
+            best, order = torch.cat([scores[rows], best.cpu()], 1).topk(k, dim=1)
+            scores[rows] = best
+            indices[rows] = torch.cat([indices[rows], which.cpu() + first], 1).gather(1, order)
+    return scores.clamp_(-1, 1), indices  # rounding goes a little past 1
+
+
+def unit_rows(rows: Tensor | np.ndarray, device: torch.device | None = None) -> Tensor:
+    """Rows of length 1, float32 [N,D]; a row of zeros stays. Raises UserError where a value is NaN or infinite."""
+    if isinstance(rows, np.ndarray):
+        rows = torch.from_numpy(rows.astype(np.float32))
+    rows = rows.to(device, torch.float32)
+    # By the largest value first: the squares of very large or small values leave the range of float32.
+    peak = rows.abs().amax(1, keepdim=True)
+    if not peak.isfinite().all():
+        raise UserError(
+            "The embeddings are not finite. The encoder diverged: use an earlier checkpoint, or train anew."
+        )
+    rows = rows / torch.where(peak > 0, peak, 1.0)
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1)

@@ -1,0 +1,237 @@
+"""What a run is told: recipe, overrides, and for what is left, defaults derived from the data, each with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from simsiam import methods, recipes
+from simsiam.compute import Precision
+from simsiam.config import Table, UserError, fill, merge, nearest, parse_duration, show_duration
+from simsiam.data.decode import DecodeError, open_image
+from simsiam.data.sources import ImageSet
+from simsiam.data.views import ViewSettings
+from simsiam.encoders import EncoderSpec
+
+Reasons = list[tuple[str, str, str]]
+"""(setting, value, why) of every default that the data decided."""
+
+_SMALL_IMAGE = 48
+_TABLES = ("method", "encoder", "train", "views", "eval")
+_PATIENCE = {"cpu": 1800.0, "cuda": 4 * 3600.0, "mps": 1800.0}
+"""Seconds that a run takes at most where nobody asked for more."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How the weights are moved. The defaults are the paper's for ImageNet (section 4.1)."""
+
+    epochs: float | None = None
+    budget: str | None = None
+    """Train for so long ('10m'): the schedule follows the clock. Instead of epochs."""
+    batch_size: int = 512
+    lr: float = 0.05
+    """Base learning rate: the rate is lr x batch_size / 256."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    """On everything, BN and biases too."""
+    warmup_epochs: float = 0.0
+    cosine: Literal["step", "epoch"] = "step"
+    """The learning rate changes every step, or every epoch as in the paper."""
+    precision: Precision = "auto"
+    on_collapse: Literal["stop", "continue"] = "stop"
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.budget is not None:
+            raise ValueError("epochs and budget cannot both be set: choose one.")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ValueError(f"epochs is {self.epochs:g}: it must be above 0.")
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size is {self.batch_size}: BN needs at least 2 images.")
+        if self.lr <= 0 or not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.warmup_epochs < 0:
+            raise ValueError("lr must be above 0, momentum in [0, 1), weight_decay and warmup_epochs not negative.")
+        if self.budget is not None:
+            parse_duration(self.budget)
+
+    @property
+    def seconds(self) -> float | None:
+        return None if self.budget is None else parse_duration(self.budget)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    size: int
+    """Side of the encoder's input in use, in pixels; views may be smaller (docs/how-it-works.md)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run; `table()` is its `config.toml`, which runs it again."""
+
+    data: str
+    seed: int
+    method: str
+    method_settings: Any
+    encoder: EncoderSpec
+    train: TrainSettings
+    views: ViewSettings
+    eval: EvalSettings
+
+    def table(self) -> Table:
+        def rows(settings: Any) -> Table:
+            return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
+
+        return {
+            "data": self.data,
+            "seed": self.seed,
+            "method": {"name": self.method, **rows(self.method_settings)},
+            "encoder": rows(self.encoder),
+            "train": rows(self.train),
+            "views": rows(self.views),
+            "eval": rows(self.eval),
+        }
+
+
+def read(table: Table) -> Recipe:
+    """A complete table, as `Recipe.table` gives it, -> Recipe. Raises UserError for an unknown name or a wrong value."""
+    for key in table:
+        if key not in ("data", "seed", *_TABLES):
+            raise UserError(f"Unknown setting {key}.{nearest(key, ['data', 'seed', *_TABLES])}")
+    seed = table.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise UserError(f"seed is {seed!r}: it must be a whole number from 0 on.")
+    method = {**table["method"]}
+    name = method.pop("name")
+    return Recipe(
+        data=str(table["data"]),
+        seed=seed,
+        method=name,
+        method_settings=fill(methods.get(name).Settings, method, "method"),
+        encoder=fill(EncoderSpec, table["encoder"], "encoder"),
+        train=fill(TrainSettings, table["train"], "train"),
+        views=fill(ViewSettings, table["views"], "views"),
+        eval=fill(EvalSettings, table["eval"], "eval"),
+    )
+
+
+def qualify(override: Table) -> Table:
+    """`{"lr": 0.1}` -> `{"train": {"lr": 0.1}}`: a setting may be named without its table where only one has it."""
+    (key, value), *_ = override.items()
+    if key in (*_TABLES, "data", "seed"):
+        return override if isinstance(value, dict) or key in ("data", "seed") else {key: {"name": value}}
+    owners = {"train": TrainSettings, "views": ViewSettings, "encoder": EncoderSpec}
+    homes = [table for table, owner in owners.items() if key in {field.name for field in dataclasses.fields(owner)}]
+    homes += [
+        "method"
+        for name in methods.names()
+        if key in {field.name for field in dataclasses.fields(methods.get(name).Settings)}
+    ][:1]
+    if len(homes) == 1:
+        return {homes[0]: override}
+    known = [f"{table}.{field.name}" for table, owner in owners.items() for field in dataclasses.fields(owner)]
+    if homes:
+        raise UserError(f"{key} could be {' or '.join(f'{home}.{key}' for home in homes)}: write which.")
+    raise UserError(f"Unknown setting {key}.{nearest(key, [*known, *(name.split('.')[1] for name in known)])}")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the defaults are derived from."""
+
+    images: int
+    short_side: int
+    """Median over the images, pixels."""
+    device: str
+    """cpu, cuda or mps"""
+
+
+def look_at(images: ImageSet, device: str, sample: int = 200) -> Facts:
+    """Reads the headers of up to `sample` images, spread over the set."""
+    sides = []
+    for i in np.unique(np.linspace(0, len(images) - 1, min(sample, len(images))).astype(int)).tolist():
+        try:
+            sides.append(min(open_image(images.read(i)).size))
+        except (DecodeError, OSError, ValueError):
+            continue  # counted and named when the set is decoded
+    return Facts(len(images), int(np.median(sides)) if sides else 32, device)
+
+
+def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[Recipe, Reasons]:
+    """Fills in what the user left open.
+
+    Args:
+        table: the user's recipe and overrides, merged.
+        asked_size: --size: both views and use.
+    Returns the recipe and the reason for every default that depends on the data or the machine. Epochs stay open where
+    neither epochs nor budget is given: `default_epochs` decides when the speed is known.
+    """
+    why: Reasons = []
+    small = facts.short_side <= _SMALL_IMAGE
+    images = f"images are {facts.short_side} px on their short side (median)"
+    if "name" not in table.get("encoder", {}):
+        base = "thin" if facts.device != "cuda" else "cifar" if small else "imagenet"
+        reason = {"thin": "no GPU", "cifar": f"a GPU, and {images}", "imagenet": f"a GPU, and {images}"}[base]
+        why.append(("recipe", base, reason))
+        preset = recipes.get(base)
+        preset["train"].pop("epochs", None)
+        if base == "imagenet" and facts.images < 200_000:
+            preset["encoder"] = {"name": "resnet18"}
+            why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))
+        if base == "thin" and facts.images < 20_000:
+            preset["train"] |= {"weight_decay": 1e-4, "batch_size": 64}
+        chosen = table.get("method", {}).get("name", preset["method"]["name"])
+        if chosen != preset["method"]["name"]:
+            del preset["method"]
+        table = merge(preset, table)
+    table = {**{key: {} for key in _TABLES}, "seed": 0, **table}
+    table = {**table, "method": {"name": "simsiam", **table["method"]}}
+    views, use, train, encoder = dict(table["views"]), dict(table["eval"]), dict(table["train"]), dict(table["encoder"])
+    thin = str(encoder.get("name", "")).startswith("thin-")
+
+    if asked_size is not None:
+        views["size"] = asked_size
+        use["size"] = asked_size
+    if "size" not in use:
+        if "size" in views:
+            use["size"] = _upto(views["size"] * 4 // 3, facts.short_side, 8) if thin else views["size"]
+            use["size"] = max(use["size"], views["size"])
+        elif small:
+            use["size"] = max(16, math.ceil(facts.short_side / 8) * 8)
+            why.append(("eval.size", str(use["size"]), images))
+        else:
+            most = 64 if facts.device != "cuda" else 224
+            use["size"] = _upto(most, facts.short_side, 32)
+            why.append(("eval.size", str(use["size"]), f"{images}; {'no GPU' if most == 64 else 'a GPU'}"))
+    if "size" not in views:
+        views["size"] = max(8, use["size"] * 3 // 4 // 8 * 8) if thin else use["size"]
+        if views["size"] != use["size"]:
+            why.append(("views.size", str(views["size"]), f"crops enlarge, so {use['size']} px in use look alike; faster"))
+    encoder.setdefault("size", use["size"])
+    batch = train.setdefault("batch_size", 256)
+    if isinstance(batch, int) and batch > facts.images // 4:
+        train["batch_size"] = min(batch, 2 ** int(math.log2(max(2, facts.images // 4))))
+        why.append(("train.batch_size", str(train["batch_size"]), f"there are only {facts.images:,} images"))
+    full = {**table, "views": views, "eval": use, "train": train, "encoder": encoder}
+    return read(full), why
+
+
+def _upto(most: int, side: int, step: int) -> int:
+    """The largest multiple of `step` that images of this side fill, at most `most`."""
+    return max(step, min(most, side // step * step))
+
+
+def default_epochs(facts: Facts, seconds_per_epoch: float) -> tuple[float, str]:
+    """Epochs where nobody named any: the paper's, but no longer than a person waits."""
+    full = 800 if facts.images < 200_000 else 100
+    patience = _PATIENCE[facts.device]
+    fit = patience / seconds_per_epoch
+    if fit >= full:
+        return full, "as many as the paper trains on a set of this size"
+    epochs = max(1.0, float(math.floor(fit)))
+    limit = show_duration(patience)
+    return epochs, f"about {limit}; the paper trains {full} epochs. --epochs or --budget decide otherwise"

@@ -1,0 +1,130 @@
+"""Device, precision, threads and seeds."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from simsiam import compute
+from simsiam.compute import Compute, cpu_quota, describe, generator, pick_device, probe_precision, set_threads
+from simsiam.config import UserError
+
+CPU = torch.device("cpu")
+
+
+def draw(*key: int, count: int = 4096) -> torch.Tensor:
+    return torch.randn(count, generator=generator(CPU, *key))
+
+
+def test_a_generator_is_a_function_of_its_key() -> None:
+    before = torch.random.get_rng_state()
+    keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (12,), (1, 2), (2, 1), (-1,), (2**40,)]
+    assert all(torch.equal(draw(*key), draw(*key)) for key in keys)
+    assert not any(torch.equal(draw(*one), draw(*two)) for one, two in itertools.combinations(keys, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_neighbouring_keys_are_independent() -> None:
+    """Seeds 0..15 and steps 0..15 of seed 0, also shifted against each other: no correlation beyond chance."""
+    streams = torch.stack([draw(seed) for seed in range(16)] + [draw(0, step) for step in range(16)])
+    limit = 5 / streams.shape[1] ** 0.5
+    for shift in (0, 1, 2, 624):
+        rolled = streams.roll(shift, dims=1)
+        correlation = streams @ rolled.T / streams.shape[1]
+        if shift == 0:
+            correlation.fill_diagonal_(0)
+        assert float(correlation.abs().max()) < limit
+
+
+def test_pick_device() -> None:
+    assert pick_device("cpu") == CPU
+    assert torch.empty(1, device=pick_device("auto")).numel() == 1
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "cpu0"])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(UserError, match=r"cannot be used .* --device cpu") as error:
+        pick_device(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [("max 100000\n", 8), ("50000 100000\n", 1), ("200000 100000\n", 2), ("1600000 100000\n", 8), ("broken", 8)],
+)
+def test_cores_are_the_smaller_of_affinity_and_quota(monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(compute, "open", lambda *_, **__: io.StringIO(quota), raising=False)
+    assert cpu_quota() == cores
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_a_process_bound_to_one_core_has_one() -> None:
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from simsiam.compute import cpu_quota; print(cpu_quota())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
+def test_threads_follow_the_quota_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr(compute, "cpu_quota", lambda: 1)
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert set_threads() == 2
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert set_threads() == torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_autocast_is_the_precision() -> None:
+    layer, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
+    with Compute(CPU, "bf16").autocast():
+        assert layer(x).dtype == torch.bfloat16
+    with Compute(CPU, "fp32").autocast():
+        assert layer(x).dtype == torch.float32
+    assert layer(x).dtype == torch.float32
+
+
+def test_convolutions_are_placed_in_channels_last() -> None:
+    conv = torch.nn.Conv2d(3, 8, 3)
+    weight = conv.weight.detach().clone()
+    placed = Compute(CPU, "fp32").place(conv)
+    assert placed.weight.is_contiguous(memory_format=torch.channels_last) and torch.equal(placed.weight, weight)
+
+
+@pytest.mark.parametrize("faster", ["bf16", "fp32"])
+def test_the_faster_precision_is_picked(monkeypatch: pytest.MonkeyPatch, faster: str) -> None:
+    """On a clock that only the step moves. A slow warm-up and one slow repetition of the faster must not count."""
+    clock = 0.0
+    calls: list[str] = []
+
+    def step(compute: Compute) -> None:
+        nonlocal clock
+        calls.append(compute.precision)
+        with compute.autocast():  # the step runs in the precision that it is told
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == {"bf16": torch.bfloat16}.get(
+                compute.precision, torch.float32
+            )
+        disturbed = compute.precision == faster and calls.count(faster) != 3
+        clock += 100 if disturbed else 1 if compute.precision == faster else 4
+
+    monkeypatch.setattr(compute.time, "perf_counter", lambda: clock)
+    picked, reason = probe_precision(CPU, step)
+    assert picked == faster and "4.0x" in reason and set(calls) == {"bf16", "fp32"}
+
+
+def test_the_description_is_json() -> None:
+    found = json.loads(json.dumps(describe()))
+    assert found["torch"] == torch.__version__ and 1 <= found["cores"] <= (os.cpu_count() or 1) and found["cpu"]

@@ -1,0 +1,189 @@
+"""Backbones: ours against torchvision's, and any name against the contract [B,3,h,w] -> [B,dim]."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from simsiam.config import UserError
+from simsiam.encoders import BasicBlock, EncoderSpec, build, names, to_table
+
+
+def images(size: int, batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(5))
+
+
+def last_norms(backbone: nn.Module) -> list[Tensor]:
+    """The weights of the last BN of every basic block, ours, torchvision's or timm's."""
+    return [block.bn2.weight for block in backbone.modules() if type(block).__name__ == "BasicBlock"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("depth", "training"), [("resnet18", True), ("resnet18", False), ("resnet34", False)])
+def test_stages_are_torchvisions(depth: str, training: bool) -> None:
+    """The stem differs by design; from there on weights load strictly and every stage gives the same."""
+    torch.manual_seed(0)
+    theirs = models.get_model(depth, weights=None).train(training)
+    for module in theirs.modules():  # statistics and scales that are not 0 and 1
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    ours = build(EncoderSpec(f"cifar-{depth}", 32), 0).backbone.train(training)
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        getattr(ours, stage).load_state_dict(getattr(theirs, stage).state_dict(), strict=True)
+    x = y = torch.randn(2, 64, 8, 8)
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        x, y = getattr(ours, stage)(x), getattr(theirs, stage)(y)
+        torch.testing.assert_close(x, y)
+    assert (
+        sum(p.numel() for p in ours.parameters())
+        == sum(p.numel() for name, p in theirs.named_parameters() if not name.startswith(("conv1", "fc"))) + 64 * 3 * 9
+    )
+
+
+def test_features_of_ours_are_the_spatial_mean_of_the_last_stage() -> None:
+    encoder = build(EncoderSpec("thin-resnet18", 32), 0).eval()
+    maps: list[Tensor] = []
+    encoder.backbone.layer4.register_forward_hook(lambda *args: maps.append(args[2]))  # type: ignore[union-attr]
+    features = encoder(images(32))
+    torch.testing.assert_close(features, maps[0].flatten(2).mean(2))
+    assert maps[0].shape == (2, 128, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "stride"),
+    [("cifar-resnet18", 96, 8), ("thin-resnet18", 48, 8), ("thin-resnet18", 64, 16), ("thin-resnet34", 160, 32)],
+)
+def test_default_stem_follows_the_view_size(name: str, size: int, stride: int) -> None:
+    backbone = build(EncoderSpec(name, size, width=4), 0).backbone
+    side: list[int] = []
+    backbone.layer4.register_forward_hook(lambda *args: side.append(args[2].shape[-1]))  # type: ignore[union-attr]
+    backbone(images(size))
+    assert side == [size // stride]
+
+
+def test_stem_and_width_are_as_asked() -> None:
+    for stem, side in ((1, 8), (2, 4), (4, 2)):
+        encoder = build(EncoderSpec("thin-resnet18", 64, width=8, stem=stem), 0)
+        before: list[int] = []
+        encoder.backbone.layer4.register_forward_hook(lambda *args, to=before: to.append(args[2].shape[-1]))  # type: ignore[union-attr]
+        assert encoder(images(64)).shape == (2, encoder.dim) == (2, 64) and before == [side]
+
+
+# Every way to give a head, a size and an auxiliary output among torchvision's and timm's.
+@pytest.mark.parametrize(
+    ("name", "size", "dim"),
+    [
+        ("thin-resnet18", 32, 128),
+        ("thin-resnet34", 64, 128),
+        ("cifar-resnet18", 32, 512),
+        ("resnet18", 64, 512),
+        ("resnet50", 64, 2048),
+        ("vit_b_16", 224, 768),
+        ("vit_b_32", 64, 768),
+        ("googlenet", 64, 1024),
+        ("squeezenet1_1", 64, 512),
+        ("mobilenet_v3_small", 64, 1024),
+        ("regnet_y_400mf", 64, 440),
+        ("densenet121", 64, 1024),
+        ("swin_t", 64, 768),
+        ("timm/resnet18", 64, 512),
+        ("timm/vit_tiny_patch16_224", 64, 192),
+        ("timm/resnet18.a1_in1k", 64, 512),
+        ("mobilenetv3_small_100", 64, 1024),
+        ("convnext_tiny", 32, 768),
+    ],
+)
+def test_any_backbone_gives_a_vector_for_each_image(name: str, size: int, dim: int) -> None:
+    state = torch.random.get_rng_state()
+    encoder = build(EncoderSpec(name, size), 3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    # Reading the width off the network has left no trace: BN as it starts, training mode, no gradients.
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.num_batches_tracked == 0 and module.running_mean.count_nonzero() == 0
+        assert module.training
+    assert all(p.requires_grad and p.grad is None for p in encoder.parameters())
+    out = encoder(images(size, batch=3))  # in training mode, where auxiliary classifiers would speak up
+    assert out.shape == (3, encoder.dim) == (3, dim) and out.dtype == torch.float32 and out.isfinite().all()
+
+
+def test_inception_takes_what_it_can_and_says_what_it_cannot() -> None:
+    assert build(EncoderSpec("inception_v3", 75), 0).dim == 2048
+    with pytest.raises(UserError, match=r"inception_v3 cannot take 32-pixel views .*--size"):
+        build(EncoderSpec("inception_v3", 32), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("alexnet", 32), ("vit_b_32", 60), ("maxvit_t", 64), ("timm/efficientformer_l1", 96)]
+)
+def test_a_size_that_does_not_fit_is_the_users_mistake(name: str, size: int) -> None:
+    with pytest.raises(UserError, match=f"{name} cannot take {size}-pixel views") as error:
+        build(EncoderSpec(name, size), 0)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["thin-resnet18", "shufflenet_v2_x0_5", "timm/resnet10t"])
+def test_weights_are_a_function_of_the_seed(name: str) -> None:
+    spec = EncoderSpec(name, 64)
+    first = build(spec, 7).state_dict()
+    torch.manual_seed(99)
+    again, other = build(spec, 7).state_dict(), build(spec, 8).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    weights = [key for key in first if first[key].ndim == 4]
+    assert weights and not any(torch.equal(first[key], other[key]) for key in weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [("thin-resnet18", False), ("cifar-resnet18", True), ("resnet18", True), ("timm/resnet18", True)],
+)
+def test_zero_init(name: str, default: bool) -> None:
+    for asked in (None, True, False):
+        encoder = build(EncoderSpec(name, 32, zero_init_residual=asked), 0)
+        norms = last_norms(encoder.backbone)
+        assert len(norms) == 8
+        zero = default if asked is None else asked
+        assert all(bool((norm == (0 if zero else 1)).all()) for norm in norms)
+
+
+def test_a_zero_block_is_the_identity() -> None:
+    backbone = build(EncoderSpec("cifar-resnet18", 32), 0).backbone
+    block = backbone.layer1[0]  # type: ignore[index]
+    assert isinstance(block, BasicBlock)
+    x = torch.randn(2, 64, 8, 8).relu()
+    assert torch.equal(block(x), x)
+
+
+def test_only_classifiers_are_listed() -> None:
+    homes = {name: models.get_model_builder(name).__module__ for name in names() if "-" not in name}
+    assert {"resnet50", "vit_b_16", "convnext_tiny"} <= homes.keys() and len(names()) == len(set(names()))
+    kinds = ("detection", "segmentation", "video", "quantization", "optical_flow")
+    assert not [name for name, home in homes.items() if any(kind in home for kind in kinds)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (EncoderSpec("resnet81", 32), "Unknown encoder 'resnet81'.* Did you mean 'resnet"),
+        (EncoderSpec("timm/resnet_18", 32), "Did you mean 'timm/resnet18'"),
+        (EncoderSpec("xyzzy", 32), "'xyzzy'. `simsiam list`"),
+        (EncoderSpec("thin-resnet18", 32, stem=3), "1, 2 or 4"),
+        (EncoderSpec("thin-resnet18", 32, width=0), "at least 1"),
+        (EncoderSpec("resnet18", 32, width=32), "resnet18 has no such setting"),
+        (EncoderSpec("timm/resnet18", 32, stem=1), "timm/resnet18 has no such setting"),
+        (EncoderSpec("vgg11", 32, zero_init_residual=True), "vgg11 has no such setting"),
+        (EncoderSpec("timm/convnext_atto", 32, zero_init_residual=False), "convnext_atto has no such setting"),
+    ],
+)
+def test_mistakes_are_named(spec: EncoderSpec, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        build(spec, 0)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200
+
+
+def test_the_table_builds_the_same_encoder() -> None:
+    spec = EncoderSpec("thin-resnet18", 32, width=8, zero_init_residual=False)
+    assert EncoderSpec(**to_table(spec)) == spec and None not in to_table(spec).values()

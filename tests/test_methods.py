@@ -1,0 +1,156 @@
+"""The contract of methods/__init__.py, over every method that is there."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simsiam import methods
+from simsiam.config import UserError
+from simsiam.encoders import EncoderSpec, build
+
+BATCH, SIZE = 8, 16
+SMALL = {"dim": 32, "projector_hidden": 32, "predictor_hidden": 16}
+every_method = pytest.mark.parametrize("name", methods.names())
+
+
+def make(name: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """The method on a small encoder, with the widths that it knows made small."""
+    module = methods.get(name)
+    known = {field.name for field in dataclasses.fields(module.Settings)}
+    settings = module.Settings(**{key: value for key, value in (SMALL | changes).items() if key in known})
+    encoder = build(EncoderSpec("thin-resnet18", SIZE, width=4), seed)
+    torch.manual_seed(seed)
+    return module.Method(encoder, settings)
+
+
+def batch(seed: int) -> tuple[list[Tensor], Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    views = [torch.randn(BATCH, 3, SIZE, SIZE, generator=draws) for _ in range(2)]
+    return views, torch.arange(seed * BATCH, (seed + 1) * BATCH)
+
+
+def optimiser(method: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(method.param_groups(), lr=0.05, momentum=0.9, weight_decay=1e-4)  # type: ignore[operator]
+
+
+def step(method: nn.Module, sgd: torch.optim.Optimizer, number: int) -> float:
+    """One training step as the loop takes it, an epoch each."""
+    torch.manual_seed(number)
+    if hasattr(method, "before_epoch"):
+        method.before_epoch(number)
+    loss, _ = method(*batch(number))
+    sgd.zero_grad()
+    loss.backward()
+    sgd.step()
+    if hasattr(method, "after_step"):
+        method.after_step(number / 10)  # the share of training that is done
+    return loss.item()
+
+
+@every_method
+def test_a_method_says_where_it_comes_from(name: str) -> None:
+    module = methods.get(name)
+    assert "arXiv" in module.CITATION and str(module.__doc__).strip()
+    assert module.PUBLISHED and all(isinstance(value, float) for value in module.PUBLISHED.values())
+    assert dataclasses.is_dataclass(module.Settings) and module.Settings() == module.Settings()
+    assert issubclass(module.Method, nn.Module)
+
+
+@every_method
+def test_forward_gives_a_float32_loss_and_detached_stats(name: str) -> None:
+    views, index = batch(0)
+    before = [view.clone() for view in views]
+    loss, stats = make(name)(views, index)
+    assert loss.shape == () and loss.dtype == torch.float32 and loss.requires_grad and loss.isfinite()
+    assert "std" in stats
+    for value in stats.values():
+        assert isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad and value.isfinite()
+    assert all(torch.equal(view, old) for view, old in zip(views, before, strict=True))
+
+
+@every_method
+def test_the_loss_reaches_the_encoder(name: str) -> None:
+    method = make(name)
+    method(*batch(0))[0].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
+    assert sum(float(p.grad.norm()) for p in method.encoder.parameters() if p.grad is not None) > 0  # type: ignore[union-attr]
+
+
+@every_method
+def test_embed_gives_features_and_projection(name: str) -> None:
+    method = make(name).eval()
+    with torch.no_grad():
+        (x, _), _ = batch(0)
+        h, z = method.embed(x)  # type: ignore[operator]
+        assert h.shape == (BATCH, method.encoder.dim) and z.shape[0] == BATCH and z.ndim == 2  # type: ignore[union-attr]
+        assert torch.equal(h, method.encoder(x))  # type: ignore[operator]
+        # In eval mode an embedding is its image's own: the rest of the batch does not matter.
+        torch.testing.assert_close(method.embed(x[2:3]), (h[2:3], z[2:3]))  # type: ignore[operator]
+
+
+@every_method
+def test_param_groups_hold_every_trained_parameter_once(name: str) -> None:
+    method = make(name)
+    grouped = [id(p) for group in method.param_groups() for p in group["params"]]  # type: ignore[operator]
+    trained = [id(p) for p in method.parameters() if p.requires_grad]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == set(trained)
+
+
+@every_method
+def test_training_is_deterministic(name: str) -> None:
+    runs = []
+    for _ in range(2):
+        method = make(name)
+        sgd = optimiser(method)
+        runs.append(([step(method, sgd, seed) for seed in range(3)], method.state_dict()))
+    assert runs[0][0] == runs[1][0] and len(set(runs[0][0])) == 3
+    assert all(torch.equal(value, runs[1][1][key]) for key, value in runs[0][1].items())
+
+
+@every_method
+def test_a_reloaded_state_goes_on_identically(name: str) -> None:
+    """Everything that the next step depends on is in the state dict, queues and twins too."""
+    method = make(name)
+    sgd = optimiser(method)
+    for seed in range(2):
+        step(method, sgd, seed)
+    resumed = make(name, seed=1)
+    resumed.load_state_dict(copy.deepcopy(method.state_dict()), strict=True)
+    resumed_sgd = optimiser(resumed)
+    resumed_sgd.load_state_dict(copy.deepcopy(sgd.state_dict()))
+    for seed in (2, 3):
+        assert step(method, sgd, seed) == step(resumed, resumed_sgd, seed)
+    theirs = resumed.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in method.state_dict().items())
+
+
+@every_method
+def test_a_bf16_step_is_finite(name: str) -> None:
+    method = make(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, stats = method(*batch(0))
+    assert loss.dtype == torch.float32 and loss.isfinite() and all(value.isfinite() for value in stats.values())
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
+    exact, _ = make(name)(*batch(0))
+    assert abs(loss.item() - exact.item()) < 0.05 * max(1.0, abs(exact.item()))
+
+
+@every_method
+def test_settings_outside_their_range_are_refused(name: str) -> None:
+    settings = methods.get(name).Settings
+    if "dim" in {field.name for field in dataclasses.fields(settings)}:
+        with pytest.raises(ValueError, match="dim"):
+            settings(dim=0)
+
+
+def test_an_unknown_method_is_hinted_at() -> None:
+    assert "simsiam" in methods.names()
+    with pytest.raises(UserError, match="Did you mean 'simsiam'"):
+        methods.get("simsaim")

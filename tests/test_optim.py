@@ -1,0 +1,141 @@
+"""The schedule against its closed form, LARS against a naive twin."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from simsiam.optim import LARS, learning_rate
+
+
+def test_half_a_cosine() -> None:
+    for progress in np.linspace(0, 1, 101):
+        assert math.isclose(learning_rate(progress, 0.06), 0.06 * (1 + math.cos(math.pi * progress)) / 2)
+    assert learning_rate(0, 0.06) == 0.06 and learning_rate(1, 0.06) == 0 and learning_rate(1.001, 0.06) == 0
+
+
+def test_the_schedule_is_torchs() -> None:
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=50)
+    for epoch in range(51):
+        assert math.isclose(learning_rate(epoch / 50, 0.3), optimiser.param_groups[0]["lr"], abs_tol=1e-12)
+        optimiser.step()
+        schedule.step()
+
+
+def test_warm_up_is_linear_and_meets_the_cosine() -> None:
+    warmup, base = 0.2, 0.5
+    for progress in np.linspace(0, 0.199, 20):
+        assert math.isclose(learning_rate(progress, base, warmup), base * progress / warmup)
+    assert math.isclose(learning_rate(warmup, base, warmup), base)
+    assert math.isclose(learning_rate((1 + warmup) / 2, base, warmup), base / 2)
+    assert learning_rate(1, base, warmup) == 0
+
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "matrix": (5, 4),
+    "conv": (3, 2, 3, 3),
+    "bias": (6,),
+    "zero": (2, 2),
+    "scalar": (),
+}
+
+
+def problem() -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """Parameters, and their gradients for six steps; `zero` starts at 0, and some gradients are 0."""
+    torch.manual_seed(0)
+    parameters = {name: torch.randn(shape) * (name != "zero") for name, shape in SHAPES.items()}
+    steps = [
+        {name: torch.randn(shape) * (name != "matrix" or i != 2) for name, shape in SHAPES.items()} for i in range(6)
+    ]
+    return parameters, steps
+
+
+def apply(optimiser: torch.optim.Optimizer, named: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]) -> None:
+    for name, parameter in named.items():
+        parameter.grad = gradients[name].clone()
+    optimiser.step()
+
+
+def naive_lars(
+    parameters: dict[str, torch.Tensor], steps: list[dict[str, torch.Tensor]], decay: float, settings: dict[str, float]
+) -> dict[str, np.ndarray]:
+    """As You et al. 2017 write it, one number at a time, in float64."""
+    result = {}
+    for name, parameter in parameters.items():
+        w, v = parameter.double().numpy().copy(), np.zeros(parameter.shape)
+        for gradients in steps:
+            g = gradients[name].double().numpy()
+            if w.ndim > 1:
+                g = g + decay * w
+                w_norm, g_norm = math.sqrt((w**2).sum()), math.sqrt((g**2).sum())
+                if w_norm > 0 and g_norm > 0:
+                    g = settings["trust_coefficient"] * w_norm / g_norm * g
+            v = settings["momentum"] * v + g
+            w = w - settings["lr"] * v
+        result[name] = w
+    return result
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "settings",
+    [{"lr": 0.3, "momentum": 0.9, "trust_coefficient": 0.001}, {"lr": 2.0, "momentum": 0.0, "trust_coefficient": 0.1}],
+)
+def test_lars_is_its_naive_twin(settings: dict[str, Any], decay: float) -> None:
+    parameters, steps = problem()
+    named = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    optimiser = LARS(named.values(), weight_decay=decay, **settings)
+    for gradients in steps:
+        apply(optimiser, named, gradients)
+    for name, expected in naive_lars(parameters, steps, decay, settings).items():
+        np.testing.assert_allclose(named[name].detach().numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_vectors_are_left_to_sgd() -> None:
+    parameters, steps = problem()
+    ours, theirs = ({"bias": parameters["bias"].clone().requires_grad_()} for _ in range(2))
+    lars = LARS(ours.values(), lr=0.1, momentum=0.9, weight_decay=0.5)
+    sgd = torch.optim.SGD(theirs.values(), lr=0.1, momentum=0.9)
+    for gradients in steps:
+        apply(lars, ours, gradients)
+        apply(sgd, theirs, gradients)
+    torch.testing.assert_close(ours["bias"], theirs["bias"])
+
+
+def test_the_step_does_not_depend_on_the_scale_of_the_gradient() -> None:
+    """What LARS is for: without decay the first step is lr * trust * |w| long, whatever the gradient's size."""
+    for scale in (1e-4, 1.0, 1e4):
+        w = torch.full((3, 4), 2.0, requires_grad=True)
+        w.grad = scale * torch.arange(12.0).view(3, 4)
+        before = w.detach().clone()
+        LARS([w], lr=0.5, trust_coefficient=0.01).step()
+        assert math.isclose(float((w.detach() - before).norm()), 0.5 * 0.01 * float(before.norm()), rel_tol=1e-4)
+
+
+def test_without_a_gradient_nothing_moves() -> None:
+    still, zero = torch.ones(2, 2, requires_grad=True), torch.ones(2, 2, requires_grad=True)
+    zero.grad = torch.zeros(2, 2)
+    optimiser = LARS([still, zero], lr=0.5, weight_decay=0.0)
+    optimiser.step()
+    assert torch.equal(still, torch.ones(2, 2)) and torch.equal(zero, torch.ones(2, 2))
+
+
+def test_a_loaded_state_goes_on_identically() -> None:
+    parameters, steps = problem()
+    named = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+    optimiser = LARS(named.values(), lr=0.3, weight_decay=0.01)
+    for gradients in steps[:3]:
+        apply(optimiser, named, gradients)
+    copied = {name: value.detach().clone().requires_grad_() for name, value in named.items()}
+    resumed = LARS(copied.values(), lr=9.0)
+    resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    for gradients in steps[3:]:
+        apply(optimiser, named, gradients)
+        apply(resumed, copied, gradients)
+    assert all(torch.equal(named[name], copied[name]) for name in named)

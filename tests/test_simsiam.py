@@ -1,0 +1,253 @@
+"""SimSiam against the paper: a naive twin, closed-form limits, and gradients that do not flow."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from simsiam.encoders import Encoder, EncoderSpec, build
+from simsiam.methods.simsiam import Method, Settings, negative_cosine
+
+Array = NDArray[np.float64]
+D, HIDDEN, DIM, BATCH = 12, 3, 10, 16
+
+
+def vectors(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear_method(**changes: Any) -> Method:
+    """SimSiam on the plainest of encoders, a linear layer on 3x2x2 pixels, with BN weights that are not 1 and 0."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, DIM))
+    method = Method(Encoder(EncoderSpec("linear", 2), backbone, DIM), Settings(dim=D, **changes))
+    for module in method.modules():
+        if isinstance(module, nn.BatchNorm1d) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return method
+
+
+def two_views(batch: int = BATCH) -> list[Tensor]:
+    return [vectors(seed, batch, 3, 2, 2) for seed in (1, 2)]
+
+
+INDEX = torch.arange(BATCH)
+
+# --- the loss ---------------------------------------------------------------------------------------------------------
+
+
+def naive_mlp(layers: nn.Sequential, x: Array) -> Array:
+    """fc, BN over the batch and ReLU, written out."""
+    for layer in layers:
+        if isinstance(layer, nn.Flatten):
+            x = x.reshape(len(x), -1)
+        elif isinstance(layer, nn.Linear):
+            x = x @ layer.weight.detach().double().numpy().T
+            x = x if layer.bias is None else x + layer.bias.detach().double().numpy()
+        elif isinstance(layer, nn.BatchNorm1d):
+            x = (x - x.mean(0)) / np.sqrt(x.var(0) + layer.eps)
+            if layer.affine:
+                x = x * layer.weight.detach().double().numpy() + layer.bias.detach().double().numpy()
+        else:
+            assert isinstance(layer, nn.ReLU)
+            x = np.maximum(x, 0)
+    return x
+
+
+def naive_loss(method: Method, views: list[Tensor]) -> float:
+    """Algorithm 1 of the paper, one image at a time."""
+    assert isinstance(method.encoder.backbone, nn.Sequential) and isinstance(method.predictor, nn.Sequential)
+    z1, z2 = (naive_mlp(method.projector, naive_mlp(method.encoder.backbone, x.double().numpy())) for x in views)
+    p1, p2 = naive_mlp(method.predictor, z1), naive_mlp(method.predictor, z2)
+
+    def distance(p: Array, z: Array) -> float:
+        cosines = [float(a @ b) / (np.sqrt(a @ a) * np.sqrt(b @ b)) for a, b in zip(p, z, strict=True)]
+        return -sum(cosines) / len(cosines)
+
+    return distance(p1, z2) / 2 + distance(p2, z1) / 2
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_loss_is_the_naive_twins(layers: int) -> None:
+    method, views = linear_method(projector_layers=layers), two_views()
+    loss, _ = method(views, INDEX)
+    assert loss.item() == pytest.approx(naive_loss(method, views), abs=1e-5)
+    assert method(views[::-1], INDEX)[0].item() == pytest.approx(loss.item(), abs=1e-6)  # symmetric
+
+
+def test_limits_of_negative_cosine() -> None:
+    p = vectors(0, 32, 64)
+    assert negative_cosine(p, p).item() == pytest.approx(-1) and negative_cosine(p, -p).item() == pytest.approx(1)
+    assert negative_cosine(1e-3 * p, 1e3 * p).item() == pytest.approx(-1)  # only directions count
+    first, second = torch.eye(4)[:2], torch.eye(4)[2:]
+    assert negative_cosine(first, second).item() == 0
+    assert negative_cosine(torch.cat([p, p]), torch.cat([p, -p])).item() == pytest.approx(0, abs=1e-6)
+    assert negative_cosine(torch.zeros(2, 4), torch.ones(2, 4)).item() == 0  # no NaN at 0
+    assert negative_cosine(p.bfloat16(), p.bfloat16()).dtype == torch.float32
+
+
+def test_equal_views_without_predictor_are_at_the_minimum() -> None:
+    method, (x, _) = linear_method(predictor=False), two_views()
+    assert method([x, x], INDEX)[0].item() == pytest.approx(-1)
+    assert linear_method()([x, x], INDEX)[0].item() > -0.9  # a fresh predictor is not the identity
+
+
+# --- the stop-gradient ------------------------------------------------------------------------------------------------
+
+
+class TwoEncoders(nn.Module):
+    """Stands where the shared encoder is: the first call goes through one copy, the second through another.
+
+    Equal weights, so the loss is that of the shared one; but each view's gradient arrives at its own copy.
+    """
+
+    dim = DIM
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.copies = nn.ModuleList(build_copy(encoder) for _ in range(2))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.copies[self.calls - 1](x)
+
+
+def build_copy(encoder: Encoder) -> nn.Module:
+    torch.manual_seed(0)
+    copy = nn.Sequential(nn.Flatten(), nn.Linear(12, DIM))
+    copy.load_state_dict(encoder.backbone.state_dict())
+    return copy
+
+
+def gradients_by_view(monkeypatch: pytest.MonkeyPatch, terms: tuple[float, float], **changes: Any) -> list[float]:
+    """Size of the gradient that each view's encoder gets when the two terms of the loss are weighted by `terms`."""
+    method, views = linear_method(**changes), two_views()
+    twins = TwoEncoders(method.encoder)
+    method.encoder = twins  # type: ignore[assignment]
+    weights = iter(terms)
+    monkeypatch.setattr("simsiam.methods.simsiam.negative_cosine", lambda p, z: next(weights) * negative_cosine(p, z))
+    method(views, INDEX)[0].backward()
+    return [sum(float(p.grad.norm()) for p in copy.parameters() if p.grad is not None) for copy in twins.copies]
+
+
+def test_nothing_flows_through_the_stopped_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In D(p1, stopgrad(z2)) the encoder on x2 gets nothing, the one on x1 something; in the other term the reverse."""
+    first = gradients_by_view(monkeypatch, (1, 0))
+    assert first[0] > 1e-3 and first[1] == 0
+    second = gradients_by_view(monkeypatch, (0, 1))
+    assert second[0] == 0 and second[1] > 1e-3
+
+
+def test_without_stop_gradient_both_sides_get_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert min(gradients_by_view(monkeypatch, (1, 0), stop_gradient=False)) > 1e-3
+
+
+def gradients(method: Method, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(method.parameters())))
+
+
+def test_the_gradient_is_that_of_constant_targets() -> None:
+    """The whole gradient equals that of a loss whose targets are numbers, computed beforehand; and only then."""
+    method, (x1, x2) = linear_method(), two_views()
+    targets = [method.embed(x)[1].detach() for x in (x1, x2)]
+    p1, p2 = (method.predictor(method.embed(x)[1]) for x in (x1, x2))
+    constant = gradients(method, negative_cosine(p1, targets[1]) / 2 + negative_cosine(p2, targets[0]) / 2)
+    torch.testing.assert_close(gradients(method, method([x1, x2], INDEX)[0]), constant)
+    z1, z2 = (method.embed(x)[1] for x in (x1, x2))
+    p1, p2 = method.predictor(z1), method.predictor(z2)
+    flowing = gradients(method, negative_cosine(p1, z2) / 2 + negative_cosine(p2, z1) / 2)
+    method.settings = dataclasses.replace(method.settings, stop_gradient=False)
+    torch.testing.assert_close(gradients(method, method([x1, x2], INDEX)[0]), flowing)
+    encoder = [float((a - b).norm() / a.norm()) for a, b in zip(constant, flowing, strict=True)][:2]
+    assert min(encoder) > 0.01
+
+
+# --- heads and BN -----------------------------------------------------------------------------------------------------
+
+
+def test_every_view_has_its_own_statistics() -> None:
+    """Running statistics are those of two separate passes, and z1 does not know of view 2."""
+    method, twin, (x1, x2) = linear_method(), linear_method(), two_views()
+    x2 = 3 * x2 + 1  # a different distribution: statistics over both views would be others
+    z: list[Tensor] = []
+    handle = method.projector.register_forward_hook(lambda *args: z.append(args[2].detach().clone()))
+    method([x1, x2], INDEX)
+    for x in (x1, x2):
+        twin.predictor(twin.embed(x)[1])
+    torch.testing.assert_close(dict(method.named_buffers()), dict(twin.named_buffers()))
+    assert method.projector[1].num_batches_tracked == 2
+    other = linear_method()
+    other.projector.register_forward_hook(lambda *args: z.append(args[2].detach().clone()))
+    other([x1, vectors(9, *x2.shape)], INDEX)
+    assert torch.equal(z[0], z[2]) and not torch.equal(z[1], z[3])
+    # BN without affine: over its own view every channel of z has mean 0 and variance 1.
+    for view in z:
+        torch.testing.assert_close(view.mean(0), torch.zeros(D), atol=1e-5, rtol=0)
+        torch.testing.assert_close(view.var(0, unbiased=False), torch.ones(D), atol=1e-3, rtol=0)
+    handle.remove()
+
+
+def shapes(head: nn.Module) -> list[str]:
+    kinds = []
+    for layer in head.children():
+        if isinstance(layer, nn.Linear):
+            kinds.append(f"fc {layer.in_features}-{layer.out_features}{'' if layer.bias is None else ' bias'}")
+        else:
+            kinds.append(type(layer).__name__ + (" affine" if getattr(layer, "affine", False) else ""))
+    return kinds
+
+
+def test_heads_are_the_papers_for_imagenet() -> None:
+    method = Method(Encoder(EncoderSpec("none", 2), nn.Flatten(), 2048), Settings())
+    hidden = ["fc 2048-2048", "BatchNorm1d affine", "ReLU"]
+    assert shapes(method.projector) == [*hidden, *hidden, "fc 2048-2048", "BatchNorm1d"]
+    assert shapes(method.predictor) == ["fc 2048-512", "BatchNorm1d affine", "ReLU", "fc 512-2048 bias"]
+
+
+def test_heads_are_the_papers_for_cifar() -> None:
+    settings = Settings(projector_layers=2, projector_hidden=2048)
+    method = Method(build(EncoderSpec("thin-resnet18", 32, width=4), 0), settings)
+    assert shapes(method.projector) == ["fc 32-2048", "BatchNorm1d affine", "ReLU", "fc 2048-2048", "BatchNorm1d"]
+    assert shapes(method.predictor)[0] == "fc 2048-512"
+    narrow = Method(build(EncoderSpec("thin-resnet18", 32, width=4), 0), Settings(dim=64))
+    assert shapes(narrow.projector)[0] == "fc 32-32"  # hidden width is the backbone's, as in the released code
+    assert shapes(narrow.predictor) == ["fc 64-16", "BatchNorm1d affine", "ReLU", "fc 16-64 bias"]
+
+
+@pytest.mark.parametrize(("fixed", "predictor"), [(True, True), (False, True), (True, False)])
+def test_only_the_predictor_may_keep_its_learning_rate(fixed: bool, predictor: bool) -> None:
+    method = linear_method(predictor_fixed_lr=fixed, predictor=predictor)
+    kept = {id(p) for group in method.param_groups() if group.get("fixed_lr") for p in group["params"]}
+    assert kept == ({id(p) for p in method.predictor.parameters()} if fixed else set())
+
+
+# --- golden -----------------------------------------------------------------------------------------------------------
+
+GOLDEN: list[float] = []
+
+
+def test_golden_losses() -> None:
+    """20 steps in float32 from seed 0, as stored. A change here changes every result: say so in the changelog."""
+    encoder = build(EncoderSpec("thin-resnet18", 16, width=4), 0)
+    torch.manual_seed(0)
+    method = Method(encoder, Settings(dim=32, projector_layers=2))
+    sgd = torch.optim.SGD(method.param_groups(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    images = vectors(3, 64, 3, 16, 16)
+    losses = []
+    for step in range(20):
+        rows = torch.arange(16) + 16 * (step % 4)
+        views = [images[rows] + 0.5 * vectors(100 + 2 * step + side, 16, 3, 16, 16) for side in (0, 1)]
+        loss, _ = method(views, rows)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        losses.append(loss.item())
+    assert losses == pytest.approx(GOLDEN, abs=1e-3)

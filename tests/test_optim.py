@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from simsiam.optim import LARS, learning_rate
+from simsiam.optim import LARS, Schedule, learning_rate
 
 
 def test_half_a_cosine() -> None:
@@ -35,6 +35,32 @@ def test_warm_up_is_linear_and_meets_the_cosine() -> None:
     assert math.isclose(learning_rate(warmup, base, warmup), base)
     assert math.isclose(learning_rate((1 + warmup) / 2, base, warmup), base / 2)
     assert learning_rate(1, base, warmup) == 0
+
+
+def test_a_schedule_by_steps() -> None:
+    schedule = Schedule(0.4, steps_per_epoch=10, epochs=5, seconds=None, warmup_epochs=1)
+    assert schedule.steps == 50
+    for step in range(51):  # the clock does not matter
+        assert math.isclose(schedule.rate(step, 99.0), learning_rate(step / 50, 0.4, warmup=0.2), abs_tol=1e-15)
+        assert schedule.over(step, 1e9) == (step == 50)
+    assert Schedule(0.4, steps_per_epoch=10, epochs=0.01, seconds=None).steps == 1
+
+
+def test_a_schedule_by_epoch_is_the_released_codes() -> None:
+    schedule = Schedule(0.4, steps_per_epoch=7, epochs=5, seconds=None, by_epoch=True)
+    for step in range(35):
+        assert math.isclose(schedule.rate(step, 0), 0.4 * (1 + math.cos(math.pi * (step // 7) / 5)) / 2)
+
+
+def test_a_schedule_by_the_clock() -> None:
+    schedule = Schedule(0.4, steps_per_epoch=10, epochs=None, seconds=60.0)
+    assert schedule.steps is None and not schedule.over(0, 1e9)  # one step at least
+    for seconds in (0.0, 15.0, 30.0, 59.0, 60.0, 75.0):
+        assert math.isclose(schedule.rate(12, seconds), learning_rate(min(seconds / 60, 1), 0.4), abs_tol=1e-15)
+        assert schedule.over(12, seconds) == (seconds >= 60)
+    # An epoch of warm-up lasts as long as an epoch has taken so far: 10 steps at 0.5 s of 60.
+    warm = Schedule(0.4, steps_per_epoch=10, epochs=None, seconds=60.0, warmup_epochs=1)
+    assert math.isclose(warm.rate(5, 2.5), 0.2) and math.isclose(warm.rate(10, 5.0), 0.4)
 
 
 SHAPES: dict[str, tuple[int, ...]] = {

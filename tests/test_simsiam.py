@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,15 @@ from simsiam.methods.simsiam import Method, Settings, negative_cosine
 
 Array = NDArray[np.float64]
 D, HIDDEN, DIM, BATCH = 12, 3, 10, 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small only lose by a second thread, a hundredfold on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def vectors(seed: int, *shape: int) -> Tensor:
@@ -231,21 +241,29 @@ def test_only_the_predictor_may_keep_its_learning_rate(fixed: bool, predictor: b
 
 # --- golden -----------------------------------------------------------------------------------------------------------
 
-GOLDEN: list[float] = []
+# fmt: off
+GOLDEN = [
+    -0.0769, -0.0738, -0.0778, -0.1081, -0.1071, -0.1531, -0.1896, -0.1995, -0.2223, -0.2334,
+    -0.2456, -0.2609, -0.2833, -0.2912, -0.2988, -0.3242, -0.3511, -0.3674, -0.3636, -0.4243,
+]
+# fmt: on
 
 
 def test_golden_losses() -> None:
-    """20 steps in float32 from seed 0, as stored. A change here changes every result: say so in the changelog."""
-    encoder = build(EncoderSpec("thin-resnet18", 16, width=4), 0)
+    """20 steps in float32 from seed 0. Whoever must store these anew changes every result: the changelog says so.
+
+    Blocks that start as the identity and a small rate keep it from being chaotic: inputs off by 1e-5 move no loss by
+    more than 2e-5, while at the thin nets' own defaults 1e-6 became 0.1 within these 20 steps.
+    """
+    encoder = build(EncoderSpec("thin-resnet18", 16, width=4, zero_init_residual=True), 0)
     torch.manual_seed(0)
     method = Method(encoder, Settings(dim=32, projector_layers=2))
-    sgd = torch.optim.SGD(method.param_groups(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    images = vectors(3, 64, 3, 16, 16)
+    sgd = torch.optim.SGD(method.param_groups(), lr=0.02, momentum=0.9, weight_decay=5e-4)
+    images = vectors(3, 32, 3, 16, 16)
     losses = []
     for step in range(20):
-        rows = torch.arange(16) + 16 * (step % 4)
-        views = [images[rows] + 0.5 * vectors(100 + 2 * step + side, 16, 3, 16, 16) for side in (0, 1)]
-        loss, _ = method(views, rows)
+        views = [images + 0.2 * vectors(100 + 2 * step + side, 32, 3, 16, 16) for side in (0, 1)]
+        loss, _ = method(views, torch.arange(32))
         sgd.zero_grad()
         loss.backward()
         sgd.step()

@@ -17,14 +17,17 @@ from simsiam.config import UserError
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
-from simsiam.data.views import ViewSettings, random_view
-from simsiam.embed import Preprocessing, embed_rows, pixel_rows, read_encoder, untrained
+from simsiam.data.views import ViewSettings, plain_pixels, random_view
+from simsiam.embed import Preprocessing, embed_rows, pixel_rows, read_encoder, untrained, write_embedding
 from simsiam.encoders import Encoder
 from simsiam.evaluate import Features
 from simsiam.evaluate.linear import sgd_probe
+from simsiam.monitor import draw
 from simsiam.runs import EVALUATION, SUMMARY, read_json, write_json
 
 Rows = NDArray[np.int64]
+
+_SHOWN = 2_000
 
 
 def side_by_side(
@@ -99,8 +102,9 @@ def evaluate_run(
     listener.close()
     compared = evaluate.compare(names or evaluate.names(), kinds, seed=seed)
     result: dict[str, Any] = {"run": str(run), "data": own, **compared}
-    if compared.get("collapse"):
-        result["collapse"] = _collapse(run, data, compared["collapse"])
+    collapse = compared.get("collapse")
+    if collapse is not None:
+        result["collapse"] = _collapse(run, data, collapse)
     if sgd:
         result["linear_sgd"] = _sgd(encoder, prepare, cache, kinds["trained"], train, compute, seed, listener)
     if data is None:
@@ -149,3 +153,42 @@ def _sgd(
     result = sgd_probe(epoch, features.train_labels, data.test, data.test_labels, features.classes, seed=seed)
     listener.close()
     return {"trained": result.pop("value"), "untrained": None, "pixels": None, **result}
+
+
+def keep_samples(
+    run: Path,
+    encoder: Encoder,
+    before: Encoder,
+    prepare: Preprocessing,
+    views: ViewSettings,
+    cache: Cache,
+    train: Rows,
+    shown: Rows,
+    compute: Compute,
+) -> None:
+    """`samples/`, for people to look at: the views of a few images as the network saw them, and up to 2,000 of the
+    `shown` images with their embeddings after and before training."""
+    folder = run / "samples"
+    folder.mkdir(exist_ok=True)
+    images, sizes = cache.batch(draw(train, 8))
+    draws = generator(torch.device("cpu"), 0)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (views.mean, views.std))
+    seen = [plain_pixels(images, views.size, 1.0, sizes)]
+    seen += [(random_view(images, views, draws, sizes) * std + mean) * 255 for _ in range(2)]
+    np.save(folder / "views.npy", np.stack([_pictures(view) for view in seen], 1))
+
+    some = draw(shown, _SHOWN)
+    vectors, untrained_vectors = (
+        embed_rows(network, prepare, cache, some, compute).numpy() for network in (encoder, before)
+    )
+    write_embedding(folder / "embedding", vectors, cache, some, {"format": 1, "run": str(run), "dim": encoder.dim})
+    np.save(folder / "untrained.npy", untrained_vectors)
+    side = min(96, max(prepare.size, 32))
+    chunks = (cache.batch(some[start : start + 64]) for start in range(0, len(some), 64))
+    small = [_pictures(plain_pixels(images, side, 1.0, sizes)) for images, sizes in chunks]
+    np.save(folder / "embedding" / "thumbnails.npy", np.concatenate(small))
+
+
+def _pictures(pixels: Tensor) -> NDArray[np.uint8]:
+    """float [B,3,h,w] in 0..255 -> [B,h,w,3]."""
+    return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

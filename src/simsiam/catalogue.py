@@ -28,4 +28,6 @@ def _torchvision() -> dict[str, str]:
     from torchvision import datasets
 
     kinds = {name: getattr(datasets, name) for name in datasets.__all__}
-    return {name: "torchvision's, NAME:FOLDER" for name in sorted(kinds) if issubclass(kinds[name], datasets.VisionDataset)}
+    return {
+        name: "torchvision's, NAME:FOLDER" for name in sorted(kinds) if issubclass(kinds[name], datasets.VisionDataset)
+    }

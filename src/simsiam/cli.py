@@ -52,7 +52,8 @@ class Precision(StrEnum):
 def train(
     data: Annotated[str | None, typer.Argument(help=_DATA + " None: the bundled demo set.", show_default=False)] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE...", help="Settings, like train.lr=0.1.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE...", help="Settings, like train.lr=0.1.", show_default=False),
     ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; default: a new one under runs/.")] = None,
     method: Annotated[str | None, typer.Option(help="See `simsiam list`.")] = None,
@@ -113,9 +114,13 @@ def train(
 @app.command()
 def evaluate(
     run: Run,
-    data: Annotated[str | None, typer.Argument(help="Labelled images; default: the run's own.", show_default=False)] = None,
+    data: Annotated[
+        str | None, typer.Argument(help="Labelled images; default: the run's own.", show_default=False)
+    ] = None,
     only: Annotated[str | None, typer.Option(help="Some evaluations only, like knn,linear.")] = None,
-    sgd: Annotated[bool, typer.Option("--sgd", help="The paper's linear protocol: LARS, 90 epochs, crops and flips.")] = False,
+    sgd: Annotated[
+        bool, typer.Option("--sgd", help="The paper's linear protocol: LARS, 90 epochs, crops and flips.")
+    ] = False,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of splits and draws.")] = 0,
     workers: Workers = None,
@@ -127,9 +132,7 @@ def evaluate(
     from simsiam.show.report import write_report
 
     chosen = None if only is None else [name.strip() for name in only.split(",")]
-    result = evaluate_run(
-        run, data, names=chosen, sgd=sgd, device=device, seed=seed, workers=workers, listener=console
-    )
+    result = evaluate_run(run, data, names=chosen, sgd=sgd, device=device, seed=seed, workers=workers, listener=console)
     console.close()
     _evaluation_table(console, result)
     if data is None:
@@ -275,7 +278,9 @@ def _training_table(console: Console, summary: dict[str, Any]) -> None:
     ]
     console.results("Training", ["", "value"], rows)
     if knn:
-        _comparison(console, f"kNN, percent right (k={knn['k']}, T={knn['T']}, {knn['test']:,} held-out images)", {"kNN": knn})
+        _comparison(
+            console, f"kNN, percent right (k={knn['k']}, T={knn['T']}, {knn['test']:,} held-out images)", {"kNN": knn}
+        )
 
 
 def _comparison(console: Console, title: str, results: dict[str, Any]) -> None:

@@ -53,7 +53,9 @@ class Console(Listener):
         if self._bar is not None and self._task[0] == kind:
             return
         self.close()
-        self._bar = Progress(TextColumn(kind), BarColumn(24), *columns, console=self.screen, transient=kind != "training")
+        self._bar = Progress(
+            TextColumn(kind), BarColumn(24), *columns, console=self.screen, transient=kind != "training"
+        )
         self._bar.start()
         self._task = (kind, self._bar.add_task(kind, total=total, text=""))
 

@@ -316,7 +316,9 @@ def write_embedding(
     names = cache.classes or ()
     columns = {
         "id": pa.array([cache.ids[row] for row in rows], pa.string()),
-        "label": pa.array([None if labels is None or label < 0 else label for label in labels or [-1] * len(rows)], pa.int64()),
+        "label": pa.array(
+            [None if labels is None or label < 0 else label for label in labels or [-1] * len(rows)], pa.int64()
+        ),
         "class": pa.array([names[label] if label >= 0 else None for label in labels or [-1] * len(rows)], pa.string()),
     }
     if digests is not None:

@@ -45,16 +45,19 @@ def top_k(
     bank_block = max(1, _BANK_BLOCK // max(1, bank.shape[1]))
     for first in range(0, len(bank), bank_block):
         part = unit_rows(bank[first : first + bank_block], device)
+        buffer = part.new_empty(min(block, len(queries)), len(part))
         for start in range(0, len(queries), block):
             rows = slice(start, start + block)
-            similarity = unit_rows(queries[rows], device) @ part.T
+            query = unit_rows(queries[rows], device)
+            similarity = torch.mm(query, part.T, out=buffer[: len(query)])
             if exclude_self:
                 similarity.diagonal(start - first).fill_(-torch.inf)
-            best, which = similarity.topk(min(k, len(part)), dim=1)
-            # Merged with the best of the bank's earlier blocks.
-            best, order = torch.cat([scores[rows], best.cpu()], 1).topk(k, dim=1)
-            scores[rows] = best
-            indices[rows] = torch.cat([indices[rows], which.cpu() + first], 1).gather(1, order)
+            best, which = (found.cpu() for found in similarity.topk(min(k, len(part)), dim=1))
+            which += first
+            if first:  # the best of the bank's earlier blocks compete
+                best, order = torch.cat([scores[rows], best], 1).topk(k, dim=1)
+                which = torch.cat([indices[rows], which], 1).gather(1, order)
+            scores[rows, : best.shape[1]], indices[rows, : best.shape[1]] = best, which
     return scores.clamp_(-1, 1), indices  # rounding goes a little past 1
 
 

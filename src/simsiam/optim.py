@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,48 @@ def learning_rate(progress: float, base: float, warmup: float = 0.0) -> float:
     if progress < warmup:
         return base * progress / warmup
     return base * 0.5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1.0)))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How far a run is, by its steps or by the clock, and the learning rate there."""
+
+    peak: float
+    """The learning rate after warm-up."""
+    steps_per_epoch: int
+    epochs: float | None
+    seconds: float | None
+    """One of the two is None: a run ends after so many epochs, or so many seconds."""
+    warmup_epochs: float = 0.0
+    by_epoch: bool = False
+    """The rate changes every epoch, as in the released code, not every step. By the clock it always changes."""
+
+    @property
+    def steps(self) -> int | None:
+        """Of the whole run, at least one; None where the clock decides."""
+        return None if self.epochs is None else max(1, round(self.epochs * self.steps_per_epoch))
+
+    def progress(self, step: int, seconds: float) -> float:
+        """The share that is done, in [0, 1], after so many steps and seconds."""
+        if self.steps is not None:
+            return min(step / self.steps, 1.0)
+        assert self.seconds is not None
+        return min(seconds / self.seconds, 1.0)
+
+    def over(self, step: int, seconds: float) -> bool:
+        return step > 0 and self.progress(step, seconds) >= 1
+
+    def rate(self, step: int, seconds: float) -> float:
+        """The learning rate of the step that comes after so many steps and seconds."""
+        if self.steps is not None:
+            warmup = self.warmup_epochs * self.steps_per_epoch / self.steps
+        else:
+            assert self.seconds is not None
+            warmup = self.warmup_epochs * self.steps_per_epoch * (seconds / step if step else 0.0) / self.seconds
+        progress = self.progress(step, seconds)
+        if self.by_epoch and self.steps is not None and progress >= warmup:
+            progress = self.progress(step - step % self.steps_per_epoch, seconds)
+        return learning_rate(progress, self.peak, min(warmup, 0.5))
 
 
 class LARS(torch.optim.Optimizer):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from simsiam import methods, recipes
 from simsiam.compute import Precision
-from simsiam.config import Table, UserError, fill, merge, nearest, parse_duration, show_duration
+from simsiam.config import Table, UserError, fill, merge, nearest, parse_duration, parse_override, show_duration
 from simsiam.data.decode import DecodeError, open_image
 from simsiam.data.sources import ImageSet
 from simsiam.data.views import ViewSettings
@@ -57,6 +60,11 @@ class TrainSettings:
             raise ValueError("lr must be above 0, momentum in [0, 1), weight_decay and warmup_epochs not negative.")
         if self.budget is not None:
             parse_duration(self.budget)
+
+    @property
+    def peak(self) -> float:
+        """The learning rate itself."""
+        return self.lr * self.batch_size / 256
 
     @property
     def seconds(self) -> float | None:
@@ -117,6 +125,26 @@ def read(table: Table) -> Recipe:
         views=fill(ViewSettings, table["views"], "views"),
         eval=fill(EvalSettings, table["eval"], "eval"),
     )
+
+
+def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Table:
+    """What the user asked for as one table: recipe, then settings by name, then overrides. Always with "data"."""
+    table: Table = recipes.get(recipe or "demo") if recipe or data is None else {}
+    asked = [{key: value} for key, value in settings.items() if value is not None]
+    for override in [*asked, *map(parse_override, overrides)]:
+        override = qualify(override)
+        rivals = {"epochs", "budget"} & override.get("train", {}).keys()
+        if rivals:  # --budget takes the place of a recipe's epochs, and the other way round
+            table = {
+                **table,
+                "train": {k: v for k, v in table.get("train", {}).items() if k not in ("epochs", "budget")},
+            }
+        table = merge(table, override)
+    if data is not None:
+        text = os.path.expanduser(os.fspath(data))
+        # A path must mean the same from any folder; names and patterns stay as they are.
+        table["data"] = os.path.abspath(text) if os.path.exists(text) else text
+    return {"data": "demo", **table}
 
 
 def qualify(override: Table) -> Table:
@@ -210,7 +238,9 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
     if "size" not in views:
         views["size"] = max(8, use["size"] * 3 // 4 // 8 * 8) if thin else use["size"]
         if views["size"] != use["size"]:
-            why.append(("views.size", str(views["size"]), f"crops enlarge, so {use['size']} px in use look alike; faster"))
+            why.append(
+                ("views.size", str(views["size"]), f"crops enlarge, so {use['size']} px in use look alike; faster")
+            )
     encoder.setdefault("size", use["size"])
     batch = train.setdefault("batch_size", 256)
     if isinstance(batch, int) and batch > facts.images // 4:

@@ -29,7 +29,9 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}. Free some space or choose another -o.") from None
+        raise UserError(
+            f"Cannot write {path}: {error.strerror or error}. Free some space or choose another -o."
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from simsiam.config import UserError
 from simsiam.data.decode import DecodeError, decode, in_order
-from simsiam.data.sources import ImageSet
+from simsiam.data.imageset import ImageSet
 
 FORMAT = 1
 """Part of every cache's key: raise it when the files or what `decode` returns change."""

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from simsiam.data.decode import DecodeError, decode, in_order, open_image, orientation
-from simsiam.data.sources import ImageSet
+from simsiam.data.imageset import ImageSet
 
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from simsiam.config import UserError
-from simsiam.data.sources import ImageSet
+from simsiam.data.imageset import ImageSet
 
 PHOTOGRAPHS = {
     "skimage": (

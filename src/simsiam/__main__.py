@@ -1,0 +1,3 @@
+from simsiam.cli import main
+
+main()

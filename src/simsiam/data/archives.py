@@ -1,0 +1,168 @@
+"""Images in tar files, zip files and WebDataset shards, read where they lie."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import shutil
+import tarfile
+import tempfile
+import threading
+import weakref
+import zipfile
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from simsiam.config import UserError
+from simsiam.data.imageset import (
+    IMAGES,
+    LABEL_COLUMNS,
+    File,
+    ImageSet,
+    encode,
+    fingerprint,
+    junk,
+    layout,
+    one_line,
+    split_by_name,
+)
+
+_PACKED_TAR: dict[str, Callable[..., Any]] = {
+    ".tar.gz": gzip.open,
+    ".tgz": gzip.open,
+    ".tar.bz2": bz2.open,
+    ".tar.xz": lzma.open,
+}
+ENDINGS = (".tar", *_PACKED_TAR, ".zip")
+
+
+def open_archives(name: str, files: list[File]) -> ImageSet:
+    """The images in all archives as one image set. Raises UserError where one is damaged, or there are none."""
+    ids: list[str] = []
+    inner: list[str] = []
+    archive: list[int] = []
+    readers: list[Callable[[], bytes]] = []
+    raw_labels: list[Any] = []
+    for a, file in enumerate(files):
+        try:
+            members = _zip_members(file) if file.id.lower().endswith(".zip") else _tar_members(file)
+            side = _side_labels(members)
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+            raise UserError(f"Cannot read {file.path}, copy or download it again: {one_line(error)}") from None
+        for path, reader in members.items():
+            if path.lower().endswith(IMAGES):
+                ids.append(f"{file.id}/{path}" if len(files) > 1 else path)
+                inner.append(path)
+                archive.append(a)
+                readers.append(reader)
+                raw_labels.append(side.get(_key(path)))
+    if not ids:
+        raise UserError(f"No images in {files[0].path}{f' and {len(files) - 1} more' if len(files) > 1 else ''}.")
+    labels, classes, test = layout(inner)
+    if any(label is not None for label in raw_labels):
+        labels, classes = encode(raw_labels)
+    held_out = split_by_name([file.id for file in files])[archive]
+    if held_out.any():
+        test = np.flatnonzero(held_out)
+    return ImageSet(name, ids, lambda i: readers[i](), labels, classes, fingerprint(files), test)
+
+
+def _key(path: str) -> str:
+    """WebDataset's sample key: the path up to the first dot of its last part."""
+    folder, slash, base = path.rpartition("/")
+    return folder + slash + base.split(".")[0]
+
+
+def _side_labels(members: dict[str, Callable[[], bytes]]) -> dict[str, Any]:
+    """Sample key -> label, from WebDataset's .cls or .json members."""
+    labels: dict[str, Any] = {}
+    for path, reader in members.items():
+        if path.endswith(".cls"):
+            labels[_key(path)] = reader().decode("utf-8", "replace").strip()
+        elif path.endswith(".json"):
+            try:
+                record = json.loads(reader())
+            except ValueError:
+                continue
+            value = (
+                next((record[key] for key in LABEL_COLUMNS if key in record), None)
+                if isinstance(record, dict)
+                else record
+            )
+            if isinstance(value, int | str):
+                labels.setdefault(_key(path), value)
+    return labels
+
+
+def _tar_members(file: File) -> dict[str, Callable[[], bytes]]:
+    """Path inside -> reader, by the offsets noted here once."""
+    ending = next((ending for ending in _PACKED_TAR if file.id.lower().endswith(ending)), None)
+    # A compressed stream has no random access: it is unpacked once.
+    source = _Unpacked(file.path, _PACKED_TAR[ending]) if ending else file
+    path = source.path
+
+    def reader(offset: int, size: int) -> Callable[[], bytes]:
+        def read() -> bytes:
+            with open(source.path, "rb") as archive:  # `source`, not `path`: it keeps the unpacked copy alive
+                archive.seek(offset)
+                return archive.read(size)
+
+        return read
+
+    members: dict[str, Callable[[], bytes]] = {}
+    with tarfile.open(path, "r:") as tar:
+        while (member := tar.next()) is not None:
+            inner = member.name.removeprefix("./")
+            if member.isfile() and not junk(inner):
+                members[inner] = reader(member.offset_data, member.size)  # as tar does, the last of a name wins
+            tar.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header
+        # tarfile takes a broken header for the end of the archive.
+        with open(path, "rb") as archive:
+            archive.seek(tar.offset)
+            if archive.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"broken header at byte {tar.offset}")
+    return members
+
+
+class _Unpacked:
+    """A temporary unpacked copy of a compressed file, deleted with this object."""
+
+    def __init__(self, path: str, open_packed: Callable[..., Any]) -> None:
+        handle, self.path = tempfile.mkstemp(prefix="simsiam-", suffix=".tar")
+        weakref.finalize(self, os.unlink, self.path)
+        try:
+            with os.fdopen(handle, "wb") as out, open_packed(path, "rb") as packed:
+                shutil.copyfileobj(packed, out, 1 << 20)
+        except OSError as error:
+            if error.errno is None:  # a broken stream, not a full disk
+                raise
+            raise UserError(
+                f"Cannot unpack {path} to {self.path}: {error.strerror}. Unpack it yourself, or set TMPDIR."
+            ) from None
+
+
+def _zip_members(file: File) -> dict[str, Callable[[], bytes]]:
+    path = file.path
+    lock = threading.Lock()
+    held: list[zipfile.ZipFile] = []
+
+    def reader(member: zipfile.ZipInfo) -> Callable[[], bytes]:
+        def read() -> bytes:
+            with lock:
+                if not held:
+                    held.append(zipfile.ZipFile(path))
+                return held[0].read(member)
+
+        return read
+
+    with zipfile.ZipFile(path) as archive:
+        infos = [info for info in archive.infolist() if not info.is_dir() and not junk(info.filename)]
+    if any(info.flag_bits & 1 for info in infos):
+        raise UserError(f"{path} is protected by a password: unpack it, and name the folder.")
+    return {info.filename: reader(info) for info in infos}

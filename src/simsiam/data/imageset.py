@@ -1,0 +1,148 @@
+"""What every source gives: images that are not read yet, the labels and splits that their names and columns tell."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "category")
+_TRAIN = {"train", "training"}
+_TEST = {"test", "testing", "val", "valid", "validation"}
+_SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(sorted(_TRAIN | _TEST))})(?=[-_./\d]|$)", re.IGNORECASE)
+_ENOUGH = 0.95
+"""A folder layout means classes or splits when at least this share of the images follows it."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """N images that are not read yet."""
+
+    name: str
+    ids: Sequence[str]
+    """Unique and stable: the path relative to the data set, or inside the archive."""
+    read: Callable[[int], bytes | Image.Image]
+    """Image i as its encoded file, or opened. Thread-safe; raises whatever reading raises."""
+    labels: np.ndarray | None
+    """int64 [N] into `classes`, -1 where unknown; None where there are none, or all are one."""
+    classes: tuple[str, ...] | None
+    fingerprint: str
+    """Hex; changes when ids, sizes or modification times do."""
+    test: np.ndarray
+    """int64, the images of the data's own test and validation splits; empty where it has none."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def train(self) -> np.ndarray:
+        """int64, the images that are not in `test`."""
+        return np.setdiff1d(np.arange(len(self)), self.test)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file on disk as it was found; `mtime` in nanoseconds."""
+
+    id: str
+    path: str
+    size: int
+    mtime: int
+
+
+def fingerprint(files: Iterable[File]) -> str:
+    """Hex; a function of every file's id, size and modification time."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.id}\0{file.size}\0{file.mtime}\n".encode())
+    return digest.hexdigest()
+
+
+def junk(path: str) -> bool:
+    """Whether a part of the path is hidden, or what macOS adds to archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+
+
+def one_line(error: BaseException) -> str:
+    """What the error says, fit for a UserError."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# --- labels and splits ----------------------------------------------------------------------------------------------
+
+
+def layout(paths: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None, np.ndarray]:
+    """Labels, classes and test images that the folders in `paths` spell out: [split/]class/.../image."""
+    folders = [path.split("/")[:-1] for path in paths]
+    depth = _shared(folders)
+    tops = [parts[depth].lower() if len(parts) > depth else "" for parts in folders]
+    is_test = np.array([top in _TEST for top in tops])
+    is_train = np.array([top in _TRAIN for top in tops])
+    split = is_test.any() and is_train.any() and (is_test | is_train).mean() >= _ENOUGH
+    if not split:
+        is_test = np.zeros(len(paths), dtype=bool)
+    start = depth + bool(split)
+    inner = [parts[start:] for parts in folders]
+    training = [parts for parts, held_out in zip(inner, is_test, strict=True) if not held_out]
+    level = _shared(training)
+    counts = Counter(parts[level] for parts in training if len(parts) > level)
+    test = np.flatnonzero(is_test)
+    # One image a folder is a way to store images, not a class.
+    if len(counts) < 2 or counts.total() < max(_ENOUGH * len(training), 2 * len(counts)):
+        return None, None, test
+    classes = tuple(sorted(counts))
+    index = {label: i for i, label in enumerate(classes)}
+    labels = [index.get(parts[level], -1) if len(parts) > level else -1 for parts in inner]
+    return np.array(labels, dtype=np.int64), classes, test
+
+
+def _shared(folders: list[list[str]]) -> int:
+    """How many leading folders all of them share."""
+    low, high = min(folders), max(folders)
+    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+
+
+def split_by_name(names: Sequence[str]) -> np.ndarray:
+    """bool, which of the files are test data by their names; none unless some are training data."""
+    found = [match[-1].lower() if (match := _SPLIT.findall(name)) else "" for name in names]
+    is_test = np.array([split in _TEST for split in found], dtype=bool)
+    return is_test if any(split in _TRAIN for split in found) else np.zeros(len(names), dtype=bool)
+
+
+def encode(
+    values: Sequence[Any], names: Sequence[str] | None = None
+) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
+    """Raw labels (ints or strings; None, NaN and negative: unknown) -> int64 labels and class names."""
+    whole = [_whole(value) for value in values]
+    if names and all(number is None or number < len(names) for number in whole):
+        labels = np.array([-1 if number is None else number for number in whole], dtype=np.int64)
+        return (labels, tuple(names)) if len(np.unique(labels[labels >= 0])) > 1 else (None, None)
+    numbers = all(number is not None or _unknown(value) for number, value in zip(whole, values, strict=True))
+    keys = whole if numbers else [None if _unknown(value) else str(value) for value in values]
+    known: list[Any] = sorted({key for key in keys if key is not None})
+    if not 2 <= len(known) <= len(values) / 2:  # a value an image is a name or a caption, not a class
+        return None, None
+    index = {key: i for i, key in enumerate(known)}
+    return np.array([-1 if key is None else index[key] for key in keys], dtype=np.int64), tuple(
+        str(key) for key in known
+    )
+
+
+def _unknown(value: Any) -> bool:
+    return value is None or value in ("", "-1") or bool(value != value) or (isinstance(value, int) and value < 0)
+
+
+def _whole(value: Any) -> int | None:
+    try:
+        return None if _unknown(value) or int(value) != float(value) else int(value)
+    except (TypeError, ValueError):
+        return None

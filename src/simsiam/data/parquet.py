@@ -1,0 +1,124 @@
+"""Images in Parquet: Hugging Face's image column, or raw bytes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from simsiam.config import UserError
+from simsiam.data.imageset import LABEL_COLUMNS, File, ImageSet, encode, fingerprint, one_line, split_by_name
+
+ENDINGS = (".parquet", ".pq")
+
+
+def open_parquet(name: str, files: list[File]) -> ImageSet:
+    """The rows of all files as one image set. Raises UserError where one is damaged, empty or without images."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    metadata: list[Any] = []
+    starts = [0]  # of every row group, and the end
+    raw_labels: list[Any] = []
+    paths: list[str] = []
+    row_names: list[str] = []
+    columns: tuple[str, str | None, bool, list[str] | None] | None = None
+    for file in files:
+        try:
+            with pq.ParquetFile(file.path) as parquet:
+                columns = columns or _columns(parquet.schema_arrow, file)
+                image, label, has_path, _ = columns
+                wanted = [*([label] if label else []), *([f"{image}.path"] if has_path else [])]
+                table = parquet.read(columns=wanted) if wanted else None
+                metadata.append(parquet.metadata)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(
+                f"Cannot read {file.path} as Parquet, copy or download it again: {one_line(error)}"
+            ) from None
+        rows = metadata[-1].num_rows
+        row_names += [f"{file.id}#{row}" for row in range(rows)]
+        if table is not None and set(wanted) - {label} and image in table.column_names:
+            paths += table.column(image).combine_chunks().flatten()[0].to_pylist() if rows else []
+        if table is not None and label:
+            if label not in table.column_names:
+                raise UserError(
+                    f"{file.path} has no column {label!r}, which {files[0].path} has. Name one data set at a time."
+                )
+            raw_labels += table.column(label).to_pylist()
+        group_rows = (metadata[-1].row_group(g).num_rows for g in range(metadata[-1].num_row_groups))
+        starts += itertools.accumulate(group_rows, initial=starts.pop())
+    assert columns is not None
+    if not row_names:
+        raise UserError(f"{files[0].path} has no rows. Name a data set that holds images.")
+    ids = paths if len(paths) == len(row_names) == len(set(paths)) and all(paths) else row_names
+    labels, classes = encode(raw_labels, columns[3]) if raw_labels else (None, None)
+    held_out = np.repeat(split_by_name([file.id for file in files]), [each.num_rows for each in metadata])
+    read = _RowGroups([file.path for file in files], metadata, columns[0], starts)
+    return ImageSet(name, ids, read, labels, classes, fingerprint(files), np.flatnonzero(held_out))
+
+
+def _columns(schema: Any, file: File) -> tuple[str, str | None, bool, list[str] | None]:
+    """The image column, the label column, whether images have a path, and the class names."""
+    import pyarrow as pa
+
+    def binary(kind: Any) -> bool:
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    def struct(kind: Any) -> bool:
+        return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and binary(kind.field("bytes").type)
+
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        features = {}
+
+    def declared(kind: str) -> list[str]:
+        return [key for key, value in features.items() if isinstance(value, dict) and value.get("_type") == kind]
+
+    holds_image = [field.name for field in schema if struct(field.type) or binary(field.type)]
+    image = next((column for column in [*declared("Image"), "image", *holds_image] if column in holds_image), None)
+    if image is None:
+        there = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise UserError(
+            f"{file.path} has no image column, but {there}. Images are binary, or a struct with `bytes` (Hugging Face)."
+        )
+    label = next((column for column in [*LABEL_COLUMNS, *declared("ClassLabel")] if column in schema.names), None)
+    kind = schema.field(image).type
+    names = features.get(label, {}).get("names") if label in declared("ClassLabel") else None
+    return image, label, struct(kind) and kind.get_field_index("path") >= 0, names
+
+
+class _RowGroups:
+    """Row i of Parquet files. Threads share the row groups read last, because a build reads in order."""
+
+    def __init__(self, paths: list[str], metadata: list[Any], column: str, starts: list[int]) -> None:
+        self._paths, self._metadata, self._column, self._starts = paths, metadata, column, starts
+        self._groups = [(f, g) for f, meta in enumerate(metadata) for g in range(meta.num_row_groups)]
+        self._held: OrderedDict[int, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, i: int) -> bytes:
+        group = bisect_right(self._starts, i) - 1
+        with self._lock:
+            column = self._held.pop(group, None)
+            self._held[group] = column = self._load(group) if column is None else column
+            while len(self._held) > 2 and (
+                len(self._held) > 16 or sum(c.nbytes for c in self._held.values()) > 1 << 28
+            ):
+                self._held.popitem(last=False)
+        return column[i - self._starts[group]].as_py() or b""
+
+    def _load(self, group: int) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        f, g = self._groups[group]
+        with pq.ParquetFile(self._paths[f], metadata=self._metadata[f]) as parquet:
+            nested = pa.types.is_struct(parquet.schema_arrow.field(self._column).type)
+            table = parquet.read_row_group(g, columns=[f"{self._column}.bytes" if nested else self._column])
+        return (table.flatten() if nested else table).column(0)

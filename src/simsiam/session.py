@@ -1,0 +1,234 @@
+"""A run under way: its clock and figures, its checkpoints, the guard, and what a signal does to it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simsiam.collapse import Guard, Verdict, judge
+from simsiam.compute import Compute
+from simsiam.config import UserError
+from simsiam.console import Listener
+from simsiam.data.loader import Loader
+from simsiam.monitor import Monitor
+from simsiam.optim import Schedule
+from simsiam.recipe import Recipe
+from simsiam.runs import Checkpoints, Metrics
+
+_FLUSH_SECONDS = 1.0
+_MONITOR_SHARE = 0.05
+"""Of the time, that looks at the held-out images may take."""
+_LOOKS = 20
+_CHECKPOINT_SECONDS = 60.0
+
+
+class Interrupted(Exception):
+    """A signal ended the run; its state is saved, and the message says how to go on."""
+
+
+@dataclass
+class Session:
+    """What the loop works on, and everything around a step that is not the step."""
+
+    run: Path
+    recipe: Recipe
+    method: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    loader: Loader
+    compute: Compute
+    monitor: Monitor
+    listener: Listener
+    fingerprint: str
+    """Of the data: a run is resumed on the same images only."""
+    step: int = 0
+    seconds: float = 0.0
+    """Spent in the loop so far, looks and checkpoints included."""
+    training_seconds: float = 0.0
+    """Of these, those without looks and checkpoints."""
+    latest: dict[str, Any] = field(default_factory=dict)
+    """The newest loss, std and effective rank."""
+
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(self.run)
+        self.guards = Guard(patience=5), Guard(patience=3)  # on training batches, once a second; on held-out images
+        self._losses: list[Tensor] = []
+        self._stds: list[Tensor] = []
+
+    def open(self, resume: bool) -> None:
+        """Loads the last checkpoint, where the run is resumed and has one, and opens the files that it writes."""
+        found = self.checkpoints.load() if resume else None
+        if found is not None:
+            tensors, state = found
+            if state["fingerprint"] != self.fingerprint:
+                raise UserError(
+                    f"The images of {self.recipe.data} have changed since {self.run} began: bring them back, "
+                    "or start a new run."
+                )
+            self.step, self.seconds, self.latest = state["step"], state["seconds"], state["latest"]
+            self.training_seconds = state["training_seconds"]
+            self.method.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("method.")})
+            _load_optimizer(self.optimizer, tensors)
+        self.metrics = Metrics(self.run, self.step if found else None)
+        self.board: Any = None
+        if self.recipe.train.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("train.tensorboard needs TensorBoard: pip install 'simsiam[tensorboard]'.") from None
+            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.step)
+
+    def begin(self, untrained: torch.nn.Module) -> None:
+        """Starts the clock; a new run is first looked at and saved, so that there is a healthy state from the start."""
+        now = time.perf_counter()
+        self._origin = now - self.seconds
+        self._look_seconds = 0.0
+        if self.step == 0:
+            self.look(self.monitor.baselines(untrained))
+            self.save()
+        self._flushed = self._looked = self._saved = time.perf_counter()
+
+    def stepped(self, loss: Tensor, std: Tensor) -> None:
+        """Counts a step; nothing here waits for the device."""
+        self.step += 1
+        self._losses.append(loss.detach())
+        self._stds.append(std.detach())
+        self.seconds = time.perf_counter() - self._origin
+
+    @property
+    def over(self) -> bool:
+        return self.schedule.over(self.step, self.seconds)
+
+    @property
+    def due(self) -> bool:
+        """Reading a figure waits for the device, so it happens about once a second."""
+        return self.step == 1 or self.over or time.perf_counter() - self._flushed >= _FLUSH_SECONDS
+
+    def flush(self, rate: float) -> None:
+        """Writes and shows the figures since the last flush, asks the guard, and looks and saves where it is time."""
+        loss, std = float(torch.stack(self._losses).mean()), float(torch.stack(self._stds).mean())
+        now = time.perf_counter()
+        elapsed, self.seconds = now - self._flushed, now - self._origin
+        self.training_seconds += elapsed
+        self.latest |= {"loss": loss, "std": std}
+        progress = self.schedule.progress(self.step, self.seconds)
+        figures = {
+            "step": self.step,
+            "epoch": round(self.step / self.loader.steps_per_epoch, 4),
+            "progress": round(progress, 5),
+            "seconds": round(self.seconds, 3),
+            "loss": loss,
+            "std": std,
+            "lr": rate,
+            "images_per_second": round(len(self._losses) * self.loader.batch_size / elapsed, 1),
+        }
+        self._losses, self._stds = [], []
+        self.record("train", figures)
+        whole = self.seconds / progress if progress > 0.005 else None
+        self.listener.step(figures, progress, None if whole is None else whole - self.seconds)
+        before = self.verdict.name
+        self.guards[0].look(judge(loss, std))
+        pause = max(self._look_seconds / _MONITOR_SHARE, (whole or math.inf) / _LOOKS)
+        if self.verdict.name != before or (now - self._looked >= pause and not self.over):
+            self.look()
+            self._looked = time.perf_counter()
+        if now - self._saved >= _CHECKPOINT_SECONDS:
+            self.save()
+            self._saved = time.perf_counter()
+        self._flushed = time.perf_counter()
+        self.seconds = self._flushed - self._origin
+
+    def look(self, known: Mapping[str, float] | None = None) -> None:
+        """Measures the held-out images; `known` figures take the place of measured ones."""
+        start = time.perf_counter()
+        figures = {**self.monitor.look(self.method), **(known or {})}
+        if self.step:
+            std, rank = figures.get("std_z", math.nan), figures.get("effective_rank")
+            self.guards[1].look(judge(self.latest.get("loss", math.nan), std, rank, figures.get("std_features")))
+            self.latest["effective_rank"] = rank
+        line = {"step": self.step, "seconds": round(self.seconds, 3), **figures, "verdict": self.verdict.name}
+        self.record("monitor", line)
+        self.listener.monitor(line)
+        self._look_seconds = time.perf_counter() - start
+
+    @property
+    def verdict(self) -> Verdict:
+        """The standing one: what the training batches show first, then what the held-out images show."""
+        batches, held_out = (guard.verdict for guard in self.guards)
+        return batches if batches.name != "healthy" else held_out
+
+    @property
+    def guard_stops(self) -> bool:
+        return self.verdict.name != "healthy" and self.recipe.train.on_collapse == "stop"
+
+    def record(self, kind: str, figures: Mapping[str, Any]) -> None:
+        """A line of `metrics.jsonl`. A figure that is not finite has no place in JSON; the verdict says so."""
+        plain = {key: value if finite(value) else None for key, value in figures.items()}
+        self.metrics.write(kind=kind, **plain)
+        if self.board is not None:
+            for key, value in plain.items():
+                if isinstance(value, int | float) and key != "step":
+                    self.board.add_scalar(f"{kind}/{key}", value, self.step)
+
+    def save(self) -> None:
+        tensors = {f"method.{name}": value for name, value in self.method.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": v for key, v in state.items() if isinstance(v, Tensor)}
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "training_seconds": self.training_seconds,
+            "fingerprint": self.fingerprint,
+            "latest": {key: value for key, value in self.latest.items() if finite(value)},
+        }
+        self.checkpoints.save(self.step, tensors, state, healthy=self.verdict.name == "healthy")
+
+    def close(self) -> None:
+        self.metrics.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def finite(value: Any) -> bool:
+    """False for NaN and infinity only."""
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[str]]:
+    """SIGINT and SIGTERM put their name into the list; a second one is not waited for. Only the main thread may ask."""
+    stopped: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def note(number: int, _: Any) -> None:
+        if stopped:
+            raise KeyboardInterrupt
+        stopped.append(signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

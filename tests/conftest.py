@@ -1,0 +1,36 @@
+"""What every test shares: a cache folder of the session's own, so that nothing is written to the home folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SIMSIAM_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 96 small images in 3 class folders, of several sizes, with one broken file."""
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(96):
+        kind = ("stripes", "rings", "noise")[i % 3]
+        height, width = rng.integers(24, 48, 2)
+        y, x = np.mgrid[:height, :width] / 8 + rng.uniform(0, 6, 2)[:, None, None]
+        wave = {"stripes": np.sin(3 * x), "rings": np.sin(x**2 / 4 + y**2 / 4), "noise": rng.normal(size=x.shape)}[kind]
+        colour = rng.uniform(60, 190, 3)
+        pixels = (colour + 50 * wave[:, :, None]).clip(0, 255).astype(np.uint8)
+        (root / kind).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(root / kind / f"{i:03d}.png")
+    (root / "rings" / "broken.jpg").write_bytes(b"not an image")
+    return root

@@ -1,0 +1,307 @@
+"""Training as a whole: what it writes, that it can be killed at any moment, that the guard tells what happens."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import simsiam
+from simsiam.config import UserError, read_recipe
+from simsiam.console import Listener
+from simsiam.recipe import Facts, default_epochs, gather, read, resolve
+from simsiam.runs import Checkpoints, read_json, read_metrics
+from simsiam.session import Interrupted
+
+TINY = ["encoder.width=8", "method.dim=32", "method.projector_hidden=32", "method.predictor_hidden=8", "views.size=16"]
+SMALL = {"overrides": [*TINY, "eval.size=16", "train.batch_size=16", "train.precision=fp32"]}
+
+
+class Recorder(Listener):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.reasons: list[tuple[str, str, str]] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def plan(self, facts, reasons) -> None:  # type: ignore[no-untyped-def]
+        self.reasons = list(reasons)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "simsiam", *map(str, arguments)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "encoder.safetensors")
+
+
+def test_a_run_leaves_what_the_docs_promise(photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    listener = Recorder()
+    summary = simsiam.train(photos, run, epochs=3, listener=listener, **SMALL)
+    for name in (
+        "config.toml environment.json metrics.jsonl summary.json encoder.safetensors encoder.json checkpoints/LAST "
+        "checkpoints/HEALTHY samples/views.npy samples/untrained.npy samples/embedding/vectors.npy "
+        "samples/embedding/items.parquet samples/embedding/meta.json samples/embedding/thumbnails.npy"
+    ).split():
+        assert (run / name).is_file(), name
+    assert summary == read_json(run / "summary.json")
+    keys = "run method encoder images bad_files epochs steps seconds images_per_second loss std effective_rank verdict knn"
+    assert set(keys.split()) <= summary.keys()
+    assert summary["images"] + summary["held_out"] == 96 and summary["steps"] == 3 * (87 // 16)
+    assert [bad["path"] for bad in summary["bad_files"]] == ["rings/broken.jpg"] and summary["bad_files"][0]["reason"]
+    assert set(summary["knn"]) >= {"trained", "untrained", "pixels", "k", "T"}
+    kinds = [line["kind"] for line in read_metrics(run)]
+    assert kinds[0] == "monitor" and kinds[-1] == "monitor" and "train" in kinds
+    assert {"train.precision"} <= {setting for setting, _, _ in listener.reasons}
+    assert not list(run.rglob("*.tmp")) and not list(run.rglob("*.pkl")) and not list(run.rglob("*.pt"))
+    views = np.load(run / "samples" / "views.npy")
+    assert views.dtype == np.uint8 and views.shape == (8, 3, 16, 16, 3)
+
+
+def test_config_runs_again_to_the_same_weights(photos: Path, tmp_path: Path) -> None:
+    simsiam.train(photos, tmp_path / "a", epochs=2, seed=3, **SMALL)
+    simsiam.train(None, tmp_path / "b", recipe=str(tmp_path / "a" / "config.toml"))
+    simsiam.train(photos, tmp_path / "c", epochs=2, seed=4, **SMALL)
+    a, b, c = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+    assert read_recipe(tmp_path / "a" / "config.toml") == read_recipe(tmp_path / "b" / "config.toml")
+
+
+def test_labels_have_no_part_in_training(photos: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in sorted(photos.rglob("*.png")):
+        (flat / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    simsiam.train(photos, tmp_path / "labelled", epochs=1, **SMALL)
+    summary = simsiam.train(flat, tmp_path / "flat-run", epochs=1, **SMALL)
+    assert summary["knn"] is None
+    a, b = weights(tmp_path / "labelled"), weights(tmp_path / "flat-run")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Stop(Listener):
+    """Sends this process a signal at the first report after `step`."""
+
+    def __init__(self, number: signal.Signals, step: int) -> None:
+        self.number, self.at = number, step
+
+    def step(self, figures, progress, left) -> None:  # type: ignore[no-untyped-def]
+        if figures["step"] >= self.at:
+            signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("schedule", ["step", "epoch"])
+def test_a_signal_saves_and_resume_gives_the_same_weights(
+    photos: Path, tmp_path: Path, number: signal.Signals, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simsiam.session._FLUSH_SECONDS", 0.0)
+    settings = {**SMALL, "epochs": 4, "cosine": schedule}
+    simsiam.train(photos, tmp_path / "whole", **settings)
+    run = tmp_path / "stopped"
+    with pytest.raises(Interrupted, match="--resume"):
+        simsiam.train(photos, run, listener=Stop(number, 7), **settings)
+    assert not (run / "summary.json").exists()
+    _, state = Checkpoints(run).load()
+    assert state["step"] == 7  # in the middle of the second epoch
+    simsiam.train(None, run, resume=True)
+    whole, resumed = weights(tmp_path / "whole"), weights(run)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    steps = [line["step"] for line in read_metrics(run) if line["kind"] == "train"]
+    assert steps == sorted(set(steps)), "a resumed run must not write a step twice"
+    last = [[line["loss"] for line in read_metrics(r) if line["kind"] == "train"] for r in (tmp_path / "whole", run)]
+    assert last[0] == last[1]
+
+
+def test_kill_9_at_any_moment_loses_nothing(photos: Path, tmp_path: Path) -> None:
+    settings = [*SMALL["overrides"], "--epochs", 60, "--json"]
+    run = tmp_path / "killed"
+    killed = 0
+    arguments: list[object] = ["train", photos, "-o", run, *settings]
+    for wait in (0.05, 0.4):
+        process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        until = time.monotonic() + 120
+        while not (run / "checkpoints" / "LAST").exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        arguments = ["train", "--resume", "-o", run, "--json"]
+    assert killed, "the run was over before it could be killed"
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    whole = subprocess.run(
+        command("train", photos, "-o", tmp_path / "whole", *settings), capture_output=True, text=True, timeout=300
+    )
+    assert whole.returncode == 0, whole.stderr
+    assert json.loads(done.stdout)["steps"] == json.loads(whole.stdout)["steps"] == 300
+    a, b = weights(run), weights(tmp_path / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_sigterm_to_the_command_line_ends_with_one_clear_line(photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", photos, "-o", run, "--budget", "10m", *SMALL["overrides"]]
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while len(read_metrics(run)) < 2 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and out == ""
+    assert "Traceback" not in err and err.strip().splitlines()[-1].endswith(f"simsiam train --resume -o {run}")
+    assert Checkpoints(run).load()[1]["step"] > 0
+
+
+def test_resume_refuses_other_images_and_says_what_it_ignores(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simsiam.session._FLUSH_SECONDS", 0.0)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for path in list(photos.rglob("*.png"))[:40]:
+        (mine / path.name).write_bytes(path.read_bytes())
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        simsiam.train(mine, run, epochs=9, listener=Stop(signal.SIGINT, 3), **SMALL)
+    listener = Recorder()
+    (mine / "new.png").write_bytes(next(photos.rglob("*.png")).read_bytes())
+    with pytest.raises(UserError, match="have changed"):
+        simsiam.train(photos, run, resume=True, epochs=3, listener=listener)
+    assert any("ignored" in line for line in listener.lines)
+
+
+def test_the_clock_ends_a_run_with_a_budget(photos: Path, tmp_path: Path) -> None:
+    summary = simsiam.train(photos, tmp_path / "run", budget="3s", **SMALL)
+    assert 3 <= summary["seconds"] < 6
+    train = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    rates = [line["lr"] for line in train]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2 * rates[0]
+    assert train[-1]["progress"] == 1
+
+
+def test_divergence_is_named_and_the_start_is_kept(photos: Path, tmp_path: Path) -> None:
+    huge = {"overrides": [*SMALL["overrides"], "train.lr=1e30"]}
+    summary = simsiam.train(photos, tmp_path / "run", epochs=20, **huge)
+    assert summary["verdict"] == "diverged" and summary["knn"] is None and summary["loss"] is None
+    kept, _ = Checkpoints(tmp_path / "run").load("HEALTHY")
+    assert all(torch.isfinite(value).all() for value in kept.values())
+
+
+COLLAPSE = {
+    "no stop-gradient": ["method.stop_gradient=false"],
+    "no predictor": ["method.predictor=false"],
+}
+
+
+@pytest.mark.parametrize("what", COLLAPSE)
+def test_the_guard_names_collapse_on_the_demo_set_within_a_minute(what: str, tmp_path: Path) -> None:
+    summary = simsiam.train("demo", tmp_path / "run", budget="2m", recipe="demo", overrides=COLLAPSE[what])
+    assert summary["verdict"] == "collapsed", summary["evidence"]
+    assert summary["seconds"] < 60
+    assert summary["loss"] < -0.9 and summary["std"] < 0.1
+    assert summary["advice"]
+    # Chance is 100 / 16.
+    assert summary["knn"]["trained"] < 0.5 * summary["knn"]["untrained"]
+    assert Checkpoints(tmp_path / "run").load("HEALTHY") is not None
+
+
+def test_on_collapse_continue_goes_on_to_the_end(photos: Path, tmp_path: Path) -> None:
+    huge = {"overrides": [*SMALL["overrides"], "train.lr=1e30"]}
+    summary = simsiam.train(photos, tmp_path / "run", epochs=5, on_collapse="continue", **huge)
+    assert summary["verdict"] == "diverged" and summary["steps"] == 25
+
+
+# --- recipes and defaults -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", [10, 300, 3_800, 50_000, 2_000_000])
+@pytest.mark.parametrize("side", [8, 28, 32, 64, 100, 500])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_defaults_fit_any_data(images: int, side: int, device: str) -> None:
+    facts = Facts(images, side, device)
+    recipe, reasons = resolve(gather("somewhere", None, [], {}), facts)
+    assert 2 <= recipe.train.batch_size <= images
+    assert recipe.views.size <= recipe.eval.size <= max(224, side) and recipe.views.size >= 8
+    assert recipe.eval.size <= max(16, -(-side // 8) * 8), "images are not enlarged"
+    assert all(why for _, _, why in reasons)
+    assert read(recipe.table()) == recipe
+    epochs, why = default_epochs(facts, seconds_per_epoch=10)
+    assert 1 <= epochs <= 800 and why
+
+
+def test_what_the_user_says_stands() -> None:
+    facts = Facts(50_000, 32, "cpu")
+    asked = gather("x", "cifar", ["lr=0.2", "views.blur_p=0.5"], {"epochs": 5.0, "batch_size": 64, "method": "simsiam"})
+    recipe, _ = resolve(asked, facts)
+    assert (recipe.train.lr, recipe.views.blur_p, recipe.train.epochs, recipe.train.batch_size) == (0.2, 0.5, 5, 64)
+    assert recipe.encoder.name == "cifar-resnet18" and recipe.method_settings.dim == 2048
+    budget, _ = resolve(gather("x", "cifar", [], {"budget": "5m"}), facts)
+    assert budget.train.epochs is None and budget.train.seconds == 300
+    sized, _ = resolve(gather("x", None, [], {}), facts, asked_size=96)
+    assert sized.views.size == sized.eval.size == 96
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings", "says"),
+    [
+        (["train.lrr=1"], {}, "train.lr"),
+        (["lr"], {}, "key=value"),
+        (["nonsense=1"], {}, "Unknown setting"),
+        (["train.lr=fast"], {}, "float"),
+        (["train.lr=-1"], {}, "above 0"),
+        (["views.scale=[0.5, 2.0]"], {}, "larger than the image"),
+        ([], {"method": "simsaim"}, "simsiam"),
+        ([], {"budget": "10"}, "10m"),
+        (["train.epochs=3", "train.epochs=0"], {}, "above 0"),
+        ([], {"seed": -1}, "seed"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(
+    photos: Path, tmp_path: Path, overrides: list[str], settings: dict[str, object], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        simsiam.train(photos, tmp_path / "run", overrides=overrides, **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_never_overwritten(photos: Path, tmp_path: Path) -> None:
+    simsiam.train(photos, tmp_path / "run", epochs=1, **SMALL)
+    before = weights(tmp_path / "run")
+    with pytest.raises(UserError, match="--resume"):
+        simsiam.train(photos, tmp_path / "run", epochs=1, **SMALL)
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path / "run").items())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not a run"):
+        simsiam.train(photos, tmp_path / "other", epochs=1)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "cifar"])
+def test_presets_are_the_papers(name: str) -> None:
+    recipe, _ = resolve(gather("x", name, [], {}), Facts(50_000, 32 if name == "cifar" else 400, "cuda"))
+    train, views, method = recipe.train, recipe.views, recipe.method_settings
+    assert (train.momentum, train.batch_size, train.cosine, train.warmup_epochs) == (0.9, 512, "epoch", 0)
+    assert views.jitter == (0.4, 0.4, 0.4, 0.1) and (views.jitter_p, views.gray_p, views.flip_p) == (0.8, 0.2, 0.5)
+    assert views.scale == (0.2, 1.0) and method.dim == 2048 and method.predictor_hidden in (None, 512)
+    assert method.stop_gradient and method.predictor and method.predictor_fixed_lr
+    if name == "imagenet":
+        assert (train.lr, train.weight_decay, train.epochs, views.size) == (0.05, 1e-4, 100, 224)
+        assert (views.blur_p, views.blur_sigma, method.projector_layers) == (0.5, (0.1, 2.0), 3)
+        assert recipe.encoder.name == "resnet50"
+    else:
+        assert (train.lr, train.weight_decay, train.epochs, views.size) == (0.03, 5e-4, 800, 32)
+        assert (views.blur_p, method.projector_layers) == (0.0, 2)

@@ -49,14 +49,17 @@ def test_a_run_leaves_what_the_docs_promise(photos: Path, tmp_path: Path) -> Non
     run = tmp_path / "run"
     listener = Recorder()
     summary = simsiam.train(photos, run, epochs=3, listener=listener, **SMALL)
-    for name in (
-        "config.toml environment.json metrics.jsonl summary.json encoder.safetensors encoder.json checkpoints/LAST "
-        "checkpoints/HEALTHY samples/views.npy samples/untrained.npy samples/embedding/vectors.npy "
-        "samples/embedding/items.parquet samples/embedding/meta.json samples/embedding/thumbnails.npy"
-    ).split():
+    wanted = """
+        config.toml environment.json metrics.jsonl summary.json encoder.safetensors encoder.json
+        checkpoints/LAST checkpoints/HEALTHY samples/views.npy samples/untrained.npy samples/embedding/vectors.npy
+        samples/embedding/items.parquet samples/embedding/meta.json samples/embedding/thumbnails.npy
+    """
+    for name in wanted.split():
         assert (run / name).is_file(), name
     assert summary == read_json(run / "summary.json")
-    keys = "run method encoder images bad_files epochs steps seconds images_per_second loss std effective_rank verdict knn"
+    keys = (
+        "run method encoder images bad_files epochs steps seconds images_per_second loss std effective_rank verdict knn"
+    )
     assert set(keys.split()) <= summary.keys()
     assert summary["images"] + summary["held_out"] == 96 and summary["steps"] == 3 * (87 // 16)
     assert [bad["path"] for bad in summary["bad_files"]] == ["rings/broken.jpg"] and summary["bad_files"][0]["reason"]
@@ -126,28 +129,29 @@ def test_a_signal_saves_and_resume_gives_the_same_weights(
 
 
 def test_kill_9_at_any_moment_loses_nothing(photos: Path, tmp_path: Path) -> None:
-    settings = [*SMALL["overrides"], "--epochs", 60, "--json"]
+    often = ["train.checkpoint_seconds=0.01", *SMALL["overrides"], "--epochs", 200, "--json"]
     run = tmp_path / "killed"
-    killed = 0
-    arguments: list[object] = ["train", photos, "-o", run, *settings]
-    for wait in (0.05, 0.4):
+    arguments: list[object] = ["train", photos, "-o", run, *often]
+    reached = []
+    for _ in range(3):
         process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        before = Checkpoints(run).named("LAST")
         until = time.monotonic() + 120
-        while not (run / "checkpoints" / "LAST").exists() and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.02)
-        time.sleep(wait)
+        while Checkpoints(run).named("LAST") == before and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        killed += process.returncode == -signal.SIGKILL
+        assert process.returncode == -signal.SIGKILL, "the run was over before it could be killed"
+        reached.append(Checkpoints(run).load()[1]["step"])
         arguments = ["train", "--resume", "-o", run, "--json"]
-    assert killed, "the run was over before it could be killed"
+    assert reached == sorted(reached) and reached[-1] > 0
     done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     whole = subprocess.run(
-        command("train", photos, "-o", tmp_path / "whole", *settings), capture_output=True, text=True, timeout=300
+        command("train", photos, "-o", tmp_path / "whole", *often), capture_output=True, text=True, timeout=300
     )
     assert whole.returncode == 0, whole.stderr
-    assert json.loads(done.stdout)["steps"] == json.loads(whole.stdout)["steps"] == 300
+    assert json.loads(done.stdout)["steps"] == json.loads(whole.stdout)["steps"] == 1000
     a, b = weights(run), weights(tmp_path / "whole")
     assert all(torch.equal(a[name], b[name]) for name in a)
 

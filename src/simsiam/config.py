@@ -131,7 +131,7 @@ def parse_duration(text: str) -> float:
 
 def show_duration(seconds: float) -> str:
     """Seconds as a person says them: '48 s', '9 min 05 s', '3 h 12 min'."""
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

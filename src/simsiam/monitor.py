@@ -47,11 +47,14 @@ class Monitor:
         self.labelled = labels is not None and len(self.queries) > 0 and bool((labels[self.queries] >= 0).any())
 
     def look(self, method: nn.Module) -> dict[str, Any]:
-        """Figures of the method as it stands; its mode is put back. Draws nothing from the training's random numbers."""
+        """Figures of the method as it stands, none where its output is not finite; its mode is put back.
+
+        Draws nothing from the training's random numbers.
+        """
         training = method.training
         method.eval()
         figures = self._two_views(method)
-        if self.labelled:
+        if figures and self.labelled:
             figures["knn"] = self.knn(method.encoder)  # type: ignore[arg-type]
         method.train(training)
         return figures

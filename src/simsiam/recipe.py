@@ -47,6 +47,8 @@ class TrainSettings:
     """The learning rate changes every step, or every epoch as in the paper."""
     precision: Precision = "auto"
     on_collapse: Literal["stop", "continue"] = "stop"
+    checkpoint_seconds: float = 60.0
+    """A kill loses at most so much; a signal loses nothing."""
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -207,6 +209,7 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
         why.append(("recipe", base, reason))
         preset = recipes.get(base)
         preset["train"].pop("epochs", None)
+        preset["views"].pop("size", None)
         if base == "imagenet" and facts.images < 200_000:
             preset["encoder"] = {"name": "resnet18"}
             why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))

@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 RECIPE, SUMMARY, METRICS, ENVIRONMENT = "config.toml", "summary.json", "metrics.jsonl", "environment.json"
 EVALUATION, ENCODER, REPORT = "evaluation.json", "encoder", "report.html"
+LAST, HEALTHY = "LAST", "HEALTHY"
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed over `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -33,7 +34,8 @@ def atomic(path: Path) -> Iterator[Path]:
             f"Cannot write {path}: {error.strerror or error}. Free some space or choose another -o."
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,11 +59,15 @@ def read_json(path: Path) -> Any:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file: tensors and a string-to-string header, no code in it."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
-        save_file(plain, str(temporary), metadata=dict(metadata or {}))
+        try:
+            save_file(plain, str(temporary), metadata=dict(metadata or {}))
+        except SafetensorError as error:  # a full disk, most often
+            raise OSError(str(error)) from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -89,13 +95,14 @@ class Checkpoints:
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, healthy: bool) -> Path:
         path = self.folder / f"step-{step:09d}.safetensors"
-        if self.named("LAST") != path or not path.exists():
+        if self.named(LAST) != path or not path.exists():
             write_tensors(path, tensors, {"state": json.dumps(dict(state))})
-            write_text(self.folder / "LAST", path.name + "\n")
+            write_text(self.folder / LAST, path.name + "\n")
         if healthy:
-            write_text(self.folder / "HEALTHY", path.name + "\n")
-        keep = {self.named("LAST"), self.named("HEALTHY")}
-        for old in self.folder.glob("step-*.safetensors"):
+            write_text(self.folder / HEALTHY, path.name + "\n")
+        keep = {self.named(LAST), self.named(HEALTHY)}
+        # The second pattern: what a kill in the middle of a write left behind.
+        for old in [*self.folder.glob("step-*.safetensors"), *self.folder.glob(".*.tmp")]:
             if old not in keep:
                 old.unlink(missing_ok=True)
         return path
@@ -106,7 +113,7 @@ class Checkpoints:
         except OSError:
             return None
 
-    def load(self, name: str = "LAST") -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(self, name: str = LAST) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The named state, or None where none was saved yet."""
         path = self.named(name)
         if path is None:

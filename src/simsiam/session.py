@@ -23,13 +23,12 @@ from simsiam.data.loader import Loader
 from simsiam.monitor import Monitor
 from simsiam.optim import Schedule
 from simsiam.recipe import Recipe
-from simsiam.runs import Checkpoints, Metrics
+from simsiam.runs import HEALTHY, Checkpoints, Metrics
 
 _FLUSH_SECONDS = 1.0
 _MONITOR_SHARE = 0.05
 """Of the time, that looks at the held-out images may take."""
 _LOOKS = 20
-_CHECKPOINT_SECONDS = 60.0
 
 
 class Interrupted(Exception):
@@ -77,7 +76,7 @@ class Session:
                 )
             self.step, self.seconds, self.latest = state["step"], state["seconds"], state["latest"]
             self.training_seconds = state["training_seconds"]
-            self.method.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("method.")})
+            self._load(tensors)
             _load_optimizer(self.optimizer, tensors)
         self.metrics = Metrics(self.run, self.step if found else None)
         self.board: Any = None
@@ -142,7 +141,7 @@ class Session:
         if self.verdict.name != before or (now - self._looked >= pause and not self.over):
             self.look()
             self._looked = time.perf_counter()
-        if now - self._saved >= _CHECKPOINT_SECONDS:
+        if now - self._saved >= self.recipe.train.checkpoint_seconds:
             self.save()
             self._saved = time.perf_counter()
         self._flushed = time.perf_counter()
@@ -193,6 +192,18 @@ class Session:
         }
         self.checkpoints.save(self.step, tensors, state, healthy=self.verdict.name == "healthy")
 
+    def back_to_healthy(self) -> int:
+        """Puts the last healthy weights into the method; returns their step. There always is such a state: the first."""
+        found = self.checkpoints.load(HEALTHY)
+        assert found is not None
+        self._load(found[0])
+        step: int = found[1]["step"]
+        return step
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        own = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
+        self.method.load_state_dict(own)
+
     def close(self) -> None:
         self.metrics.close()
         if self.board is not None:
@@ -205,10 +216,15 @@ def finite(value: Any) -> bool:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
+            parameter = parameters[int(index)]
+            if value.shape == parameter.shape:
+                # A fused step walks both by address: in another memory format it would mix up the elements.
+                value = torch.empty_like(parameter).copy_(value)
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

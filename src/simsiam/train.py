@@ -293,7 +293,9 @@ def _finish(
     s.method.eval()
     encoder = cast(Encoder, s.method.encoder)
     plan, verdict = s.recipe, s.verdict
-    about = {"method": plan.method, "data": plan.data, "step": s.step, "verdict": verdict.name}
+    # Weights that are not finite are of no use to anybody: the last healthy ones are.
+    step = s.step if verdict.name != "diverged" else s.back_to_healthy()
+    about = {"method": plan.method, "data": plan.data, "step": step, "verdict": verdict.name}
     save_encoder(s.run, encoder, prepare, plan.seed, about)
     shown = held_out if len(held_out) >= 16 else rows
     keep_samples(s.run, encoder, before, prepare, plan.views, cache, rows, shown, s.compute)
@@ -321,6 +323,7 @@ def _finish(
         "images_per_second": round(images / s.training_seconds, 1) if s.training_seconds else None,
         **figures,
         "dim": getattr(plan.method_settings, "dim", None),
+        "encoder_step": step,
         "verdict": verdict.name,
         "evidence": verdict.evidence,
         "advice": verdict.advice or None,

@@ -94,7 +94,12 @@ def random_view(
 
 
 def plain_view(
-    images: Tensor, size: int, share: float, mean: tuple[float, ...], std: tuple[float, ...], sizes: Tensor | None = None
+    images: Tensor,
+    size: int,
+    share: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """The view for evaluation: the central square with `share` of the short side, resized and normalised.
 

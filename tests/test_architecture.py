@@ -1,0 +1,119 @@
+"""The house rules that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "simsiam"
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+ROOMS = {
+    0: ("config", "runs", "compute", "console"),
+    1: ("data", "encoders", "optim", "neighbours", "collapse", "recipes"),
+    2: ("methods", "embed"),
+    3: ("search",),
+    4: ("evaluate", "recipe", "monitor", "assess"),
+    5: ("session", "train", "show", "export"),
+    6: ("reproduce",),
+    7: ("cli", "catalogue", "__main__", "__init__"),
+}
+ROOM = {name: room for room, names in ROOMS.items() for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module of the package that a file imports, anywhere in it, TYPE_CHECKING blocks left out."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.ImportFrom) and (child.module or "").split(".")[0] == "simsiam":
+                base = child.module.removeprefix("simsiam").removeprefix(".")
+                for alias in child.names:
+                    inner = f"{base}.{alias.name}".strip(".")
+                    found.add(inner if inner in MODULES else base)
+            if isinstance(child, ast.Import):
+                found.update(alias.name.removeprefix("simsiam.") for alias in child.names if "simsiam." in alias.name)
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return found - {""}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_imports_only_go_down(name: str) -> None:
+    top = name.split(".")[0]
+    assert top in ROOM, f"{top} stands in no room: add it to ROOMS here and to docs/how-it-works.md"
+    for other in imports(MODULES[name]):
+        assert ROOM[other.split(".")[0]] <= ROOM[top], f"{name} imports {other}, which stands above it"
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    graph = {name: imports(path) & MODULES.keys() for name, path in MODULES.items() if name}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above, name])
+        if name in done:
+            return
+        for other in graph[name]:
+            visit(other, (*above, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_training_does_not_notice_when_show_is_gone() -> None:
+    reached, queue = set(), ["train"]
+    while queue:
+        name = queue.pop()
+        if name not in reached:
+            reached.add(name)
+            queue += imports(MODULES[name]) & MODULES.keys()
+    assert not {name for name in reached if name.startswith(("show", "cli", "export"))}
+
+
+def test_no_drawer_for_everything() -> None:
+    names = {path.stem for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert not names & {"utils", "common", "helpers", "misc", "legacy"}
+
+
+def test_no_pickle_is_ever_loaded() -> None:
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not {alias.name for alias in node.names} & {"pickle", "joblib", "dill"}, name
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load"):
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                safe = keywords.get("weights_only") == "True" or keywords.get("allow_pickle", "False") == "False"
+                assert safe, f"{name}: {ast.unparse(node)}"
+
+
+def test_the_file_tree_in_the_docs_is_true() -> None:
+    text = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`", text))
+    real = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in MODULES.values()
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    assert told == real, f"missing in the docs: {sorted(real - told)}; no longer there: {sorted(told - real)}"
+
+
+@pytest.mark.parametrize(
+    "page", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")) + ["README.md"]
+)
+def test_links_in_the_docs_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), target

@@ -1,0 +1,57 @@
+"""Evaluating a run as its user does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import simsiam
+from simsiam import evaluate
+from simsiam.assess import evaluate_run
+from simsiam.config import UserError
+from test_train import SMALL
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    simsiam.train(photos, folder, epochs=2, **SMALL)
+    return folder
+
+
+def test_every_evaluation_beside_pixels_and_the_untrained_encoder(run: Path) -> None:
+    result = evaluate_run(run)
+    assert json.loads((run / "evaluation.json").read_text()) == result
+    assert set(evaluate.names()) <= result.keys()
+    for name in ("knn", "linear", "fewshot"):
+        assert all(0 <= result[name][kind] <= 100 for kind in ("trained", "untrained", "pixels")), name
+    assert {"k", "T"} <= result["knn"].keys() and {"draws", "by_labels"} <= result["fewshot"].keys()
+    summary = json.loads((run / "summary.json").read_text())
+    for key in ("std", "effective_rank", "verdict"):
+        assert result["collapse"][key] == summary[key]
+    assert result["knn"]["trained"] == summary["knn"]["trained"], "evaluate and train measure the same thing"
+
+
+def test_other_data_some_evaluations_and_no_labels(run: Path, photos: Path, tmp_path: Path) -> None:
+    before = (run / "evaluation.json").read_text() if (run / "evaluation.json").exists() else None
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in sorted(photos.rglob("*.png"))[:40]:
+        (flat / path.name).write_bytes(path.read_bytes())
+    result = evaluate_run(run, flat)
+    assert result["knn"] is result["linear"] is result["fewshot"] is None
+    assert result["collapse"]["std"] > 0 and result["collapse"]["verdict"]
+    assert list(evaluate_run(run, photos, names=["knn"])) == ["run", "data", "knn"]
+    assert before is None or (run / "evaluation.json").read_text() == before, "only its own data speak about a run"
+    with pytest.raises(UserError, match="knn"):
+        evaluate_run(run, names=["kNN"])
+    with pytest.raises(UserError, match="no trained encoder"):
+        evaluate_run(tmp_path)
+
+
+def test_the_papers_linear_protocol_on_request(run: Path) -> None:
+    result = evaluate_run(run, names=["collapse"], sgd=True)["linear_sgd"]
+    assert (result["optimiser"], result["epochs"], result["weight_decay"]) == ("lars", 90, 0.0)
+    assert 0 <= result["trained"] <= 100

@@ -1,0 +1,137 @@
+"""The command line as a stable contract: verbs, exit status, what goes to stdout and what to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import simsiam
+from test_decode import write_nasty_folder
+from test_train import SMALL, command
+
+VERBS = ("train", "evaluate", "embed", "report", "check", "list")
+
+
+def simsiam_cli(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=300, cwd=cwd, env={**os.environ, "COLUMNS": "160"}
+    )
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    simsiam.train(photos, folder, epochs=2, **SMALL)
+    return folder
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_never_imports_torch(verb: str | None) -> None:
+    code = (
+        "import sys\nsys.argv = ['simsiam', *{args!r}]\n"
+        "from simsiam.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
+        "heavy = {{'torch', 'numpy', 'sklearn', 'timm', 'PIL', 'pyarrow', 'altair'}} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    ).format(args=[*([verb] if verb else []), "--help"])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in (VERBS if verb is None else ("--json",)))
+
+
+def test_import_and_version_are_light() -> None:
+    code = "import sys, simsiam; assert 'torch' not in sys.modules and 'numpy' not in sys.modules; print(simsiam.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == simsiam.__version__ == simsiam_cli("--version").stdout.strip()
+
+
+def test_the_whole_way_as_a_user_goes_it(photos: Path, tmp_path: Path) -> None:
+    trained = simsiam_cli("train", photos, "--epochs", 2, "-o", "run", *SMALL["overrides"], "--json", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    summary = json.loads(trained.stdout)
+    keys = (
+        "run method encoder images bad_files epochs steps seconds images_per_second loss std effective_rank verdict knn"
+    )
+    assert set(keys.split()) <= summary.keys() and summary["verdict"] == "healthy"
+    assert "raw pixels" in trained.stderr and "report.html" in trained.stderr and "Traceback" not in trained.stderr
+    assert "Chosen for this data" in trained.stderr
+    assert (tmp_path / "run" / "report.html").stat().st_size > 100_000
+
+    evaluated = simsiam_cli("evaluate", "run", "--json", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert {"knn", "linear", "fewshot", "collapse"} <= json.loads(evaluated.stdout).keys()
+    embedded = simsiam_cli("embed", "run", photos, "-o", "vectors", "--json", cwd=tmp_path)
+    assert embedded.returncode == 0, embedded.stderr
+    told = json.loads(embedded.stdout)
+    assert (told["vectors"], told["new"], len(told["bad_files"])) == (96, 96, 1)
+    page = simsiam_cli("report", "run", "--json", cwd=tmp_path)
+    assert page.returncode == 0 and json.loads(page.stdout)["report"].endswith("report.html")
+
+
+def test_check_names_what_is_wrong(tmp_path: Path) -> None:
+    good, bad = write_nasty_folder(tmp_path / "mess")
+    done = simsiam_cli("check", tmp_path / "mess", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"images", "bad_files", "duplicates", "sizes", "modes", "labels"} <= found.keys()
+    assert {entry["path"] for entry in found["bad_files"]} == set(bad)
+    assert all(path in done.stderr for path in bad)
+    assert found["images"] == len(good) + len(bad)
+
+
+def test_list_finds_what_there_is() -> None:
+    found = json.loads(simsiam_cli("list", "--json").stdout)
+    assert "simsiam" in found["methods"] and {"imagenet", "cifar", "demo"} <= set(found["recipes"])
+    assert {"knn", "linear", "fewshot"} <= set(found["evaluations"]) and "thin-resnet18" in found["encoders"]
+    assert "demo" in found["datasets"]
+
+
+def test_key_value_may_stand_where_data_stands(tmp_path: Path) -> None:
+    done = simsiam_cli("train", "train.lr=abc", cwd=tmp_path)
+    assert done.returncode == 2 and "train.lr" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "nowhere"], "nowhere"),
+        (["train", "{photos}", "--method", "simclear"], "simsiam"),
+        (["train", "{photos}", "--encoder", "resnet1800"], "resnet"),
+        (["train", "{photos}", "--recipe", "cifra"], "cifar"),
+        (["train", "{photos}", "--budget", "soon"], "10m"),
+        (["train", "{photos}", "--budget", "5m", "train.epochs=0"], "above 0"),
+        (["train", "{photos}", "-o", "{run}"], "--resume"),
+        (["train", "--resume"], "-o"),
+        (["train", "{photos}", "--device", "tpu9"], "--device cpu"),
+        (["train", "{photos}", "--no-such-option"], "--no-such-option"),
+        (["evaluate", "{photos}"], "simsiam train"),
+        (["evaluate", "{run}", "--only", "nnk"], "knn"),
+        (["embed", "{photos}", "{photos}", "-o", "x"], "simsiam train"),
+        (["report", "{photos}"], "run folder"),
+        (["check", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_and_status_2(
+    arguments: list[str], says: str, photos: Path, run: Path, tmp_path: Path
+) -> None:
+    done = simsiam_cli(*(a.format(photos=photos, run=run) for a in arguments), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "" and "Traceback" not in done.stderr and says in done.stderr
+    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+def test_an_empty_folder_and_one_image(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = simsiam_cli("train", tmp_path / "empty")
+    assert done.returncode == 2 and "empty" in done.stderr
+    from PIL import Image
+
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (50, 50)).save(tmp_path / "one" / "a.png")
+    done = simsiam_cli("train", tmp_path / "one", cwd=tmp_path)
+    assert done.returncode == 2 and "at least 2" in done.stderr, done.stderr

@@ -1,0 +1,146 @@
+"""Using a trained encoder: on disk, in memory, inside scikit-learn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.validation import check_is_fitted
+
+import simsiam
+from simsiam.config import UserError
+from simsiam.embed import ImageEncoder, Preprocessing, embed_to, preprocessing, read_encoder
+from test_train import SMALL
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    simsiam.train(photos, folder, epochs=2, **SMALL)
+    return folder
+
+
+@pytest.fixture
+def copy(photos: Path, tmp_path: Path) -> Path:
+    """A small folder of images of a test's own."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in sorted(photos.rglob("*.png"))[:30]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_embed_writes_plain_files_that_agree(run: Path, copy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "vectors"
+    (copy / "broken.jpg").write_bytes(b"x")
+    told = embed_to(run, copy, out)
+    vectors, items = np.load(out / "vectors.npy"), pq.read_table(out / "items.parquet").to_pydict()
+    meta = json.loads((out / "meta.json").read_text())
+    assert vectors.dtype == np.float32 and vectors.shape == (30, 64) == (told["vectors"], told["dim"])
+    assert items["id"] == sorted(path.name for path in copy.glob("*.png")) and items["label"] == [None] * 30
+    assert [bad["path"] for bad in told["bad_files"]] == ["broken.jpg"]
+    assert meta["encoder"] == json.loads((run / "encoder.json").read_text())["sha256"] and meta["preprocessing"]
+    # The same image on its own, from its file, gives the same vector: there is one preprocessing.
+    alone = simsiam.load(run, precision="fp32").embed([copy / items["id"][7]])
+    assert np.abs(alone[0] - vectors[7]).max() < 0.02 * np.abs(vectors[7]).max()
+
+
+def test_embedding_again_computes_only_what_is_new(run: Path, copy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "vectors"
+    assert embed_to(run, copy, out)["new"] == 30
+    first = np.load(out / "vectors.npy")
+    assert embed_to(run, copy, out)["new"] == 0
+    assert np.array_equal(first, np.load(out / "vectors.npy"))
+    Image.new("RGB", (40, 40), "red").save(copy / "zz.png")
+    (copy / "000.png").rename(copy / "yy.png")
+    told = embed_to(run, copy, out)
+    assert (told["new"], told["vectors"]) == (1, 31)
+    ids = pq.read_table(out / "items.parquet")["id"].to_pylist()
+    assert np.array_equal(np.load(out / "vectors.npy")[ids.index("yy.png")], first[0])
+
+
+def test_what_does_not_belong_together_is_refused(run: Path, copy: Path, photos: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    simsiam.train(photos, other, epochs=1, seed=5, **SMALL)
+    out = tmp_path / "vectors"
+    embed_to(run, copy, out)
+    with pytest.raises(UserError, match="another encoder"):
+        embed_to(other, copy, out)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="something else"):
+        embed_to(run, copy, tmp_path / "thesis")
+    (other / "encoder.safetensors").write_bytes((run / "encoder.safetensors").read_bytes())
+    with pytest.raises(UserError, match="not the file"):
+        simsiam.load(other)
+    with pytest.raises(UserError, match="no trained encoder"):
+        simsiam.load(tmp_path)
+
+
+def test_embed_takes_what_people_have(run: Path, photos: Path) -> None:
+    encoder = simsiam.load(run, precision="fp32")
+    path = next(photos.rglob("*.png"))
+    image = Image.open(path).convert("RGB")
+    ways = [path, str(path), image, np.asarray(image)]
+    vectors = encoder.embed(ways)
+    assert vectors.shape == (4, encoder.dim) and vectors.dtype == np.float32
+    assert np.allclose(vectors, vectors[0], atol=1e-5)
+    batch = np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3), dtype=np.uint8)
+    assert encoder.embed(batch).shape == (5, encoder.dim)
+    assert encoder.embed([]).shape == (0, encoder.dim)
+    sizes = [Image.new("L", size, 90) for size in [(17, 90), (300, 40), (1, 1)]]
+    together = encoder.embed(sizes)
+    assert np.allclose(together, np.concatenate([encoder.embed([one]) for one in sizes]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (["nowhere.jpg"], "nowhere.jpg"),
+        ("one.jpg", "list"),
+        ([np.zeros((8, 8, 3))], "float64"),
+        ([np.zeros((8, 8, 5), np.uint8)], r"\[8, 8, 5\]"),
+    ],
+)
+def test_embed_says_what_it_cannot_take(run: Path, images: object, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        simsiam.load(run).embed(images)
+
+
+def test_it_is_a_scikit_learn_transformer(run: Path, photos: Path) -> None:
+    paths = sorted(photos.rglob("*.png"))
+    kinds = [path.parent.name for path in paths]
+    pipeline = make_pipeline(ImageEncoder(str(run)), LogisticRegression(max_iter=500))
+    pipeline.fit(paths[::2], kinds[::2])
+    assert pipeline.score(paths[1::2], kinds[1::2]) > 0.5  # chance is a third
+    encoder = ImageEncoder(str(run), precision="fp32")
+    check_is_fitted(encoder)
+    twin = clone(encoder)
+    assert twin.get_params() == {"run": str(run), "device": "auto", "precision": "fp32"}
+    assert np.array_equal(twin.fit_transform(paths[:4]), encoder.transform(paths[:4]))
+
+
+def test_the_encoder_on_disk_is_a_plain_network(run: Path) -> None:
+    encoder, prepare, meta = read_encoder(run)
+    assert not encoder.training and prepare.size == 16 and meta["dim"] == encoder.dim
+    x = torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8)
+    by_hand = x[:, :, 2:18, 2:18] if prepare.share < 1 else None
+    assert by_hand is None or prepare(x).shape == (3, 3, 16, 16)
+    assert torch.isfinite(encoder(prepare(x))).all()
+    assert all(not name.startswith("backbone") for name in simsiam.embed.read_tensors(run / "encoder.safetensors")[0])
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 96, 224])
+def test_preprocessing_leaves_its_size(size: int) -> None:
+    prepare = preprocessing(size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert isinstance(prepare, Preprocessing) and round(prepare.short_side * prepare.share) == size
+    white = torch.full((2, 3, prepare.short_side, prepare.short_side + 9), 255, dtype=torch.uint8)
+    assert torch.allclose(prepare(white), torch.tensor(2.0), atol=1e-3)

@@ -102,6 +102,8 @@ def make_run(
     (run / "encoder.json").write_text(json.dumps({"name": "resnet18", "size": 32, "dim": 512}))
     (run / "encoder.safetensors").write_bytes(b"\0" * 1000)
     with open(run / "metrics.jsonl", "w", encoding="utf-8") as file:
+        start = {"kind": "monitor", "step": 0, "seconds": 0.0, "knn": 61.0, "knn_pixels": 48.1, "verdict": "healthy"}
+        file.write(json.dumps(start if labelled else {k: v for k, v in start.items() if "knn" not in k}) + "\n")
         for step in range(1, steps + 1):
             done = step / steps
             line = {

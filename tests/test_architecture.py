@@ -109,9 +109,7 @@ def test_the_file_tree_in_the_docs_is_true() -> None:
     assert told == real, f"missing in the docs: {sorted(real - told)}; no longer there: {sorted(told - real)}"
 
 
-@pytest.mark.parametrize(
-    "page", sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md")) + ["README.md"]
-)
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))])
 def test_links_in_the_docs_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):

@@ -5,6 +5,12 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+_NO_SINGLE_IMAGES = set(
+    "_optical_flow _stereo_matching cityscapes coco fakedata flickr folder hmdb51 kinetics kitti lfw moving_mnist phototour "
+    "sbd sbu ucf101 vision voc widerface".split()
+)
+"""torchvision's modules of videos, pairs, detection and captions."""
+
 
 def everything() -> dict[str, dict[str, str]]:
     """{"methods": {name: one line about it}, "encoders": ..., "data sets", "evaluations", "recipes"}."""
@@ -27,7 +33,12 @@ def everything() -> dict[str, dict[str, str]]:
 def _torchvision() -> dict[str, str]:
     from torchvision import datasets
 
-    kinds = {name: getattr(datasets, name) for name in datasets.__all__}
-    return {
-        name: "torchvision's, NAME:FOLDER" for name in sorted(kinds) if issubclass(kinds[name], datasets.VisionDataset)
-    }
+    kinds = {name: getattr(datasets, name) for name in sorted(datasets.__all__)}
+    sets = [
+        name
+        for name, kind in kinds.items()
+        if isinstance(kind, type)
+        and issubclass(kind, datasets.VisionDataset)
+        and kind.__module__.rpartition(".")[2] not in _NO_SINGLE_IMAGES
+    ]
+    return dict.fromkeys(sets, "torchvision's; write NAME:FOLDER")

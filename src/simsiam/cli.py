@@ -202,7 +202,10 @@ def list_(as_json: Json = False) -> None:
 
     found = catalogue.everything()
     for kind, entries in found.items():
-        console.results(kind, ["name", ""], [[name, says] for name, says in entries.items()])
+        console.heading(kind)
+        for says in dict.fromkeys(entries.values()):
+            alike = [name for name, text in entries.items() if text == says]
+            console.entry(", ".join(alike), says)
     if as_json:
         _print_json({kind: list(entries) for kind, entries in found.items()})
 

@@ -127,6 +127,15 @@ class Console(Listener):
     def say(self, text: str) -> None:
         self.screen.print(text, soft_wrap=True, markup=False)
 
+    def heading(self, text: str) -> None:
+        self.screen.print(f"\n[bold]{text}[/]")
+
+    def entry(self, name: str, says: str) -> None:
+        """A name and what it is, indented and wrapped."""
+        from rich.padding import Padding
+
+        self.screen.print(Padding(f"[cyan]{name}[/]" + (f"  {says}" if says else ""), (0, 0, 0, 2)))
+
     def results(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table of figures, the last thing on the screen."""
         from rich.table import Table

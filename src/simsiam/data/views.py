@@ -23,8 +23,11 @@ import torch
 from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)
-_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to a central crop
+_SMALL = 128 * 128  # pixels, measured on a CPU; see `resample`
+
+Box = tuple[Tensor, Tensor, Tensor, Tensor]
+"""top, left, height and width in whole pixels, float32 [B] each."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +78,16 @@ def random_view(
     Returns:
         float32 [B,3,size,size] in channels_last, normalised by mean and std.
     """
-    batch, device = len(images), images.device
     if sizes is None:
-        sizes = torch.tensor(images.shape[-2:], device=device).expand(batch, 2)
-    top, left, height, width = crop_boxes(sizes, settings, generator)
-    flip = torch.rand(batch, device=device, generator=generator) < settings.flip_p
+        sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
+    box, flip, sigma = draw_geometry(sizes, settings, generator)
+    top, left, height, width = box
     w_y = resampling(top, height, settings.size, images.shape[2])
     w_x = resampling(left, width, settings.size, images.shape[3], flip)
     if settings.blur_p > 0:
-        low, high = settings.blur_sigma
-        sigma = low + (high - low) * torch.rand(batch, device=device, generator=generator)
-        blurred = torch.rand(batch, device=device, generator=generator) < settings.blur_p
-        kernel = gaussian(torch.where(blurred, sigma, 0.0), settings.size)
+        kernel = gaussian(sigma, settings.size)
         w_y, w_x = kernel @ w_y, kernel @ w_x
-    view = resample(images, w_y, w_x)
+    view = resample(images, w_y, w_x, box)
     matrix, offset = colour_matrix(view.mean((2, 3)) / 255, settings, generator)
     return _colour(view, matrix, offset, settings)
 
@@ -101,7 +100,7 @@ def plain_view(
     std: tuple[float, ...],
     sizes: Tensor | None = None,
 ) -> Tensor:
-    """The view for evaluation: the central square with `share` of the short side, resized and normalised.
+    """The view for evaluation: the short side resized to size / share, the central square cut out, normalised.
 
     Shapes and ranges are those of `random_view`. share 0.875 is the usual 'resize to 256, crop 224'.
     """
@@ -110,15 +109,15 @@ def plain_view(
 
 def plain_pixels(images: Tensor, size: int, share: float, sizes: Tensor | None = None) -> Tensor:
     """As `plain_view`, before normalisation: float32 [B,3,size,size] with values 0..255."""
-    batch, device = len(images), images.device
     if sizes is None:
         if tuple(images.shape[-2:]) == (size, size) and share == 1:
             return images.float()
-        sizes = torch.tensor(images.shape[-2:], device=device).expand(batch, 2)
-    side = (sizes.amin(1) * share).round().clamp(min=1)
-    top, left = ((sizes[:, 0] - side) / 2).floor(), ((sizes[:, 1] - side) / 2).floor()
-    w_y = resampling(top, side, size, images.shape[2])
-    w_x = resampling(left, side, size, images.shape[3])
+        sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
+    resized = round(size / share) * sizes // sizes.amin(1, keepdim=True)
+    full, step = sizes.float(), sizes / resized
+    start, length = ((resized - size) / 2).round() * step, size * step
+    w_y = resampling(start[:, 0], length[:, 0], size, images.shape[2], edge=full[:, 0])
+    w_x = resampling(start[:, 1], length[:, 1], size, images.shape[3], edge=full[:, 1])
     return resample(images, w_y, w_x).clamp_(0, 255)
 
 
@@ -129,10 +128,30 @@ def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return (pixels.float() * scale - shift).contiguous(memory_format=torch.channels_last)
 
 
-def crop_boxes(
-    sizes: Tensor, settings: ViewSettings, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """torchvision's RandomResizedCrop for a batch: whole-pixel (top, left, height, width), float32 [B] each."""
+def draw_geometry(sizes: Tensor, settings: ViewSettings, generator: torch.Generator) -> tuple[Box, Tensor, Tensor]:
+    """What happens to each sample's pixels in space: the crop, whether it is flipped (bool [B]), and the standard
+    deviation of its blur (float32 [B], 0: none)."""
+    box = crop_boxes(sizes, settings, generator)
+    u_flip, u_sigma, u_blur = torch.rand(3, len(sizes), device=sizes.device, generator=generator)
+    low, high = settings.blur_sigma
+    return box, u_flip < settings.flip_p, torch.where(u_blur < settings.blur_p, low + (high - low) * u_sigma, 0.0)
+
+
+def draw_colour(batch: int, settings: ViewSettings, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """What happens to each sample's colours: factors of brightness, contrast and saturation and turns of hue (float32
+    [B,4], [1,1,1,0] for the unchanged), the order of these four (int64 [B,4]), whether it is gray (bool [B])."""
+    device = generator.device
+    strength = torch.tensor(settings.jitter, device=device)
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device)
+    low = torch.cat([(1 - strength[:3]).clamp(min=0), -strength[3:]])
+    factor = low + (neutral + strength - low) * torch.rand(batch, 4, device=device, generator=generator)
+    order = torch.rand(batch, 4, device=device, generator=generator).argsort(1)
+    u_jitter, u_gray = torch.rand(2, batch, device=device, generator=generator)
+    return torch.where(u_jitter[:, None] < settings.jitter_p, factor, neutral), order, u_gray < settings.gray_p
+
+
+def crop_boxes(sizes: Tensor, settings: ViewSettings, generator: torch.Generator) -> Box:
+    """torchvision's RandomResizedCrop for a batch of images with the given (height, width), int [B,2]."""
     batch, device = len(sizes), sizes.device
     full_h, full_w = sizes[:, :1].float(), sizes[:, 1:].float()
     u_area, u_ratio = torch.rand(2, batch, _ATTEMPTS, device=device, generator=generator)
@@ -150,31 +169,37 @@ def crop_boxes(
     width = torch.where(found, width.gather(1, first)[:, 0], central_w)
     u_top, u_left = torch.rand(2, batch, device=device, generator=generator)
     room_h, room_w = full_h[:, 0] - height, full_w[:, 0] - width
-    top = torch.where(found, (u_top * (room_h + 1)).floor(), (room_h / 2).round()).minimum(room_h)
-    left = torch.where(found, (u_left * (room_w + 1)).floor(), (room_w / 2).round()).minimum(room_w)
+    top = torch.where(found, (u_top * (room_h + 1)).floor(), (room_h / 2).floor()).minimum(room_h)
+    left = torch.where(found, (u_left * (room_w + 1)).floor(), (room_w / 2).floor()).minimum(room_w)
     return top, left, height, width
 
 
-def resampling(start: Tensor, length: Tensor, out: int, source: int, flip: Tensor | None = None) -> Tensor:
-    """Matrices [B,out,source] that cut [start, start+length) and resize it to `out`: antialiased bilinear.
+def resampling(
+    start: Tensor, length: Tensor, out: int, source: int, flip: Tensor | None = None, edge: Tensor | None = None
+) -> Tensor:
+    """Matrices [B,out,source] that resize the pixels [start, start+length) to `out`: antialiased bilinear.
 
     The weights are a triangle of half-width max(length/out, 1) source pixels (Pillow's and torchvision's `antialias`),
-    cut to the box, as if the crop were made first, and renormalised to sum to 1. `flip` [B] reverses the rows.
+    renormalised to sum to 1. They are cut to the box, as if the crop were made first, or, where `edge` [B] is given, to
+    [0, edge), as if the whole image were resized and cut then. `flip` [B] reverses the rows.
     """
     device = start.device
-    step = (length / out)[:, None, None]
+    start, length = start[:, None, None], length[:, None, None]
+    step = length / out
     reach = step.clamp(min=1)
-    centre = (torch.arange(out, device=device)[None, :, None] + 0.5) * step
+    centre = (torch.arange(out, device=device)[:, None] + 0.5) * step
     if flip is not None:
-        centre = torch.where(flip[:, None, None], length[:, None, None] - centre, centre)
-    # At most this many source pixels lie under one triangle; building only those keeps the cost of a matrix at O(out).
-    taps = min(source, 2 * math.ceil(max(source / out, 1.0)) + 1)
+        centre = torch.where(flip[:, None, None], length - centre, centre)
+    centre = start + centre
+    # No triangle covers more source pixels than this; building only those keeps the cost of a matrix at O(out).
+    taps = 2 * math.ceil(max(source / out, 1.0)) + 1
     pixel = (centre - reach).floor() + torch.arange(taps, device=device)
     weight = (1 - (pixel + 0.5 - centre).abs() / reach).clamp_(min=0)
-    weight *= (pixel >= 0) & (pixel < length[:, None, None])
+    low, high = (start, start + length) if edge is None else (torch.zeros_like(start), edge[:, None, None])
+    weight *= (pixel >= low) & (pixel < high)
     weight /= weight.sum(2, keepdim=True)
-    column = (pixel + start[:, None, None]).long().clamp_(0, source - 1)
     # Clamped columns carry weight 0, so adding them where another tap already stands changes nothing.
+    column = pixel.long().clamp_(0, source - 1)
     return torch.zeros(len(start), out, source, device=device).scatter_add_(2, column, weight)
 
 
@@ -195,12 +220,23 @@ def gaussian(sigma: Tensor, size: int) -> Tensor:
     return kernel.scatter_add_(2, source.expand(batch, -1, -1), weight[:, None].expand(-1, size, -1))
 
 
-def resample(images: Tensor, w_y: Tensor, w_x: Tensor) -> Tensor:
-    """W_y @ image @ W_x^T for every image and channel: [B,3,H,W] -> float32 [B,3,h,w]."""
+def resample(images: Tensor, w_y: Tensor, w_x: Tensor, box: Box | None = None) -> Tensor:
+    """W_y @ image @ W_x^T for every image and channel: [B,3,H,W] -> float32 [B,3,h,w].
+
+    `box`, where given, holds all pixels of each image that the matrices read. A CPU then leaves out the others of large
+    images, one image at a time; small images are faster as one product.
+    """
     batch, channels, height, width = images.shape
-    rows = torch.bmm(images.reshape(batch, channels * height, width).float(), w_x.transpose(1, 2))
-    rows = rows.view(batch, channels, height, -1)
-    return torch.stack([torch.bmm(w_y, rows[:, c]) for c in range(channels)], 1)
+    if box is not None and images.device.type == "cpu" and height * width > _SMALL:
+        view = torch.empty(batch, channels, w_y.shape[1], w_x.shape[1])
+        for i, (top, left, h, w) in enumerate(torch.stack(box, 1).long().tolist()):
+            rows, columns = slice(top, top + h), slice(left, left + w)
+            torch.matmul(w_y[i, :, rows], images[i, :, rows, columns].float() @ w_x[i, :, columns].T, out=view[i])
+        return view
+    lines = images.transpose(1, 2).contiguous().float()  # [B,H,3,W]: two products for all three channels
+    lines = torch.bmm(w_y, lines.view(batch, height, channels * width))
+    view = torch.bmm(lines.view(batch, -1, width), w_x.mT)
+    return view.view(batch, -1, channels, w_x.shape[1]).transpose(1, 2).contiguous()
 
 
 def colour_matrix(mean: Tensor, settings: ViewSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -209,46 +245,33 @@ def colour_matrix(mean: Tensor, settings: ViewSettings, generator: torch.Generat
     `mean` [B,3] is the mean colour of the view, which contrast pulls towards (ITU-R 601 luma). The four jitters come in
     a random order per sample, as in torchvision's ColorJitter.
     """
-    batch, device = len(mean), mean.device
-    luma = torch.tensor(LUMA, device=device)
-    eye = torch.eye(3, device=device)
-    gray = luma.expand(3, 3)
-    strength = torch.tensor(settings.jitter, device=device)
-    draw = torch.rand(batch, 4, device=device, generator=generator) * 2 - 1
-    low = (1 - strength).clamp(min=0)
-    factor = torch.where(draw < 0, 1 + draw * (1 - low), 1 + draw * strength)
+    factor, order, gray = draw_colour(len(mean), settings, generator)
+    luma = torch.tensor(LUMA, device=mean.device)
+    eye, to_gray = torch.eye(3, device=mean.device), luma.expand(3, 3)
     brightness, contrast, saturation = (factor[:, i, None, None] for i in range(3))
-    turn = _hue_rotation(draw[:, 3] * strength[3])
-    linear = torch.stack([brightness * eye, contrast * eye, saturation * eye + (1 - saturation) * gray, turn], 1)
-
-    order = torch.rand(batch, 4, device=device, generator=generator).argsort(1)
-    sample = torch.arange(batch, device=device)
-    matrix, offset = eye.expand(batch, 3, 3), torch.zeros(batch, 3, device=device)
+    steps = [
+        brightness * eye,
+        contrast * eye,
+        saturation * eye + (1 - saturation) * to_gray,
+        _hue_rotation(factor[:, 3]),
+    ]
+    linear = torch.stack(steps, 1)[torch.arange(len(mean), device=mean.device)[:, None], order]
+    matrix, offset = eye.expand(len(mean), 3, 3), torch.zeros_like(mean)
     for position in range(4):
-        which = order[:, position]
-        op = linear[sample, which]
-        current = torch.einsum("bij,bj->bi", matrix, mean) + offset
-        pull = ((1 - factor[:, 1]) * (current @ luma))[:, None] * (which == 1)[:, None]
-        matrix, offset = op @ matrix, torch.einsum("bij,bj->bi", op, offset) + pull
-    jittered = torch.rand(batch, device=device, generator=generator) < settings.jitter_p
-    matrix = torch.where(jittered[:, None, None], matrix, eye)
-    offset = torch.where(jittered[:, None], offset, 0.0)
-
-    grayed = torch.rand(batch, device=device, generator=generator) < settings.gray_p
-    matrix = torch.where(grayed[:, None, None], gray @ matrix, matrix)
-    offset = torch.where(grayed[:, None], (offset @ luma)[:, None], offset)
+        step = linear[:, position]
+        current = ((matrix @ mean[:, :, None])[:, :, 0] + offset) @ luma
+        pull = torch.where(order[:, position] == 1, (1 - factor[:, 1]) * current, 0.0)
+        matrix, offset = step @ matrix, (step @ offset[:, :, None])[:, :, 0] + pull[:, None]
+    matrix = torch.where(gray[:, None, None], to_gray @ matrix, matrix)
+    offset = torch.where(gray[:, None], (offset @ luma)[:, None], offset)
     return matrix, offset
 
 
 def _hue_rotation(turns: Tensor) -> Tensor:
-    """[B] turns -> [B,3,3] rotations of the chroma plane in YIQ; luma is kept."""
-    to_yiq = torch.tensor(_YIQ, device=turns.device)
-    cos, sin = torch.cos(2 * math.pi * turns), torch.sin(2 * math.pi * turns)
-    rotation = torch.zeros(len(turns), 3, 3, device=turns.device)
-    rotation[:, 0, 0] = 1
-    rotation[:, 1, 1], rotation[:, 1, 2] = cos, sin
-    rotation[:, 2, 1], rotation[:, 2, 2] = -sin, cos
-    return torch.linalg.inv(to_yiq) @ rotation @ to_yiq
+    """[B] turns -> [B,3,3] rotations of RGB about the gray axis; a third of a turn takes red to green, as in HSV."""
+    thirds = torch.tensor([0, 1 / 3, -1 / 3], device=turns.device)
+    weight = (1 + 2 * torch.cos(2 * math.pi * (turns[:, None] + thirds))) / 3
+    return weight[:, [[0, 1, 2], [2, 0, 1], [1, 2, 0]]]
 
 
 def _colour(view: Tensor, matrix: Tensor, offset: Tensor, settings: ViewSettings) -> Tensor:

@@ -153,7 +153,7 @@ def _content(run: Path) -> Table:
         "facts": facts,
         "bad_files": summary.get("bad_files") if isinstance(summary.get("bad_files"), list) else [],
         "results": _results(figures),
-        "curves": _curves(facts, metrics, figures["knn"]),
+        "curves": _curves(facts, metrics),
         "views": _views(run),
         "neighbours": None if sample is None or len(sample.ids) < 3 else _neighbours(sample),
         "map": None if sample is None or len(sample.ids) < 3 else _map(sample),
@@ -286,7 +286,7 @@ def _results(figures: Mapping[str, Mapping[str, Any]]) -> Table | None:
     return {"rows": rows, "chart": charts.results({str(row["name"]): row for row in rows})}
 
 
-def _curves(facts: Table, metrics: Sequence[Table], knn: Mapping[str, Any]) -> list[Table]:
+def _curves(facts: Table, metrics: Sequence[Table]) -> list[Table]:
     """Charts of what `metrics.jsonl` holds, each with a sentence on how to read it."""
     epochs, steps = facts["epochs"], facts["steps"]
     per_step = epochs / steps if epochs and steps else 1.0
@@ -296,10 +296,12 @@ def _curves(facts: Table, metrics: Sequence[Table], knn: Mapping[str, Any]) -> l
         lines = [line for line in metrics if line.get("kind") == kind]
         return [(line["step"] * per_step, float(line[key])) for line in lines if _finite(line.get(key))]
 
+    # The curve stands on a smaller sample than the table, so it brings its own baselines, in its first line.
+    first = next((line for line in metrics if line.get("kind") == "monitor" and line.get("step") == 0), {})
     baselines = {
-        f"{name} {knn[of]:.1f}": float(knn[of])
-        for of, name in (("untrained", "untrained"), ("pixels", "raw pixels"))
-        if _finite(knn.get(of))
+        f"{name} {first[key]:.1f}": float(first[key])
+        for key, name in (("knn", "untrained"), ("knn_pixels", "raw pixels"))
+        if _finite(first.get(key))
     }
     cosine = facts["method"] == "simsiam"
     minimum = " The minimum is −1; reaching it at once, with the spread at 0, is collapse." if cosine else ""

@@ -1,0 +1,288 @@
+"""Views against a literal twin: torchvision's functions, one image and one step at a time, in the paper's order.
+
+The draws are the same ones, replayed from a generator with the same seed. Pixels are in 0..1 in the twin and in the
+bounds below; 1/255 is one level of an 8-bit image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as tv
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+
+from simsiam.data import views
+from simsiam.data.views import ViewSettings, crop_boxes, gaussian, normalise, plain_pixels, plain_view, random_view
+
+PLAIN = ViewSettings(size=32, jitter_p=0, gray_p=0, blur_p=0, flip_p=0, mean=(0, 0, 0), std=(1, 1, 1))
+"""A crop and nothing else, in 0..1."""
+LEVEL = 1 / 255
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(batch: int, height: int, width: int, low: int = 0, high: int = 256) -> Tensor:
+    return torch.randint(low, high, (batch, 3, height, width), dtype=torch.uint8, generator=seeded())
+
+
+def photographs(batch: int, height: int, width: int) -> Tensor:
+    """Pieces of two photographs: a temple before the sky, a flower."""
+    rng, pictures = np.random.default_rng(0), load_sample_images().images
+    pieces = []
+    for i in range(batch):
+        picture = pictures[i % 2]
+        y, x = rng.integers(picture.shape[0] - height), rng.integers(picture.shape[1] - width)
+        pieces.append(torch.from_numpy(picture[y : y + height, x : x + width].copy()).permute(2, 0, 1))
+    return torch.stack(pieces)
+
+
+def twin(images: Tensor, settings: ViewSettings, generator: torch.Generator, sizes: Tensor | None = None) -> Tensor:
+    """`random_view`, literally."""
+    if sizes is None:
+        sizes = torch.tensor([images.shape[-2:]] * len(images))
+    box, flip, sigma = views.draw_geometry(sizes, settings, generator)
+    factor, order, gray = views.draw_colour(len(images), settings, generator)
+    result = []
+    for i, (top, left, height, width) in enumerate(torch.stack(box, 1).int().tolist()):
+        own = images[i, :, : sizes[i, 0], : sizes[i, 1]]
+        view = tv.resized_crop(own, top, left, height, width, [settings.size] * 2, antialias=True)
+        view = view.float() / 255
+        for step in order[i].tolist():
+            adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)[step]
+            view = adjust(view, float(factor[i, step]))
+        if gray[i]:
+            view = tv.rgb_to_grayscale(view, num_output_channels=3)
+        if sigma[i] > 0:
+            view = tv.gaussian_blur(view, [2 * min(settings.size - 1, 11) + 1] * 2, [float(sigma[i])] * 2)
+        if flip[i]:
+            view = tv.horizontal_flip(view)
+        result.append(tv.normalize(view, settings.mean, settings.std))
+    return torch.stack(result)
+
+
+def difference(images: Tensor, settings: ViewSettings, sizes: Tensor | None = None) -> Tensor:
+    """|view - twin| of every pixel, [B,3,size,size]."""
+    view = random_view(images, settings, seeded(), sizes)
+    assert view.shape == (len(images), 3, settings.size, settings.size) and view.dtype == torch.float32
+    assert view.is_contiguous(memory_format=torch.channels_last)
+    return (view - twin(images, settings, seeded(), sizes)).abs()
+
+
+# --- in space -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(32, 32), (90, 70), (12, 15), (150, 200), (3, 5), (2, 2), (1, 1), (1, 40)]
+)
+@pytest.mark.parametrize("size", [8, 32, 56])
+def test_crop_and_flip_are_torchvisions(height: int, width: int, size: int) -> None:
+    """Within two levels of the 8-bit result, and exact where torchvision does not round to 8 bits. 150x200 takes the
+    path for large images."""
+    settings = replace(PLAIN, size=size, flip_p=0.5, scale=(0.08, 1.0))
+    images = noise(24, height, width)
+    assert difference(images, settings).max() <= 2 * LEVEL
+    assert difference(images.float(), settings).max() < 1e-5
+
+
+@pytest.mark.parametrize("largest", [40, 300])
+def test_padding_never_shows(largest: int) -> None:
+    sizes = torch.randint(1, largest + 1, (24, 2), generator=seeded(1))
+    images = noise(24, largest, largest)  # the padding is noise too
+    settings = ViewSettings(size=24)
+    inside = (torch.arange(largest)[:, None] < sizes[:, :1, None]) & (torch.arange(largest) < sizes[:, 1:, None])
+    other = torch.where(inside[:, None], images, 255 - images)
+    assert torch.equal(random_view(images, settings, seeded(), sizes), random_view(other, settings, seeded(), sizes))
+    assert torch.equal(plain_pixels(images, 24, 0.875, sizes), plain_pixels(other, 24, 0.875, sizes))
+    assert difference(images, replace(PLAIN, size=24, flip_p=0.5), sizes).max() <= 2 * LEVEL
+
+
+@pytest.mark.parametrize("size", [8, 32, 64])
+def test_blur_is_torchvisions(size: int) -> None:
+    settings = replace(PLAIN, size=size, blur_p=0.7, flip_p=0.5)
+    assert difference(noise(24, 40, 50).float(), settings).max() < 1e-5
+    _, _, sigma = views.draw_geometry(torch.full((4000, 2), 40), settings, seeded())
+    assert abs((sigma > 0).float().mean().item() - 0.7) < 0.03
+    drawn = sigma[sigma > 0]
+    assert 0.1 <= drawn.min() < 0.11 and 1.99 < drawn.max() <= 2 and abs(drawn.mean().item() - 1.05) < 0.05
+
+
+def test_a_blur_of_nothing_is_the_identity() -> None:
+    assert torch.equal(gaussian(torch.zeros(2), 9), torch.eye(9).expand(2, 9, 9))
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 80), (20, 300), (300, 20)])
+def test_crops_are_drawn_as_torchvision_draws_them(height: int, width: int) -> None:
+    """Area, ratio and position of 4,000 crops: every decile lies within 3 % of the range (a sampling error of 4 sigma).
+    Images of 15:1 never fit, and both then take the same central box."""
+    settings = ViewSettings(scale=(0.2, 1.0))
+    ours = torch.stack(crop_boxes(torch.tensor([[height, width]]).expand(4000, 2), settings, seeded()), 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        image = torch.empty(3, height, width)
+        draw = RandomResizedCrop.get_params
+        theirs = torch.tensor([draw(image, list(settings.scale), list(settings.ratio)) for _ in range(4000)]).float()
+    deciles = torch.linspace(0, 1, 11)[1:-1]
+    for of in (
+        lambda top, left, h, w: h * w / (height * width),
+        lambda top, left, h, w: (w / h).log(),
+        lambda top, left, h, w: (top + h / 2) / height,
+        lambda top, left, h, w: (left + w / 2) / width,
+        lambda top, left, h, w: top / height,
+        lambda top, left, h, w: left / width,
+    ):
+        a, b = (torch.quantile(of(*boxes.T), deciles) for boxes in (ours, theirs))
+        assert (a - b).abs().max() < 0.03
+    top, left, h, w = ours.T
+    assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
+    if max(height, width) == 300:
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 91), (200, 64), (37, 41), (16, 20), (1, 1)])
+@pytest.mark.parametrize(("size", "share"), [(32, 0.875), (32, 1.0), (56, 0.875), (24, 0.75)])
+def test_the_plain_view_is_resize_and_centre_crop(height: int, width: int, size: int, share: float) -> None:
+    images = noise(3, height, width).float()
+    expected = tv.center_crop(tv.resize(images, [round(size / share)], antialias=True), [size, size])
+    assert (plain_pixels(images, size, share) - expected).abs().max() < 0.01
+    mean, std = (0.4, 0.5, 0.6), (0.1, 0.2, 0.3)
+    view = plain_view(images, size, share, mean, std)
+    assert (view - tv.normalize(expected / 255, mean, std)).abs().max() < 1e-3
+    assert view.is_contiguous(memory_format=torch.channels_last)
+    sizes = torch.tensor([[height, width]] * 3)
+    padded = torch.nn.functional.pad(images, (0, 9, 0, 13), value=255.0)
+    assert (plain_pixels(padded, size, share, sizes) - expected).abs().max() < 0.01
+
+
+def test_the_plain_view_of_an_image_of_its_size_is_the_image() -> None:
+    images = noise(2, 32, 32)
+    sizes = torch.tensor([[32, 32]] * 2)
+    assert torch.equal(plain_pixels(images, 32, 1.0), images.float())
+    assert torch.equal(plain_pixels(images, 32, 1.0, sizes), images.float())
+    whole = replace(PLAIN, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    assert torch.allclose(random_view(images, whole, seeded()), images / 255, atol=1e-6)
+    assert torch.allclose(normalise(images, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), images / 127.5 - 1, atol=1e-6)
+
+
+# --- in colour ------------------------------------------------------------------------------------------------------
+
+
+def test_colour_is_torchvisions_where_nothing_is_clamped_and_no_hue_turned() -> None:
+    """Within 2e-4: torchvision's luma weighs red by 0.2989, Pillow's and ours by 0.299."""
+    settings = replace(PLAIN, jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=0.8, gray_p=0.2)
+    images = noise(200, 40, 40, low=100, high=130).float()
+    expected = twin(images, settings, seeded())
+    assert expected.min() > 0.1 and expected.max() < 0.9  # nothing was clamped
+    assert difference(images, settings).max() < 2e-4
+
+
+def test_grayscale_is_torchvisions_and_gray_stays_gray() -> None:
+    settings = replace(PLAIN, gray_p=1.0)
+    images = photographs(16, 48, 64)
+    assert difference(images.float(), settings).max() < 2e-4
+    view = random_view(images, replace(settings, jitter_p=1.0), seeded())
+    assert (view - view[:, :1]).abs().max() < 1e-5
+    gray = images[:, :1].expand(-1, 3, -1, -1)
+    view = random_view(gray, replace(PLAIN, jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0), seeded())
+    assert (view - view[:, :1]).abs().max() < 1e-3  # saturation and hue do nothing to it
+
+
+@pytest.mark.parametrize(
+    ("jitter", "mean_bound", "high_bound"),
+    [((0.4, 0.4, 0.4, 0.0), 1.0, 1.0), ((0.0, 0.0, 0.0, 0.1), 1.0, 1.0), ((0.4, 0.4, 0.4, 0.1), 1.0, 1.0)],
+)
+def test_the_approximations_are_small(
+    jitter: tuple[float, float, float, float], mean_bound: float, high_bound: float
+) -> None:
+    """The single clamp and the hue turned in YIQ, on photographs; what the module's docstring says."""
+    settings = replace(ViewSettings(size=48, blur_p=0.5), jitter=jitter, mean=(0, 0, 0), std=(1, 1, 1))
+    error = difference(photographs(400, 80, 100), settings) / LEVEL
+    print(jitter, error.mean(), torch.quantile(error.flatten()[::7], torch.tensor([0.5, 0.9, 0.95, 0.99, 0.999])))
+    assert error.mean() < mean_bound and np.quantile(error.numpy(), 0.99) < high_bound
+
+
+def test_hue_by_thirds_of_a_turn_is_torchvisions() -> None:
+    """There, HSV only swaps the channels, and so does the rotation about the gray axis."""
+    images = photographs(4, 20, 20) / 255
+    for turns in (-1 / 3, 0.0, 1 / 3):
+        ours = torch.einsum("ij,bjyx->biyx", views._hue_rotation(torch.tensor([turns]))[0], images)
+        assert (ours - tv.adjust_hue(images, turns)).abs().max() < 1e-5
+
+
+def test_views_are_clamped_to_what_a_pixel_can_be() -> None:
+    settings = ViewSettings(size=16, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=1.0)
+    view = random_view(noise(64, 20, 20), settings, seeded())
+    mean, std = (torch.tensor(values)[:, None, None] for values in (settings.mean, settings.std))
+    pixels = view * std + mean
+    assert pixels.min() > -1e-6 and pixels.max() < 1 + 1e-6
+    assert (pixels < 1e-6).any() and (pixels > 1 - 1e-6).any()
+
+
+# --- chance ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_sample_has_its_own_draw_and_the_seed_decides() -> None:
+    images = photographs(1, 60, 60).expand(32, -1, -1, -1)
+    settings = ViewSettings(size=24)
+    view = random_view(images, settings, seeded(3))
+    distances = torch.cdist(view.flatten(1), view.flatten(1)) + 1e9 * torch.eye(32)
+    assert distances.min() > 1
+    assert torch.equal(view, random_view(images, settings, seeded(3)))
+    generator = seeded(3)
+    random_view(images, settings, generator)
+    assert not torch.allclose(view, random_view(images, settings, generator))
+
+
+def test_how_often_and_how_strong() -> None:
+    settings = ViewSettings(jitter=(0.4, 0.3, 1.5, 0.1), jitter_p=0.8, gray_p=0.2, flip_p=0.3)
+    factor, order, gray = views.draw_colour(24_000, settings, seeded())
+    _, flip, _ = views.draw_geometry(torch.full((24_000, 2), 32), settings, seeded())
+    assert abs(gray.float().mean().item() - 0.2) < 0.01 and abs(flip.float().mean().item() - 0.3) < 0.01
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    jittered = (factor != neutral).any(1)
+    assert abs(jittered.float().mean().item() - 0.8) < 0.01
+    ranges = [(0.6, 1.4), (0.7, 1.3), (0.0, 2.5), (-0.1, 0.1)]  # as torchvision's ColorJitter: never below 0
+    for values, (low, high) in zip(factor[jittered].T, ranges, strict=True):
+        for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+            assert abs(torch.quantile(values, share).item() - (low + share * (high - low))) < 0.02 * (high - low)
+    counts = torch.unique(order, dim=0, return_counts=True)[1]
+    assert len(counts) == math.factorial(4) and counts.min() > 850 and counts.max() < 1150  # 1000 +- 4.7 sigma
+
+
+def test_the_probabilities_are_kept_where_they_are_0_or_1() -> None:
+    images = noise(16, 20, 20)
+    sizes = torch.full((16, 2), 20)
+    always = replace(PLAIN, jitter_p=1, gray_p=1, blur_p=1, flip_p=1)
+    for settings, expected in ((PLAIN, False), (always, True)):
+        _, flip, sigma = views.draw_geometry(sizes, settings, seeded())
+        factor, _, gray = views.draw_colour(16, settings, seeded())
+        changed = (factor != torch.tensor([1.0, 1.0, 1.0, 0.0])).any(1)
+        assert all((which == expected).all() for which in (flip, sigma > 0, changed, gray))
+    whole = replace(PLAIN, size=20, scale=(1, 1), ratio=(1, 1), flip_p=1)
+    assert torch.allclose(random_view(images, whole, seeded()), images.flip(3) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"size": 7}, "at least 8 pixels"),
+        ({"scale": (0.0, 1.0)}, r"scale is \[0.0, 1.0\]: it must be two rising numbers"),
+        ({"ratio": (2.0, 1.0)}, "ratio .* rising"),
+        ({"blur_sigma": (-1.0, 1.0)}, "blur_sigma .* above 0"),
+        ({"scale": (0.2, 1.2)}, "cannot be larger than the image"),
+        ({"gray_p": 1.5}, "gray_p is 1.5: a probability"),
+        ({"flip_p": -0.1}, "flip_p is -0.1"),
+        ({"jitter": (0.4, 0.4, 0.4, 0.6)}, "hue at most 0.5"),
+        ({"std": (0.2, 0.0, 0.2)}, "std above 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ViewSettings(**changes)  # type: ignore[arg-type]

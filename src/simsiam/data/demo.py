@@ -17,14 +17,14 @@ from simsiam.data.imageset import ImageSet
 PHOTOGRAPHS = {
     "skimage": (
         "data",
-        "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
-        "hubble_deep_field.jpg ihc.png moon.png motorcycle_left.png page.png retina.jpg",
+        "brick.png cell.png chelsea.png coins.png grass.png gravel.png hubble_deep_field.jpg ihc.png moon.png "
+        "motorcycle_left.png page.png retina.jpg text.png",
     ),
-    "sklearn": ("datasets/images", "china.jpg flower.jpg"),
+    "sklearn": ("datasets/images", "flower.jpg"),
 }
 SIDE = 32
 """Pixels, height and width of a patch as it is read."""
-_CROP = (40, 72)  # source pixels, smallest and largest side of a patch
+_CROP = (32, 48)  # source pixels, smallest and largest side of a patch
 _LEFT = 0.7
 _MIN_STD = 12.0  # grey levels; sky, and the black around a retina, show nothing
 

@@ -6,12 +6,15 @@ normalisation. All of it but the clamping is linear in the pixels, so each sampl
     view = clamp(C . (W_y @ image @ W_x^T) + t)
 
 with two resampling matrices (crop, antialiased resize, flip and blur) and one 3x4 colour matrix [C | t] (brightness,
-contrast, saturation, hue, grayscale, normalisation). Exact up to rounding, with three deviations from torchvision's
-per-image pipeline, each bounded by a test against it:
+contrast, saturation, hue, grayscale, normalisation). In space that is torchvision's result before it rounds to 8 bits;
+in colour it deviates in three ways, which `tests/test_views.py` bounds against torchvision, image by image:
 
 * values are clamped to [0, 255] once, at the end, not after every step;
-* hue turns the colour about the gray axis (a rotation in YIQ) where torchvision turns H in HSV;
-* blur therefore sees colours before the clamp.
+* blur therefore sees colours before the clamp;
+* hue turns the colour about the gray axis, where torchvision turns H in HSV. The two agree at thirds of a turn.
+
+On photographs with the paper's jitter, a value is off by 0.5 of 255 levels on average without hue (99 % are within 9)
+and by 3.0 with it (99 % within 25), where leaving hue out would be off by 4.1 (99 % within 48).
 """
 
 from __future__ import annotations

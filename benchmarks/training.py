@@ -1,0 +1,119 @@
+"""End-to-end training against its limit: the same model's step on a fixed batch already in memory.
+
+    python benchmarks/training.py [--size 32 96] [--repeats 5] [--seconds 10] [--json FILE]
+
+Both alternate in one process. End to end is `simsiam.train` itself (loader, views, step, figures, guard; looks at held-out images
+and checkpoints are left out, as in `images_per_second`). The limit is forward, loss, backward and optimiser step on one batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import simsiam
+from simsiam.compute import Compute, describe, generator, pick_device, set_threads
+from simsiam.config import read_recipe
+from simsiam.data.cache import build_cache
+from simsiam.data.demo import PHOTOGRAPHS, _files
+from simsiam.data.loader import Loader
+from simsiam.data.sources import open_images
+from simsiam.data.views import random_view
+from simsiam.embed import preprocessing
+from simsiam.recipe import read
+from simsiam.train import build_method, optimizer
+
+
+def photo_folder(folder: Path, count: int = 2000) -> Path:
+    """Crops of 120 to 280 pixels of the demo set's photographs, as JPEG files of many sizes."""
+    import io
+
+    assert PHOTOGRAPHS
+    photographs = [Image.open(io.BytesIO(content)).convert("RGB") for content in _files().values()]
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        photograph = photographs[i % len(photographs)]
+        most_w, most_h = min(280, photograph.width), min(280, photograph.height)
+        width, height = int(rng.integers(120, most_w + 1)), int(rng.integers(120, most_h + 1))
+        left, top = (int(rng.integers(0, room + 1)) for room in (photograph.width - width, photograph.height - height))
+        photograph.crop((left, top, left + width, top + height)).save(folder / f"{i:05d}.jpg", quality=90)
+    return folder
+
+
+def end_to_end(data: str, run: Path, size: int, seconds: float, device: str) -> float:
+    """images/s of `simsiam.train` for so many seconds."""
+    summary = simsiam.train(data, run, size=size, budget=f"{seconds:g}s", device=device, on_collapse="continue")
+    return float(summary["images_per_second"])
+
+
+def limit(run: Path, seconds: float, device: str) -> float:
+    """images/s of the bare step under the very settings of `run`."""
+    recipe = read(read_recipe(run / "config.toml"))
+    where = pick_device(device)
+    compute = Compute(where, "bf16" if recipe.train.precision == "bf16" else "fp32")
+    prepare = preprocessing(recipe.eval.size, recipe.views.mean, recipe.views.std)
+    cache = build_cache(open_images(recipe.data), prepare.short_side)
+    method = compute.place(build_method(recipe))
+    steps = optimizer(method, recipe)
+    batch = next(Loader(cache, cache.split()[0], recipe.train.batch_size, where, 0).epoch(0))
+    draws = generator(where, 0)
+    views = [random_view(batch.images, recipe.views, draws, batch.sizes) for _ in range(2)]
+
+    def step() -> None:
+        with compute.autocast():
+            loss, _ = method(views, batch.index)
+        steps.zero_grad(set_to_none=True)
+        loss.backward()
+        steps.step()
+
+    for _ in range(3):
+        step()
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        step()
+        count += 1
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+    return count * recipe.train.batch_size / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, nargs="+", default=[32, 96], help="32: the demo set; larger: photographs")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    set_threads()
+    results: dict[str, Any] = {"environment": describe(), "sizes": {}}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "photos"
+        folder.mkdir()
+        for size in arguments.size:
+            data = "demo" if size <= 32 else str(photo_folder(folder) if not any(folder.iterdir()) else folder)
+            ours, bare = [], []
+            for repeat in range(arguments.repeats):
+                run = Path(place) / f"{size}-{repeat}"
+                ours.append(end_to_end(data, run, size, arguments.seconds, arguments.device))
+                bare.append(limit(run, arguments.seconds, arguments.device))
+                print(f"{size} px  end to end {ours[-1]:7.0f} images/s   bare step {bare[-1]:7.0f}   {ours[-1] / bare[-1]:.3f}", flush=True)
+            ratios = [a / b for a, b in zip(ours, bare, strict=True)]
+            spread = statistics.stdev(ratios) if len(ratios) > 1 else 0.0
+            print(f"{size} px  ratio {statistics.median(ratios):.3f} (median of {len(ratios)}, std {spread:.3f})", flush=True)
+            results["sizes"][str(size)] = {"end_to_end": ours, "bare": bare, "ratio": ratios}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The loader: every batch is a function of (seed, epoch, step), however it gets to the device."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simsiam.data import loader as loader_module
+from simsiam.data.cache import Cache, build_cache
+from simsiam.data.loader import Batch, Loader
+from simsiam.data.sources import open_images
+from test_decode import encode
+
+COUNT, BATCH = 50, 8
+CPU = torch.device("cpu")
+
+
+def make_cache(folder: Path, sizes: list[tuple[int, int]]) -> Cache:
+    """Noise of the given (height, width), over and over."""
+    (folder / "data").mkdir()
+    for i in range(COUNT):
+        pixels = np.random.default_rng(i).integers(0, 256, (*sizes[i % len(sizes)], 3), dtype=np.uint8)
+        (folder / f"data/{i:02d}.png").write_bytes(encode(pixels))
+    return build_cache(open_images(folder / "data"), None, folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def uniform(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("uniform"), [(9, 12)])
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return make_cache(tmp_path_factory.mktemp("mixed"), [(9, 12), (7, 10), (16, 8)])
+
+
+@pytest.fixture(params=["resident", "read ahead", "mixed"])
+def loader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Loader:
+    """One of each way to the device, over 45 of the 50 rows."""
+    cache: Cache = request.getfixturevalue("mixed" if request.param == "mixed" else "uniform")
+    if request.param == "read ahead":
+        monkeypatch.setattr(loader_module, "_RESIDENT_BYTES", {})
+    made = Loader(cache, np.arange(5, COUNT), BATCH, CPU, seed=3)
+    assert (made._images is not None) == (request.param == "resident")
+    return made
+
+
+def same(a: Batch, b: Batch) -> bool:
+    sizes = a.sizes is b.sizes is None or (
+        a.sizes is not None and b.sizes is not None and torch.equal(a.sizes, b.sizes)
+    )
+    return torch.equal(a.images, b.images) and torch.equal(a.index, b.index) and sizes
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "simsiam-loader"]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(uniform: Cache) -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return Loader(uniform, np.arange(COUNT), BATCH, CPU, seed).order(epoch).tolist()
+
+    orders = {(seed, epoch): order(seed, epoch) for seed in range(3) for epoch in range(3)}
+    assert all(sorted(found) == list(range(COUNT)) for found in orders.values())
+    assert len({tuple(found) for found in orders.values()}) == 9
+    assert orders == {key: order(*key) for key in reversed(orders)}
+
+
+def test_batches_are_the_rows_in_that_order_and_the_last_incomplete_one_is_dropped(loader: Loader) -> None:
+    batches = list(loader.epoch(4))
+    assert len(batches) == loader.steps_per_epoch == 45 // BATCH
+    index = torch.cat([batch.index for batch in batches])
+    assert index.dtype == torch.int64 and index.tolist() == loader.order(4)[: 5 * BATCH].tolist()
+    for batch in batches:
+        assert batch.images.dtype == torch.uint8
+        images, sizes = loader.cache.batch(loader.rows[batch.index.numpy()])
+        assert torch.equal(batch.images, images)
+        if loader.cache.uniform:
+            assert batch.sizes is None
+        else:
+            assert batch.sizes is not None and torch.equal(batch.sizes, sizes) and len(sizes.unique()) > 2
+
+
+def test_every_way_gives_the_same_batches(uniform: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = Loader(uniform, np.arange(COUNT), BATCH, CPU, seed=1)
+    monkeypatch.setattr(loader_module, "_RESIDENT_BYTES", {})
+    ahead = Loader(uniform, np.arange(COUNT), BATCH, CPU, seed=1)
+    assert resident._images is not None and ahead._images is None
+    for epoch in range(2):
+        assert all(same(a, b) for a, b in zip(resident.epoch(epoch), ahead.epoch(epoch), strict=True))
+
+
+def test_a_batch_of_one_size_from_a_mixed_set_has_no_padding(mixed: Cache) -> None:
+    rows = np.flatnonzero(mixed.heights == 9)
+    batch = next(iter(Loader(mixed, rows, BATCH, CPU, seed=0).epoch(0)))
+    assert batch.sizes is None and batch.images.shape == (BATCH, 3, 9, 12)
+
+
+def test_an_epoch_goes_on_at_any_step(loader: Loader) -> None:
+    whole = list(loader.epoch(2))
+    for start in range(loader.steps_per_epoch + 1):
+        tail = list(loader.epoch(2, start))
+        assert len(tail) == loader.steps_per_epoch - start
+        assert all(same(a, b) for a, b in zip(whole[start:], tail, strict=True))
+
+
+def test_the_reading_thread_ends_with_the_epoch_and_when_it_is_left_early(mixed: Cache) -> None:
+    loader = Loader(mixed, np.arange(COUNT), 2, CPU, seed=0)
+    batches = loader.epoch(0)
+    assert readers() == []  # nothing is read before the first batch is asked for
+    list(batches)
+    assert readers() == []
+    batches = loader.epoch(1)
+    next(batches)
+    assert len(readers()) == 1
+    batches.close()  # type: ignore[attr-defined]
+    assert readers() == []
+
+
+def test_reading_runs_ahead_but_not_away(mixed: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, read = Loader(mixed, np.arange(COUNT), 2, CPU, seed=0), []
+    load = loader._load
+    monkeypatch.setattr(loader, "_load", lambda chunk: read.append(chunk) or load(chunk))
+    batches: Iterator[Batch] = loader.epoch(0)
+    next(batches)
+    bound = 2 + loader_module._AHEAD  # the one in hand, those that wait and the next, which has no room yet
+    deadline = time.monotonic() + 10
+    while len(read) < bound and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert len(read) == bound
+    assert len(list(batches)) == loader.steps_per_epoch - 1
+
+
+def test_an_error_while_reading_reaches_the_caller_in_its_place(mixed: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = Loader(mixed, np.arange(COUNT), BATCH, CPU, seed=0)
+    load, failing = loader._load, loader.order(0)[2 * BATCH]
+
+    def broken(chunk: np.ndarray) -> Batch:
+        if chunk[0] == failing:
+            raise OSError("the disk is gone")
+        return load(chunk)
+
+    monkeypatch.setattr(loader, "_load", broken)
+    batches = loader.epoch(0)
+    assert len([next(batches), next(batches)]) == 2
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert readers() == []
+
+
+@pytest.mark.parametrize("batch_size", [0, COUNT + 1])
+def test_a_batch_must_fit_the_data(uniform: Cache, batch_size: int) -> None:
+    with pytest.raises(AssertionError):
+        Loader(uniform, np.arange(COUNT), batch_size, CPU, seed=0)

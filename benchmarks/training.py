@@ -2,13 +2,15 @@
 
     python benchmarks/training.py [--size 32 96] [--repeats 5] [--seconds 10] [--json FILE]
 
-Both alternate in one process. End to end is `simsiam.train` itself (loader, views, step, figures, guard; looks at held-out images
-and checkpoints are left out, as in `images_per_second`). The limit is forward, loss, backward and optimiser step on one batch.
+Both alternate in one process. End to end is `simsiam.train` itself (loader, views, step, figures, guard; looks at held-out
+images and checkpoints are left out, as in `images_per_second`). The limit is forward, loss, backward and optimiser step on
+one batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
 import tempfile
@@ -24,7 +26,7 @@ import simsiam
 from simsiam.compute import Compute, describe, generator, pick_device, set_threads
 from simsiam.config import read_recipe
 from simsiam.data.cache import build_cache
-from simsiam.data.demo import PHOTOGRAPHS, _files
+from simsiam.data.demo import photograph_files
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.data.views import random_view
@@ -35,10 +37,7 @@ from simsiam.train import build_method, optimizer
 
 def photo_folder(folder: Path, count: int = 2000) -> Path:
     """Crops of 120 to 280 pixels of the demo set's photographs, as JPEG files of many sizes."""
-    import io
-
-    assert PHOTOGRAPHS
-    photographs = [Image.open(io.BytesIO(content)).convert("RGB") for content in _files().values()]
+    photographs = [Image.open(io.BytesIO(content)).convert("RGB") for content in photograph_files().values()]
     rng = np.random.default_rng(0)
     for i in range(count):
         photograph = photographs[i % len(photographs)]
@@ -106,10 +105,12 @@ def main() -> None:
                 run = Path(place) / f"{size}-{repeat}"
                 ours.append(end_to_end(data, run, size, arguments.seconds, arguments.device))
                 bare.append(limit(run, arguments.seconds, arguments.device))
-                print(f"{size} px  end to end {ours[-1]:7.0f} images/s   bare step {bare[-1]:7.0f}   {ours[-1] / bare[-1]:.3f}", flush=True)
+                shown = f"end to end {ours[-1]:7.0f} images/s   bare step {bare[-1]:7.0f}   {ours[-1] / bare[-1]:.3f}"
+                print(f"{size} px  {shown}", flush=True)
             ratios = [a / b for a, b in zip(ours, bare, strict=True)]
             spread = statistics.stdev(ratios) if len(ratios) > 1 else 0.0
-            print(f"{size} px  ratio {statistics.median(ratios):.3f} (median of {len(ratios)}, std {spread:.3f})", flush=True)
+            shown = f"ratio {statistics.median(ratios):.3f} (median of {len(ratios)}, std {spread:.3f})"
+            print(f"{size} px  {shown}", flush=True)
             results["sizes"][str(size)] = {"end_to_end": ours, "bare": bare, "ratio": ratios}
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")

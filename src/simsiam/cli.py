@@ -107,7 +107,7 @@ def train(
     console.say(f"         simsiam embed {summary['run']} {summary['data']} -o DIR")
     if as_json:
         _print_json(summary)
-    if summary["verdict"] in ("collapsed", "diverged"):
+    if summary["verdict"] != "healthy":
         raise typer.Exit(1)
 
 

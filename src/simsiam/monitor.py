@@ -19,7 +19,7 @@ from simsiam.evaluate.knn import accuracy
 
 SAMPLE = 512
 """Held-out images for the label-free figures."""
-_BANK, _QUERIES = 2500, 1000
+_BANK, _QUERIES = 1500, 500
 _VIEW_BATCH = 256
 
 
@@ -97,6 +97,7 @@ class Monitor:
             "std_z": float(normalised_std(z1)),
             "std_features": float(normalised_std(h1)),
             "effective_rank": effective_rank(z1.cpu()),
+            "most_rank": min(z1.shape),
             "effective_rank_features": effective_rank(h1.cpu()),
             "alignment": alignment(z1, z2),
             "retrieval": retrieval(z1, z2),

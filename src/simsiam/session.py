@@ -153,7 +153,8 @@ class Session:
         figures = {**self.monitor.look(self.method), **(known or {})}
         if self.step:
             std, rank = figures.get("std_z", math.nan), figures.get("effective_rank")
-            self.guards[1].look(judge(self.latest.get("loss", math.nan), std, rank, figures.get("std_features")))
+            loss, most = self.latest.get("loss", math.nan), figures.get("most_rank", 0)
+            self.guards[1].look(judge(loss, std, rank, figures.get("std_features"), most))
             self.latest["effective_rank"] = rank
         line = {"step": self.step, "seconds": round(self.seconds, 3), **figures, "verdict": self.verdict.name}
         self.record("monitor", line)

@@ -25,6 +25,6 @@ def score(features: Features, *, seed: int = 0, rows: int = 2000) -> dict[str, A
     z = given[draw(len(given), rows, generator(torch.device("cpu"), seed)).to(given.device)]
     std, rank = float(normalised_std(z)), effective_rank(z)
     # There is no loss here; any finite one leaves the verdict to the std and the rank.
-    verdict = judge(0.0, std, rank).name
+    verdict = judge(0.0, std, rank, most=min(z.shape)).name
     figures = {"value": round(std, 4), "std": round(std, 4), "effective_rank": round(rank, 2), "verdict": verdict}
     return {**figures, "dim": z.shape[1], "rows": len(z)}

@@ -20,6 +20,7 @@ from simsiam.evaluate.knn import accuracy
 SAMPLE = 512
 """Held-out images for the label-free figures."""
 _BANK, _QUERIES = 1500, 500
+_K = 20  # 200 neighbours would be more than a class has in so small a bank
 _VIEW_BATCH = 256
 
 
@@ -75,7 +76,7 @@ class Monitor:
     def _vote(self, bank: Tensor, queries: Tensor) -> float:
         assert self.cache.labels is not None
         known = [torch.from_numpy(self.cache.labels[rows]) for rows in (self.bank, self.queries)]
-        return accuracy(bank, known[0], queries, known[1])
+        return accuracy(bank, known[0], queries, known[1], k=_K)
 
     def _two_views(self, method: nn.Module) -> dict[str, Any]:
         draws = generator(self.compute.device, 0x5EED)

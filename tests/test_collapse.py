@@ -167,3 +167,16 @@ def test_guard_over_every_short_history() -> None:
             if newest in ("healthy", "diverged") or history[max(0, end - 3) : end] == (newest,) * 3:
                 standing = newest
         assert look(*history) == standing, history
+
+
+def test_the_guard_suspects_until_it_is_sure() -> None:
+    bad, good = judge(-1.0, 0.0), judge(-0.9, 1.0)
+    guard = Guard(patience=3)
+    assert not guard.suspects
+    guard.look(bad)
+    assert guard.suspects and guard.verdict.name == "healthy"
+    guard.look(good)
+    assert not guard.suspects
+    for _ in range(3):
+        guard.look(bad)
+    assert not guard.suspects and guard.verdict.name == "collapsed"

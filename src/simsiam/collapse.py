@@ -128,6 +128,11 @@ class Guard:
     verdict: Verdict = field(default_factory=lambda: Verdict("healthy", "nothing measured yet."))
     _recent: deque[Verdict] = field(default_factory=deque)
 
+    @property
+    def suspects(self) -> bool:
+        """The newest look was bad, but not yet often enough to count."""
+        return bool(self._recent) and self._recent[-1].name != "healthy" and self.verdict.name == "healthy"
+
     def look(self, verdict: Verdict) -> Verdict:
         """Takes the newest single verdict and returns the standing one."""
         self._recent.append(verdict)

@@ -138,6 +138,8 @@ class Session:
         before = self.verdict.name
         self.guards[0].look(judge(loss, std))
         pause = max(self._look_seconds / _MONITOR_SHARE, (whole or math.inf) / _LOOKS)
+        if self.guards[1].suspects:  # settled by looking again at once
+            pause = 0.0
         if self.verdict.name != before or (now - self._looked >= pause and not self.over):
             self.look()
             self._looked = time.perf_counter()

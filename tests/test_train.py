@@ -313,3 +313,9 @@ def test_presets_are_the_papers(name: str) -> None:
     else:
         assert (train.lr, train.weight_decay, train.epochs, views.size) == (0.03, 5e-4, 800, 32)
         assert (views.blur_p, method.projector_layers) == (0.0, 2)
+
+
+def test_the_function_and_the_module_of_one_name_get_along() -> None:
+    code = "import simsiam, simsiam.train\ntry:\n    simsiam.train('nowhere')\nexcept ValueError as e:\n    print(e)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "nowhere" in done.stdout, done.stderr

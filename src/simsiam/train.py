@@ -7,6 +7,7 @@ import itertools
 import shlex
 import sys
 import time
+import types
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -331,3 +332,13 @@ def _finish(
     }
     write_json(s.run / SUMMARY, summary)
     return summary
+
+
+class _Verb(types.ModuleType):
+    """`simsiam.train(...)` works whether or not this module, which has the function's name, was imported before."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> dict[str, Any]:
+        return train(*arguments, **settings)
+
+
+sys.modules[__name__].__class__ = _Verb

@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import load_file
 
 import simsiam
-from simsiam.config import UserError, read_recipe
+from simsiam.config import Interrupted, UserError, read_recipe
 from simsiam.console import Listener
 from simsiam.recipe import Facts, default_epochs, gather, read, resolve
 from simsiam.runs import Checkpoints, read_json, read_metrics
-from simsiam.session import Interrupted
 
 TINY = ["encoder.width=8", "method.dim=32", "method.projector_hidden=32", "method.predictor_hidden=8", "views.size=16"]
 # Three kinds of simple pictures span few directions: here the guard must not cut a run short.

@@ -7,7 +7,6 @@ bounds below; 1/255 is one level of an 8-bit image.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -26,13 +25,7 @@ PLAIN = ViewSettings(size=32, jitter_p=0, gray_p=0, blur_p=0, flip_p=0, mean=(0,
 LEVEL = 1 / 255
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The twin's steps are too small to share, and waiting for the other threads of a busy machine takes minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seeded(seed: int = 0) -> torch.Generator:

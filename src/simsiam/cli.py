@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simsiam.config import UserError
+from simsiam.config import Interrupted, UserError
 
 if TYPE_CHECKING:
     from simsiam.console import Console
@@ -231,9 +231,7 @@ def main() -> None:
     except KeyboardInterrupt:
         _last_line("Interrupted.")
         sys.exit(1)
-    except Exception as error:
-        if type(error).__name__ != "Interrupted":
-            raise
+    except Interrupted as error:
         _last_line(str(error))
         sys.exit(1)
 

@@ -5,7 +5,7 @@ A Siamese network can fail in three ways, which chance accuracy alone does not t
 * complete collapse: every image gets the same output. The loss sits at its minimum AND the std of z/|z| is 0.
 * partial (dimensional) collapse: outputs differ, but only along a few directions. The std looks healthy; the spectrum
   of the embeddings does not (arXiv 2209.15007).
-* divergence: the loss is not finite, or training never makes two views of an image agree.
+* divergence: the loss or the output is not finite.
 """
 
 from __future__ import annotations

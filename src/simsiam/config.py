@@ -20,6 +20,10 @@ class UserError(ValueError):
     """The user's mistake: one clear line that says what to do. The command line prints it and exits with status 2."""
 
 
+class Interrupted(Exception):
+    """A signal ended the run; its state is saved, and the message says how to go on."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a mistyped name: ' Did you mean X?', or the list of what there is."""
     known = sorted(known)

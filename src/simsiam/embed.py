@@ -20,7 +20,7 @@ from simsiam.compute import Compute, pick_device, probe_encoder, set_threads
 from simsiam.config import UserError, fill
 from simsiam.data.decode import DecodeError, decode
 from simsiam.data.sources import open_images
-from simsiam.data.views import normalise, plain_pixels
+from simsiam.data.views import plain_view
 from simsiam.encoders import Encoder, EncoderSpec, build, to_table
 from simsiam.runs import ENCODER, atomic, read_json, read_tensors, write_json, write_tensors
 
@@ -53,7 +53,7 @@ class Preprocessing:
 
     def __call__(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """uint8 [B,3,H,W] and each image's (height, width) -> float32 [B,3,size,size]."""
-        return normalise(plain_pixels(images, self.size, self.share, sizes), self.mean, self.std)
+        return plain_view(images, self.size, self.share, self.mean, self.std, sizes)
 
 
 def preprocessing(size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Preprocessing:

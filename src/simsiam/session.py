@@ -31,10 +31,6 @@ _MONITOR_SHARE = 0.05
 _LOOKS = 20
 
 
-class Interrupted(Exception):
-    """A signal ended the run; its state is saved, and the message says how to go on."""
-
-
 @dataclass
 class Session:
     """What the loop works on, and everything around a step that is not the step."""

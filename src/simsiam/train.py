@@ -18,7 +18,7 @@ import torch
 from simsiam import evaluate, methods
 from simsiam.assess import Rows, keep_samples, side_by_side
 from simsiam.compute import Compute, describe, generator, pick_device, probe_precision, set_threads
-from simsiam.config import Table, UserError, read_recipe, show_duration, write_recipe
+from simsiam.config import Interrupted, Table, UserError, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.loader import Loader
@@ -30,7 +30,7 @@ from simsiam.monitor import Monitor, draw
 from simsiam.optim import Schedule
 from simsiam.recipe import Recipe, default_epochs, gather, look_at, read, resolve
 from simsiam.runs import ENVIRONMENT, RECIPE, SUMMARY, read_json, write_json, write_text
-from simsiam.session import Interrupted, Session, finite, signals
+from simsiam.session import Session, finite, signals
 
 _BANK, _QUERIES = 10_000, 2_000
 """Images of the final kNN; `simsiam evaluate` takes all."""

@@ -61,7 +61,7 @@ def limit(run: Path, seconds: float, device: str) -> float:
     compute = Compute(where, "bf16" if recipe.train.precision == "bf16" else "fp32")
     prepare = preprocessing(recipe.eval.size, recipe.views.mean, recipe.views.std)
     cache = build_cache(open_images(recipe.data), prepare.short_side)
-    method = compute.place(build_method(recipe))
+    method = compute.place(build_method(recipe, len(cache.split()[0])))
     steps = optimizer(method, recipe)
     batch = next(Loader(cache, cache.split()[0], recipe.train.batch_size, where, 0).epoch(0))
     draws = generator(where, 0)

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from simsiam import methods
 from simsiam.config import UserError
 from simsiam.encoders import EncoderSpec, build
+from simsiam.recipe import preset, read
+from simsiam.train import hook
 
 BATCH, SIZE = 8, 16
-SMALL = {"dim": 32, "projector_hidden": 32, "predictor_hidden": 16}
+SMALL = {
+    **{"dim": 32, "projector_hidden": 32, "predictor_hidden": 16, "hidden": 32},
+    **{"prototypes": 12, "queue": 24, "queue_epoch": 1, "freeze_steps": 2, "bn_groups": 2},
+}
+IMAGES = 64
 every_method = pytest.mark.parametrize("name", methods.names())
 
 
@@ -29,31 +35,38 @@ def make(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     settings = module.Settings(**{key: value for key, value in (SMALL | changes).items() if key in known})
     encoder = build(EncoderSpec("thin-resnet18", SIZE, width=4), seed)
     torch.manual_seed(seed)
-    return module.Method(encoder, settings)
+    method: nn.Module = module.Method(encoder, settings)
+    hook(method, "allocate", IMAGES)
+    return method
 
 
-def batch(seed: int) -> tuple[list[Tensor], Tensor]:
+def batch(name: str, seed: int) -> tuple[list[Tensor], Tensor]:
+    """As many views of a batch as the method takes by default; in all batches, every image once."""
     draws = torch.Generator().manual_seed(seed)
-    views = [torch.randn(BATCH, 3, SIZE, SIZE, generator=draws) for _ in range(2)]
-    return views, torch.arange(seed * BATCH, (seed + 1) * BATCH)
+    views = [torch.randn(BATCH, 3, SIZE, SIZE, generator=draws) for _ in range(methods.get(name).VIEWS[0])]
+    start = seed * BATCH % IMAGES
+    return views, torch.arange(start, start + BATCH)
+
+
+def begin(name: str, method: nn.Module) -> None:
+    with torch.no_grad():
+        hook(method, "before_training", (batch(name, seed) for seed in range(IMAGES // BATCH)))
 
 
 def optimiser(method: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(method.param_groups(), lr=0.05, momentum=0.9, weight_decay=1e-4)  # type: ignore[operator]
+    return torch.optim.SGD(methods.param_groups(method), lr=0.05, momentum=0.9, weight_decay=1e-4)
 
 
-def step(method: nn.Module, sgd: torch.optim.Optimizer, number: int) -> float:
+def step(name: str, method: nn.Module, sgd: torch.optim.Optimizer, number: int) -> float:
     """One training step as the loop takes it, an epoch each."""
     torch.manual_seed(number)
-    if hasattr(method, "before_epoch"):
-        method.before_epoch(number)
-    loss, _ = method(*batch(number))
+    hook(method, "before_epoch", number)
+    loss, _ = method(*batch(name, number))
     sgd.zero_grad()
     loss.backward()
     sgd.step()
-    if hasattr(method, "after_step"):
-        method.after_step(number / 10)  # the share of training that is done
-    return loss.item()
+    hook(method, "after_step", number / 10)  # the share of training that is done
+    return loss.item()  # type: ignore[no-any-return]
 
 
 @every_method
@@ -63,13 +76,28 @@ def test_a_method_says_where_it_comes_from(name: str) -> None:
     assert module.PUBLISHED and all(isinstance(value, float) for value in module.PUBLISHED.values())
     assert dataclasses.is_dataclass(module.Settings) and module.Settings() == module.Settings()
     assert issubclass(module.Method, nn.Module)
+    assert len(module.VIEWS) > 0 and min(module.VIEWS) >= 2
+
+
+@every_method
+@pytest.mark.parametrize("recipe", ["imagenet", "cifar", "thin", "demo"])
+def test_every_recipe_can_be_had_with_every_method(name: str, recipe: str) -> None:
+    """And differs from the method's defaults only in settings that it has: `read` refuses any other."""
+    table = preset(recipe, name)
+    views, encoder = {"size": 32, **table["views"]}, {"size": 32, **table["encoder"]}
+    plan = read({"data": "x", **table, "views": views, "encoder": encoder, "eval": {"size": 32}})
+    assert plan.method == name and len(plan.views.each()) in methods.get(name).VIEWS
+    assert read(plan.table()) == plan
 
 
 @every_method
 def test_forward_gives_a_float32_loss_and_detached_stats(name: str) -> None:
-    views, index = batch(0)
+    views, index = batch(name, 0)
     before = [view.clone() for view in views]
-    loss, stats = make(name)(views, index)
+    method = make(name)
+    begin(name, method)
+    hook(method, "before_epoch", 0)
+    loss, stats = method(views, index)
     assert loss.shape == () and loss.dtype == torch.float32 and loss.requires_grad and loss.isfinite()
     assert "std" in stats
     for value in stats.values():
@@ -80,7 +108,9 @@ def test_forward_gives_a_float32_loss_and_detached_stats(name: str) -> None:
 @every_method
 def test_the_loss_reaches_the_encoder(name: str) -> None:
     method = make(name)
-    method(*batch(0))[0].backward()
+    begin(name, method)
+    hook(method, "before_epoch", 0)
+    method(*batch(name, 0))[0].backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
     assert sum(float(p.grad.norm()) for p in method.encoder.parameters() if p.grad is not None) > 0  # type: ignore[union-attr]
 
@@ -89,7 +119,7 @@ def test_the_loss_reaches_the_encoder(name: str) -> None:
 def test_embed_gives_features_and_projection(name: str) -> None:
     method = make(name).eval()
     with torch.no_grad():
-        (x, _), _ = batch(0)
+        x = batch(name, 0)[0][0]
         h, z = method.embed(x)  # type: ignore[operator]
         assert h.shape == (BATCH, method.encoder.dim) and z.shape[0] == BATCH and z.ndim == 2  # type: ignore[union-attr]
         assert torch.equal(h, method.encoder(x))  # type: ignore[operator]
@@ -100,7 +130,7 @@ def test_embed_gives_features_and_projection(name: str) -> None:
 @every_method
 def test_param_groups_hold_every_trained_parameter_once(name: str) -> None:
     method = make(name)
-    grouped = [id(p) for group in method.param_groups() for p in group["params"]]  # type: ignore[operator]
+    grouped = [id(p) for group in methods.param_groups(method) for p in group["params"]]
     trained = [id(p) for p in method.parameters() if p.requires_grad]
     assert len(grouped) == len(set(grouped)) and set(grouped) == set(trained)
 
@@ -110,8 +140,9 @@ def test_training_is_deterministic(name: str) -> None:
     runs = []
     for _ in range(2):
         method = make(name)
+        begin(name, method)
         sgd = optimiser(method)
-        runs.append(([step(method, sgd, seed) for seed in range(3)], method.state_dict()))
+        runs.append(([step(name, method, sgd, seed) for seed in range(3)], method.state_dict()))
     assert runs[0][0] == runs[1][0] and len(set(runs[0][0])) == 3
     assert all(torch.equal(value, runs[1][1][key]) for key, value in runs[0][1].items())
 
@@ -120,28 +151,32 @@ def test_training_is_deterministic(name: str) -> None:
 def test_a_reloaded_state_goes_on_identically(name: str) -> None:
     """Everything that the next step depends on is in the state dict, queues and twins too."""
     method = make(name)
+    begin(name, method)
     sgd = optimiser(method)
-    for seed in range(2):
-        step(method, sgd, seed)
+    for seed in range(6):
+        step(name, method, sgd, seed)
     resumed = make(name, seed=1)
     resumed.load_state_dict(copy.deepcopy(method.state_dict()), strict=True)
     resumed_sgd = optimiser(resumed)
     resumed_sgd.load_state_dict(copy.deepcopy(sgd.state_dict()))
-    for seed in (2, 3):
-        assert step(method, sgd, seed) == step(resumed, resumed_sgd, seed)
+    for seed in (6, 7, 8):
+        assert step(name, method, sgd, seed) == step(name, resumed, resumed_sgd, seed)
     theirs = resumed.state_dict()
     assert all(torch.equal(value, theirs[key]) for key, value in method.state_dict().items())
 
 
 @every_method
 def test_a_bf16_step_is_finite(name: str) -> None:
-    method = make(name)
+    method, twin = make(name), make(name)
+    for each in (method, twin):
+        begin(name, each)
+        hook(each, "before_epoch", 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, stats = method(*batch(0))
+        loss, stats = method(*batch(name, 0))
     assert loss.dtype == torch.float32 and loss.isfinite() and all(value.isfinite() for value in stats.values())
     loss.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
-    exact, _ = make(name)(*batch(0))
+    exact, _ = twin(*batch(name, 0))
     assert abs(loss.item() - exact.item()) < 0.05 * max(1.0, abs(exact.item()))
 
 

@@ -174,7 +174,7 @@ def keep_samples(
     draws = generator(torch.device("cpu"), 0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (views.mean, views.std))
     seen = [plain_pixels(images, views.size, 1.0, sizes)]
-    seen += [(random_view(images, views, draws, sizes) * std + mean) * 255 for _ in range(2)]
+    seen += [(random_view(images, view, draws, sizes) * std + mean) * 255 for view in views.each()[:2]]
     np.save(folder / "views.npy", np.stack([_pictures(view) for view in seen], 1))
 
     some = draw(shown, _SHOWN)

@@ -37,6 +37,8 @@ class TrainSettings:
     budget: str | None = None
     """Train for so long ('10m'): the schedule follows the clock. Instead of epochs."""
     batch_size: int = 512
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """lars scales each layer's step by its weights' norm; BN and biases then have neither that nor weight decay."""
     lr: float = 0.05
     """Base learning rate: the rate is lr x batch_size / 256."""
     momentum: float = 0.9
@@ -117,36 +119,55 @@ def read(table: Table) -> Recipe:
         raise UserError(f"seed is {seed!r}: it must be a whole number from 0 on.")
     method = {**table["method"]}
     name = method.pop("name")
+    module = methods.get(name)
+    views = fill(ViewSettings, {"count": module.VIEWS[0], **table["views"]}, "views")
+    if len(views.each()) not in module.VIEWS:
+        takes = " or ".join(map(str, sorted(module.VIEWS)[:4])) + (" ..." if len(module.VIEWS) > 4 else "")
+        raise UserError(f"{name} takes {takes} views of an image: views.count and views.small_count make {len(views.each())}.")
     return Recipe(
         data=str(table["data"]),
         seed=seed,
         method=name,
-        method_settings=fill(methods.get(name).Settings, method, "method"),
+        method_settings=fill(module.Settings, method, "method"),
         encoder=fill(EncoderSpec, table["encoder"], "encoder"),
         train=fill(TrainSettings, table["train"], "train"),
-        views=fill(ViewSettings, table["views"], "views"),
+        views=views,
         eval=fill(EvalSettings, table["eval"], "eval"),
     )
 
 
 def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Table:
     """What the user asked for as one table: recipe, then settings by name, then overrides. Always with "data"."""
-    table: Table = recipes.get(recipe or "demo") if recipe or data is None else {}
-    asked = [{key: value} for key, value in settings.items() if value is not None]
-    for override in [*asked, *map(parse_override, overrides)]:
-        override = qualify(override)
-        rivals = {"epochs", "budget"} & override.get("train", {}).keys()
-        if rivals:  # --budget takes the place of a recipe's epochs, and the other way round
-            table = {
-                **table,
-                "train": {k: v for k, v in table.get("train", {}).items() if k not in ("epochs", "budget")},
-            }
-        table = merge(table, override)
+    given = [{key: value} for key, value in settings.items() if value is not None]
+    asked: Table = {}
+    for override in [*given, *map(parse_override, overrides)]:
+        asked = merge(asked, qualify(override))
+    table = preset(recipe or "demo", asked.get("method", {}).get("name")) if recipe or data is None else {}
+    if {"epochs", "budget"} & asked.get("train", {}).keys():  # one takes the place of the other in a recipe
+        table = {**table, "train": {k: v for k, v in table.get("train", {}).items() if k not in ("epochs", "budget")}}
+    table = merge(table, asked)
     if data is not None:
         text = os.path.expanduser(os.fspath(data))
         # A path must mean the same from any folder; names and patterns stay as they are.
         table["data"] = os.path.abspath(text) if os.path.exists(text) else text
     return {"data": "demo", **table}
+
+
+def preset(recipe: str, method: str | None = None) -> Table:
+    """A recipe as another method takes it: its encoder, views, batch and length; heads and optimiser are the method's own,
+    from its DEFAULTS for this recipe.
+
+    Args:
+        recipe: name of a built-in recipe or path of a TOML file.
+        method: None for the recipe's own.
+    """
+    table = recipes.get(recipe)
+    if method is None or method == table.get("method", {}).get("name", method):
+        return table
+    kept = ("epochs", "budget", "batch_size", "cosine")
+    train = {key: value for key, value in table.get("train", {}).items() if key in kept}
+    own = methods.get(method).DEFAULTS.get("thin" if recipe == "demo" else recipe, {})
+    return merge({**table, "method": {"name": method}, "train": train}, own)
 
 
 def qualify(override: Table) -> Table:
@@ -207,18 +228,16 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
         base = "thin" if facts.device != "cuda" else "cifar" if small else "imagenet"
         reason = {"thin": "no GPU", "cifar": f"a GPU, and {images}", "imagenet": f"a GPU, and {images}"}[base]
         why.append(("recipe", base, reason))
-        preset = recipes.get(base)
-        preset["train"].pop("epochs", None)
-        preset["views"].pop("size", None)
+        chosen = table.get("method", {}).get("name")
+        defaults = preset(base, chosen)
+        defaults["train"].pop("epochs", None)
+        defaults["views"].pop("size", None)
         if base == "imagenet" and facts.images < 200_000:
-            preset["encoder"] = {"name": "resnet18"}
+            defaults["encoder"] = {"name": "resnet18"}
             why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))
         if base == "thin" and facts.images < 20_000:
-            preset["train"] |= {"weight_decay": 1e-4, "batch_size": 64}
-        chosen = table.get("method", {}).get("name", preset["method"]["name"])
-        if chosen != preset["method"]["name"]:
-            del preset["method"]
-        table = merge(preset, table)
+            defaults["train"] |= {"weight_decay": 1e-4, "batch_size": 64}
+        table = merge(defaults, table)
     table = {**{key: {} for key in _TABLES}, "seed": 0, **table}
     table = {**table, "method": {"name": "simsiam", **table["method"]}}
     views, use, train, encoder = dict(table["views"]), dict(table["eval"]), dict(table["train"]), dict(table["encoder"])

@@ -8,12 +8,13 @@ import shlex
 import sys
 import time
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from simsiam import evaluate, methods
 from simsiam.assess import Rows, keep_samples, side_by_side
@@ -27,7 +28,7 @@ from simsiam.data.views import random_view
 from simsiam.embed import Preprocessing, preprocessing, save_encoder, untrained
 from simsiam.encoders import Encoder, build
 from simsiam.monitor import Monitor, draw
-from simsiam.optim import Schedule
+from simsiam.optim import LARS, Schedule
 from simsiam.recipe import Recipe, default_epochs, gather, look_at, read, resolve
 from simsiam.runs import ENVIRONMENT, RECIPE, SUMMARY, read_json, write_json, write_text
 from simsiam.session import Session, finite, signals
@@ -95,7 +96,7 @@ def train(
         facts = replace(facts, images=len(rows))
         plan, reasons = resolve(asked, facts, size)
 
-    method = build_method(plan)
+    method = build_method(plan, len(rows))
     loader = Loader(cache, rows, plan.train.batch_size, where, plan.seed)
     compute, step_seconds, why = _probe(method, plan, loader, where)
     if not resume:
@@ -140,15 +141,19 @@ def fit(s: Session, stopped: list[str]) -> None:
     """The loop. Ends when the schedule does, when the guard stops it, or, the state saved, with Interrupted."""
     s.method.train()
     per_epoch = s.loader.steps_per_epoch
+    if s.step == 0:
+        with s.compute.autocast():
+            hook(s.method, "before_training", _sweep(s))
     while not s.over:
         epoch = s.step // per_epoch
-        hook(s.method, "before_epoch", epoch)
+        if s.step % per_epoch == 0:  # a run that is resumed within an epoch has what this did in its state
+            hook(s.method, "before_epoch", epoch)
         for batch in s.loader.epoch(epoch, s.step % per_epoch):
             rate = s.schedule.rate(s.step, s.seconds)
             for group in s.optimizer.param_groups:
                 group["lr"] = s.schedule.peak if group.get("fixed_lr") else rate
             draws = generator(s.compute.device, s.recipe.seed, s.step)
-            views = [random_view(batch.images, s.recipe.views, draws, batch.sizes) for _ in range(2)]
+            views = [random_view(batch.images, view, draws, batch.sizes) for view in s.recipe.views.each()]
             with s.compute.autocast():
                 loss, stats = s.method(views, batch.index)
             s.optimizer.zero_grad(set_to_none=True)
@@ -169,6 +174,13 @@ def fit(s: Session, stopped: list[str]) -> None:
                 return
 
 
+def _sweep(s: Session) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Views of every image, once, before the first step."""
+    for number, batch in enumerate(s.loader.epoch(0)):
+        draws = generator(s.compute.device, s.recipe.seed, -1, number)
+        yield [random_view(batch.images, view, draws, batch.sizes) for view in s.recipe.views.each()[:2]], batch.index
+
+
 def hook(method: torch.nn.Module, name: str, *arguments: Any) -> None:
     """Calls an optional part of the method's contract."""
     part = getattr(method, name, None)
@@ -176,24 +188,31 @@ def hook(method: torch.nn.Module, name: str, *arguments: Any) -> None:
         part(*arguments)
 
 
-def build_method(recipe: Recipe) -> torch.nn.Module:
-    """The method with fresh weights, a function of the recipe's seed; torch's global generator is left as it was."""
+def build_method(recipe: Recipe, images: int) -> torch.nn.Module:
+    """The method with fresh weights, a function of the recipe's seed; torch's global generator is left as it was.
+
+    images: how many are trained on, for methods that remember something of each.
+    """
     encoder = build(recipe.encoder, recipe.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed + 1)
         method: torch.nn.Module = methods.get(recipe.method).Method(encoder, recipe.method_settings)
+        hook(method, "allocate", images)
     return method
 
 
 def optimizer(method: Any, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with momentum and weight decay on everything (section 4.1); fused: one pass over the weights."""
-    groups = method.param_groups()
+    """SGD with momentum and weight decay on everything (section 4.1), or LARS; fused: one pass over the weights."""
+    train = recipe.train
+    groups = methods.param_groups(method)
+    if train.optimizer == "lars":
+        return LARS(groups, lr=train.peak, momentum=train.momentum, weight_decay=train.weight_decay)
     fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
     return torch.optim.SGD(
         groups,
-        lr=recipe.train.peak,
-        momentum=recipe.train.momentum,
-        weight_decay=recipe.train.weight_decay,
+        lr=train.peak,
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
         fused=fused,
     )
 
@@ -211,7 +230,7 @@ def _probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torc
         compute.place(copied)
         start = time.perf_counter()
         draws = generator(device, recipe.seed)
-        views = [random_view(batch.images, recipe.views, draws, batch.sizes) for _ in range(2)]
+        views = [random_view(batch.images, view, draws, batch.sizes) for view in recipe.views.each()]
         with compute.autocast():
             loss, _ = copied(views, batch.index)
         loss.backward()

@@ -20,7 +20,7 @@ and by 3.0 with it (99 % within 25), where leaving hue out would be off by 4.1 (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,22 +51,50 @@ class ViewSettings:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the blur, in pixels of the view."""
     flip_p: float = 0.5
+    solarize_p: float = 0.0
+    """Inverts what is brighter than the middle (BYOL)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    count: int = 2
+    """Views of this size that are drawn of an image."""
+    second_blur_p: float | None = None
+    """blur_p of every second view, where it is another one (BYOL, Barlow Twins, VICReg)."""
+    second_solarize_p: float | None = None
+    """solarize_p of every second view."""
+    small_count: int = 0
+    """Further views of small_size pixels, whose crops have small_scale of the area (SwAV's multi-crop)."""
+    small_size: int = 96
+    small_scale: tuple[float, float] = (0.05, 0.14)
 
     def __post_init__(self) -> None:
         if self.size < 8:
             raise ValueError(f"views.size is {self.size}: a view must be at least 8 pixels wide.")
-        for name, (low, high) in {"scale": self.scale, "ratio": self.ratio, "blur_sigma": self.blur_sigma}.items():
+        if self.count < 1 or self.small_count < 0 or self.small_size < 8:
+            raise ValueError("count must be at least 1, small_count not negative and small_size at least 8.")
+        for name in ("scale", "small_scale", "ratio", "blur_sigma"):
+            low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} is [{low}, {high}]: it must be two rising numbers above 0.")
-        if self.scale[1] > 1:
-            raise ValueError(f"scale is {list(self.scale)}: a crop cannot be larger than the image (1.0).")
-        for name in ("jitter_p", "gray_p", "blur_p", "flip_p"):
-            if not 0 <= getattr(self, name) <= 1:
+        for name in ("scale", "small_scale"):
+            if getattr(self, name)[1] > 1:
+                raise ValueError(
+                    f"{name} is {list(getattr(self, name))}: a crop cannot be larger than the image (1.0)."
+                )
+        for name in ("jitter_p", "gray_p", "blur_p", "flip_p", "solarize_p", "second_blur_p", "second_solarize_p"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: a probability lies between 0 and 1.")
         if min(self.jitter) < 0 or self.jitter[3] > 0.5 or min(self.std) <= 0:
             raise ValueError("jitter must not be negative, its hue at most 0.5, and std above 0.")
+
+    def each(self) -> list[ViewSettings]:
+        """How each of an image's views is drawn: the full ones, then the small ones."""
+        second = replace(
+            self,
+            blur_p=self.blur_p if self.second_blur_p is None else self.second_blur_p,
+            solarize_p=self.solarize_p if self.second_solarize_p is None else self.second_solarize_p,
+        )
+        small = replace(self, size=self.small_size, scale=self.small_scale)
+        return [second if i % 2 else self for i in range(self.count)] + [small] * self.small_count
 
 
 def random_view(
@@ -92,7 +120,18 @@ def random_view(
         w_y, w_x = kernel @ w_y, kernel @ w_x
     view = resample(images, w_y, w_x, box)
     matrix, offset = colour_matrix(view.mean((2, 3)) / 255, settings, generator)
-    return _colour(view, matrix, offset, settings)
+    view = _colour(view, matrix, offset, settings)
+    if settings.solarize_p > 0:
+        solarized = torch.rand(len(view), device=view.device, generator=generator) < settings.solarize_p
+        view = torch.where(solarized[:, None, None, None], solarize(view, settings), view)
+    return view
+
+
+def solarize(view: Tensor, settings: ViewSettings) -> Tensor:
+    """Pixel values from 128 of 255 on are inverted, in normalised values. [B,3,h,w] -> the same."""
+    mean, std = (torch.tensor(values, device=view.device)[:, None, None] for values in (settings.mean, settings.std))
+    # Half a level below 128: a torchvision image is rounded before the comparison.
+    return torch.where(view >= (127.5 / 255 - mean) / std, (1 - 2 * mean) / std - view, view)
 
 
 def plain_view(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,17 +11,20 @@ from torch import Tensor, nn
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
+from simsiam.heads import mlp, twin
 
 CITATION = 'X. Chen, K. He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566 (CVPR 2021)'
 PUBLISHED = {
     "ImageNet, ResNet-50, 100 epochs, linear": 68.1,
     "CIFAR-10, ResNet-18, 800 epochs, linear": 91.8,
 }
+VIEWS = (2, 4, 6, 8)
+DEFAULTS: dict[str, dict[str, Any]] = {}  # the recipes themselves are SimSiam's
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Defaults: the paper's for ImageNet (section 3 and 4.1)."""
+    """Defaults: the paper's for ImageNet (section 3 and 4.1). The others are its ablations."""
 
     dim: int = 2048
     """d, width of z and p."""
@@ -33,14 +36,32 @@ class Settings:
     """Width of the prediction MLP's hidden layer; None: d/4, the paper's bottleneck."""
     predictor: bool = True
     """False: h is the identity (table 1a); the network collapses."""
-    stop_gradient: bool = True
-    """False: gradient flows through both sides (figure 2); the network collapses."""
+    predictor_trained: bool = True
+    """False: h stays as it was drawn (table 1b); training does not converge."""
     predictor_fixed_lr: bool = True
     """The predictor keeps the initial learning rate (table 1c, 68.1); False decays it too (67.7)."""
+    stop_gradient: bool = True
+    """False: gradient flows through both sides (figure 2); the network collapses."""
+    bn: Literal["none", "hidden", "default", "all"] = "default"
+    """BN in the heads (table 3): nowhere; on hidden layers; also on z; also on p."""
+    similarity: Literal["cosine", "softmax"] = "cosine"
+    """D: negative cosine, or the cross-entropy of the softmax over channels (section 4.5)."""
+    symmetric: bool = True
+    """False: D(p1, z2) alone (section 4.6). With views.count=4 it takes two such pairs of each image."""
+    target_steps: int = 1
+    """Steps for which the weights that compute the targets are kept (section 5.2, k-step alternation); 0: an epoch."""
+    target_momentum: float | None = None
+    """m of a moving average over an image's projections as its target (section 5.2: 0.8, without predictor)."""
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.projector_layers < 1:
             raise ValueError("dim and projector_layers must be at least 1.")
+        if self.target_steps < 0:
+            raise ValueError("target_steps must be at least 1, or 0 for an epoch.")
+        if self.target_momentum is not None and not 0 <= self.target_momentum < 1:
+            raise ValueError("target_momentum must be at least 0 and below 1.")
+        if self.target_momentum is not None and self.target_steps != 1:
+            raise ValueError("target_momentum and target_steps cannot both be set.")
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
@@ -48,28 +69,27 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
     return -F.cosine_similarity(p.float(), z.float(), dim=1, eps=1e-8).mean()
 
 
-def projection_mlp(inner: int, hidden: int, dim: int, layers: int) -> nn.Sequential:
-    """BN after every layer, ReLU after all but the last, whose BN has no affine (section 3, 'projection MLP')."""
-    modules: list[nn.Module] = []
-    for layer in range(layers):
-        last = layer == layers - 1
-        # No bias: the BN that follows would cancel it. (The released code keeps one on the last layer, frozen.)
-        modules.append(nn.Linear(inner, dim if last else hidden, bias=False))
-        modules.append(nn.BatchNorm1d(dim if last else hidden, affine=not last))
-        if not last:
-            modules.append(nn.ReLU(inplace=True))
-        inner = hidden
-    return nn.Sequential(*modules)
+def softmax_cross_entropy(p: Tensor, z: Tensor) -> Tensor:
+    """D(p, z) = -softmax(z) . log softmax(p), mean over the batch (section 4.5). [B,d] each -> scalar >= 0."""
+    return -(z.float().softmax(1) * p.float().log_softmax(1)).sum(1).mean()
 
 
-def prediction_mlp(dim: int, hidden: int) -> nn.Sequential:
+def projection_mlp(
+    inner: int, hidden: int, dim: int, layers: int, bn: Literal["none", "hidden", "default", "all"] = "default"
+) -> nn.Sequential:
+    """BN after every layer, ReLU after all but the last, whose BN has no affine (section 3, 'projection MLP').
+
+    The released code keeps a bias before that last BN, frozen; it has no effect on z, so ours has none.
+    """
+    widths = [inner, *[hidden] * (layers - 1), dim]
+    return mlp(widths, hidden_norm=bn != "none", output_norm="none" if bn in ("none", "hidden") else "plain")
+
+
+def prediction_mlp(
+    dim: int, hidden: int, bn: Literal["none", "hidden", "default", "all"] = "default"
+) -> nn.Sequential:
     """A bottleneck: BN and ReLU on the hidden layer, neither at the output (section 3, 'prediction MLP')."""
-    return nn.Sequential(
-        nn.Linear(dim, hidden, bias=False),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(inplace=True),
-        nn.Linear(hidden, dim),
-    )
+    return mlp([dim, hidden, dim], hidden_norm=bn != "none", output_norm="affine" if bn == "all" else "none")
 
 
 class Method(nn.Module):
@@ -80,25 +100,73 @@ class Method(nn.Module):
         self.settings = settings
         self.encoder = encoder
         hidden = settings.projector_hidden or encoder.dim
-        self.projector = projection_mlp(encoder.dim, hidden, settings.dim, settings.projector_layers)
+        self.projector = projection_mlp(encoder.dim, hidden, settings.dim, settings.projector_layers, settings.bn)
         bottleneck = settings.predictor_hidden or max(1, settings.dim // 4)
-        self.predictor = prediction_mlp(settings.dim, bottleneck) if settings.predictor else nn.Identity()
+        self.predictor = (
+            prediction_mlp(settings.dim, bottleneck, settings.bn) if settings.predictor else nn.Identity()
+        )
+        self.predictor.requires_grad_(settings.predictor_trained)
+        if settings.target_steps != 1:
+            self.target = twin(nn.Sequential(self.encoder, self.projector))
+            self.register_buffer("target_age", torch.zeros((), dtype=torch.long))
+
+    def allocate(self, images: int) -> None:
+        if self.settings.target_momentum is not None:
+            self.register_buffer("memory", torch.zeros(images, self.settings.dim))
+            self.register_buffer("remembered", torch.zeros(images, dtype=torch.bool))
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = D(p1, stopgrad(z2))/2 + D(p2, stopgrad(z1))/2 (eq. 2).
+        """L = D(p1, stopgrad(z2))/2 + D(p2, stopgrad(z1))/2 (eq. 2), mean over the pairs where there are several.
 
         Each view is its own forward pass, so each has its own BN statistics.
         """
-        x1, x2 = views
-        z1, z2 = self.projector(self.encoder(x1)), self.projector(self.encoder(x2))
-        p1, p2 = self.predictor(z1), self.predictor(z2)
+        z = [self.projector(self.encoder(x)) for x in views]
+        p = [self.predictor(each) for each in z]
+        targets = self._targets(views, z, index)
         if self.settings.stop_gradient:
-            loss = negative_cosine(p1, z2.detach()) / 2 + negative_cosine(p2, z1.detach()) / 2
-        else:
-            loss = negative_cosine(p1, z2) / 2 + negative_cosine(p2, z1) / 2
+            targets = [target.detach() for target in targets]
+        distance = negative_cosine if self.settings.similarity == "cosine" else softmax_cross_entropy
+        losses = []
+        for i in range(0, len(views), 2):
+            losses.append(distance(p[i], targets[i + 1]))
+            if self.settings.symmetric:
+                losses.append(distance(p[i + 1], targets[i]))
+        loss = torch.stack(losses).mean()
         with torch.no_grad():
-            std = (normalised_std(z1) + normalised_std(z2)) / 2
+            std = torch.stack([normalised_std(each) for each in z]).mean()
         return loss, {"std": std}
+
+    def _targets(self, views: list[Tensor], z: list[Tensor], index: Tensor) -> list[Tensor]:
+        """What p is drawn to: z of the other view, or what section 5.2 puts in its place."""
+        settings = self.settings
+        if settings.target_momentum is not None:
+            with torch.no_grad():
+                old, known = self.memory[index], self.remembered[index][:, None]
+                m = torch.where(known, settings.target_momentum, 0.0)
+                targets = [m * old + (1 - m) * each.float() for each in z]
+                # One new augmentation a step, as in the paper: the second view is it.
+                self.memory[index], self.remembered[index] = targets[1], True
+            return targets
+        if settings.target_steps == 1:
+            return z
+        with torch.no_grad():
+            return [self.target(x) for x in views]
+
+    def before_epoch(self, epoch: int) -> None:
+        if self.settings.target_steps == 0:
+            self._refresh()
+
+    def after_step(self, progress: float) -> None:
+        if self.settings.target_steps > 1:
+            self.target_age += 1
+            if self.target_age >= self.settings.target_steps:
+                self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """The target takes over the weights as they are, BN's statistics too: they are the same network, k steps ago."""
+        self.target.load_state_dict(nn.Sequential(self.encoder, self.projector).state_dict())
+        self.target_age.zero_()
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """float [B,3,h,w] -> features [B,dim] and projection z [B,d]."""
@@ -108,7 +176,7 @@ class Method(nn.Module):
     def param_groups(self) -> list[dict[str, Any]]:
         encoder = [*self.encoder.parameters(), *self.projector.parameters()]
         groups: list[dict[str, Any]] = [{"params": encoder}]
-        predictor = list(self.predictor.parameters())
+        predictor = [p for p in self.predictor.parameters() if p.requires_grad]
         if predictor:
             groups.append({"params": predictor, "fixed_lr": self.settings.predictor_fixed_lr})
         return groups

@@ -1,0 +1,104 @@
+"""The small networks on top of an encoder, and the slowly moving twins that some methods learn from."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, ParamSpec, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Norm = Literal["none", "affine", "plain"]
+
+
+def mlp(widths: Sequence[int], *, hidden_norm: bool = True, output_norm: Norm = "none") -> nn.Sequential:
+    """Fully connected layers from widths[0] to widths[-1], ReLU after all but the last.
+
+    Args:
+        hidden_norm: BN after every hidden layer.
+        output_norm: BN after the last one, with or without ("plain") affine.
+    A layer that BN follows has no bias: BN would cancel it.
+    """
+    modules: list[nn.Module] = []
+    last = len(widths) - 2
+    for layer, (inner, outer) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        norm = output_norm if layer == last else "affine" if hidden_norm else "none"
+        modules.append(nn.Linear(inner, outer, bias=norm == "none"))
+        if norm != "none":
+            modules.append(nn.BatchNorm1d(outer, affine=norm == "affine"))
+        if layer < last:
+            modules.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*modules)
+
+
+def twin(module: Module) -> Module:
+    """A copy that gradients never reach: a momentum encoder, a target network."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
+    """slow <- m slow + (1 - m) fast, for weights; BN's statistics are the twin's own, from its own forward passes."""
+    ours, theirs = list(slow.parameters()), list(fast.parameters())
+    torch._foreach_lerp_(ours, theirs, 1 - momentum)
+
+
+def in_float32(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A loss computed outside autocast: a product in bf16, divided by a temperature of 0.1, would be off by several
+    percent. The first argument is a tensor, or a list of them."""
+
+    @functools.wraps(function)
+    def outside(*arguments: Arguments.args, **settings: Arguments.kwargs) -> Result:
+        first = arguments[0]
+        tensor = first[0] if isinstance(first, list) else first
+        assert isinstance(tensor, Tensor)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(*arguments, **settings)
+
+    return outside
+
+
+@in_float32
+def similarities(z: Tensor, vectors: Tensor) -> Tensor:
+    """(z/|z|) . v for every row and vector, in float32: [B,d], [K,d] -> [B,K]."""
+    return unit(z) @ vectors.float().T
+
+
+def unit(z: Tensor) -> Tensor:
+    """z/|z| in float32, rows of [B,d]."""
+    return F.normalize(z.float(), dim=1)
+
+
+def gather(z: Tensor) -> Tensor:
+    """[B,d] of every rank, concatenated in rank order: [R B,d]; gradients flow back to the rank that each row came from.
+
+    In one process, z itself.
+    """
+    if not _several():
+        return z
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(z))
+
+
+def rank() -> int:
+    """This process's place among the ranks; 0 where there is one process."""
+    return torch.distributed.get_rank() if _several() else 0
+
+
+def all_ranks(values: Iterable[Tensor], reduce: Literal["sum", "max"] = "sum") -> None:
+    """Reduces each tensor over the ranks, in place; nothing to do in one process."""
+    if _several():
+        operation = torch.distributed.ReduceOp.SUM if reduce == "sum" else torch.distributed.ReduceOp.MAX
+        for value in values:
+            torch.distributed.all_reduce(value, operation)
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,0 +1,106 @@
+"""Barlow Twins: J. Zbontar et al., "Self-Supervised Learning via Redundancy Reduction", ICML 2021."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simsiam.collapse import normalised_std
+from simsiam.encoders import Encoder
+from simsiam.heads import gather, in_float32, mlp
+
+CITATION = (
+    'J. Zbontar, L. Jing, I. Misra, Y. LeCun, S. Deny, "Barlow Twins: Self-Supervised Learning via Redundancy '
+    'Reduction", arXiv 2103.03230 (ICML 2021)'
+)
+PUBLISHED = {
+    "ImageNet, ResNet-50, 1000 epochs, linear": 73.2,
+    "CIFAR-10, ResNet-18, 1000 epochs, linear (solo-learn)": 92.10,
+}
+VIEWS = (2,)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "imagenet": {
+        "train": {
+            "optimizer": "lars",
+            "lr": 0.2,
+            "weight_decay": 1e-6,
+            "batch_size": 2048,
+            "warmup_epochs": 10,
+            "cosine": "step",
+        },
+        "views": {
+            "scale": [0.08, 1.0],
+            "jitter": [0.4, 0.4, 0.2, 0.1],
+            "blur_p": 1.0,
+            "second_blur_p": 0.1,
+            "second_solarize_p": 0.2,
+        },
+    },
+    "cifar": {
+        "method": {"dim": 2048, "projector_hidden": 2048, "scale": 0.01},
+        "train": {"lr": 0.03, "weight_decay": 5e-4},
+    },
+    "thin": {
+        "method": {"dim": 512, "projector_hidden": 512, "scale": 0.01},
+        "train": {"lr": 0.3, "weight_decay": 1e-4},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults: the paper's for ImageNet (section 2.2 and 4.3)."""
+
+    dim: int = 8192
+    """Width of z."""
+    projector_hidden: int = 8192
+    """Width of the projector's two hidden layers."""
+    weight: float = 0.0051
+    """lambda, of the redundancy term."""
+    scale: float = 0.024
+    """Factor of the whole loss, as in the released code: the sum over d^2 entries is large."""
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.projector_hidden < 1:
+            raise ValueError("dim and projector_hidden must be at least 1.")
+        if self.weight < 0 or self.scale <= 0:
+            raise ValueError("weight must not be negative and scale above 0.")
+
+
+@in_float32
+def barlow_twins(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
+    """sum_i (1 - C_ii)^2 + lambda sum_(i != j) C_ij^2 with the cross-correlation C of the two views (eq. 1 and 2).
+
+    z: float [B,d]; C is [d,d], over the batch of all ranks.
+    """
+    first, second = standardise(gather(z1.float())), standardise(gather(z2.float()))
+    correlation = first.T @ second / len(first)
+    diagonal = correlation.diagonal()
+    invariance = (1 - diagonal).square().sum()
+    redundancy = correlation.square().sum() - diagonal.square().sum()
+    return invariance + weight * redundancy
+
+
+def standardise(z: Tensor) -> Tensor:
+    """Mean 0 and std 1 over the batch: BN without affine."""
+    return (z - z.mean(0)) * (z.var(0, correction=0) + 1e-5).rsqrt()
+
+
+class Method(nn.Module):
+    def __init__(self, encoder: Encoder, settings: Settings) -> None:
+        super().__init__()
+        self.settings, self.encoder = settings, encoder
+        self.projector = mlp([encoder.dim, settings.projector_hidden, settings.projector_hidden, settings.dim])
+
+    def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        z1, z2 = (self.projector(self.encoder(x)) for x in views)
+        loss = self.settings.scale * barlow_twins(z1, z2, self.settings.weight)
+        return loss, {"std": ((normalised_std(z1) + normalised_std(z2)) / 2).detach()}
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float [B,3,h,w] -> features [B,dim] and projection z [B,d]."""
+        h = self.encoder(x)
+        return h, self.projector(h)

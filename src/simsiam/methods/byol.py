@@ -1,0 +1,108 @@
+"""BYOL: J.-B. Grill et al., "Bootstrap Your Own Latent", NeurIPS 2020."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simsiam.collapse import normalised_std
+from simsiam.encoders import Encoder
+from simsiam.heads import follow, mlp, twin, unit
+
+CITATION = (
+    'J.-B. Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", arXiv 2006.07733 '
+    "(NeurIPS 2020)"
+)
+PUBLISHED = {
+    "ImageNet, ResNet-50, 1000 epochs, linear": 74.3,
+    "ImageNet, ResNet-50, 100 epochs, linear (as the SimSiam paper reproduces it)": 66.5,
+    "CIFAR-10, ResNet-18, 1000 epochs, linear (solo-learn)": 92.58,
+}
+VIEWS = (2,)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "imagenet": {
+        "train": {
+            "optimizer": "lars",
+            "lr": 0.2,
+            "weight_decay": 1.5e-6,
+            "batch_size": 4096,
+            "warmup_epochs": 10,
+            "cosine": "step",
+        },
+        "views": {
+            "scale": [0.08, 1.0],
+            "jitter": [0.4, 0.4, 0.2, 0.1],
+            "blur_p": 1.0,
+            "second_blur_p": 0.1,
+            "second_solarize_p": 0.2,
+        },
+    },
+    "cifar": {
+        "method": {"hidden": 2048, "momentum": 0.99},
+        "train": {"lr": 0.03, "weight_decay": 5e-4},
+    },
+    "thin": {
+        "method": {"hidden": 512, "dim": 128, "momentum": 0.98},
+        "train": {"lr": 0.3, "weight_decay": 1e-4},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults: the paper's for ImageNet (section 3.3)."""
+
+    dim: int = 256
+    """Width of the projection and of the prediction."""
+    hidden: int = 4096
+    """Width of the hidden layer in both MLPs."""
+    momentum: float = 0.996
+    """tau_base of the target network; it rises to 1 along half a cosine."""
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.hidden < 1:
+            raise ValueError("dim and hidden must be at least 1.")
+        if not 0 <= self.momentum <= 1:
+            raise ValueError("momentum must lie between 0 and 1.")
+
+
+def regression(q: Tensor, z: Tensor) -> Tensor:
+    """|q/|q| - z/|z||^2 = 2 - 2 cos(q, z) (eq. 2), mean over the batch. [B,d] each -> scalar in [0, 4]."""
+    return 2 - 2 * (unit(q) * unit(z)).sum(1).mean()
+
+
+def target_momentum(base: float, progress: float) -> float:
+    """tau = 1 - (1 - tau_base) (cos(pi k/K) + 1)/2 (section 3.3); progress k/K in [0, 1]."""
+    return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
+
+
+class Method(nn.Module):
+    """Online network with a predictor; a target network, its slow twin, gives what is to be predicted."""
+
+    def __init__(self, encoder: Encoder, settings: Settings) -> None:
+        super().__init__()
+        self.settings, self.encoder = settings, encoder
+        self.projector = mlp([encoder.dim, settings.hidden, settings.dim])
+        self.predictor = mlp([settings.dim, settings.hidden, settings.dim])
+        self.target = twin(nn.Sequential(encoder, self.projector))
+
+    def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        x1, x2 = views
+        z1, z2 = (self.projector(self.encoder(x)) for x in views)
+        with torch.no_grad():
+            t1, t2 = self.target(x1), self.target(x2)
+        loss = regression(self.predictor(z1), t2) + regression(self.predictor(z2), t1)
+        return loss, {"std": ((normalised_std(z1) + normalised_std(z2)) / 2).detach()}
+
+    def after_step(self, progress: float) -> None:
+        momentum = target_momentum(self.settings.momentum, progress)
+        follow(self.target, nn.Sequential(self.encoder, self.projector), momentum)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float [B,3,h,w] -> features [B,dim] and the online projection z [B,d]."""
+        h = self.encoder(x)
+        return h, self.projector(h)

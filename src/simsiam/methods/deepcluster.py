@@ -1,0 +1,162 @@
+"""DeepCluster v2: M. Caron et al., "Deep Clustering for Unsupervised Learning of Visual Features", in SwAV's revision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simsiam.collapse import normalised_std
+from simsiam.compute import generator
+from simsiam.encoders import Encoder
+from simsiam.heads import mlp, similarities, unit
+
+CITATION = (
+    'M. Caron et al., "Deep Clustering for Unsupervised Learning of Visual Features", arXiv 1807.05520 (ECCV 2018); '
+    "version 2: arXiv 2006.09882, section 5 and appendix"
+)
+PUBLISHED = {
+    "ImageNet, ResNet-50, 800 epochs, multi-crop, linear": 75.2,
+    "CIFAR-10, ResNet-18, 1000 epochs, linear (solo-learn)": 88.85,
+}
+VIEWS = range(2, 17)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "imagenet": {
+        "train": {
+            "optimizer": "lars",
+            "lr": 0.3,
+            "weight_decay": 1e-6,
+            "batch_size": 4096,
+            "warmup_epochs": 10,
+            "cosine": "step",
+        },
+        "views": {
+            "scale": [0.14, 1.0],
+            "jitter": [0.8, 0.8, 0.8, 0.2],
+            "small_count": 6,
+            "small_size": 96,
+            "small_scale": [0.05, 0.14],
+        },
+    },
+    "cifar": {"method": {"prototypes": 1000}, "train": {"lr": 0.06, "weight_decay": 5e-4}},
+    "thin": {
+        "method": {"prototypes": 200, "projector_hidden": 512},
+        "train": {"lr": 0.3, "weight_decay": 1e-4},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults: the paper's for ImageNet."""
+
+    dim: int = 128
+    """Width of z."""
+    projector_hidden: int = 2048
+    """Width of the projection head's hidden layer."""
+    prototypes: int = 3000
+    """K, clusters of each clustering; no more than there are images."""
+    heads: int = 3
+    """Clusterings, each from its own draw of initial centroids."""
+    temperature: float = 0.1
+    """tau of the prediction."""
+    iterations: int = 10
+    """Of k-means, before each epoch."""
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.projector_hidden, self.prototypes, self.heads, self.iterations) < 1:
+            raise ValueError("dim, projector_hidden, prototypes, heads and iterations must be at least 1.")
+        if self.temperature <= 0:
+            raise ValueError("temperature must be above 0.")
+
+
+def spherical_kmeans(x: Tensor, k: int, iterations: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Centroids [k,d] on the unit sphere and the nearest one of each row, int64 [N]. x: float [N,d], rows of length 1.
+
+    A cluster that loses its last member keeps its centroid.
+    """
+    centroids = x[torch.randperm(len(x), generator=draws, device=draws.device)[:k].to(x.device)]
+    assigned = nearest_centroid(x, centroids)
+    for _ in range(iterations):
+        sums = torch.zeros_like(centroids).index_add_(0, assigned, x)
+        filled = torch.bincount(assigned, minlength=len(centroids))[:, None] > 0
+        centroids = torch.where(filled, unit(sums), centroids)
+        assigned = nearest_centroid(x, centroids)
+    return centroids, assigned
+
+
+def nearest_centroid(x: Tensor, centroids: Tensor) -> Tensor:
+    """int64 [N]: the centroid of largest cosine, a part of the rows at a time."""
+    return torch.cat([(part @ centroids.T).argmax(1) for part in x.split(8192)])
+
+
+class Method(nn.Module):
+    """Alternates between clustering the features of the last epoch and predicting each image's cluster.
+
+    The features are those that the network had when an image last came by (version 2: no extra pass over the data),
+    remembered for two views.
+    """
+
+    memory: Tensor
+    assigned: Tensor
+
+    def __init__(self, encoder: Encoder, settings: Settings) -> None:
+        super().__init__()
+        self.settings, self.encoder = settings, encoder
+        self.projector = mlp([encoder.dim, settings.projector_hidden, settings.dim])
+
+    def allocate(self, images: int) -> None:
+        settings = self.settings
+        self.register_buffer("memory", torch.zeros(2, images, settings.dim))
+        self.register_buffer("assigned", torch.zeros(settings.heads, images, dtype=torch.long))
+        clusters = min(settings.prototypes, images)
+        self.register_buffer("prototypes", torch.zeros(settings.heads, clusters, settings.dim))
+
+    @torch.no_grad()
+    def before_training(self, batches: Iterable[tuple[list[Tensor], Tensor]]) -> None:
+        """Fills the memory: one pass over the data."""
+        for views, index in batches:
+            self._remember([unit(self.projector(self.encoder(x))) for x in views[:2]], index)
+
+    @torch.no_grad()
+    def before_epoch(self, epoch: int) -> None:
+        known = self.memory[0].norm(dim=1) > 0  # an incomplete last batch leaves images that were never seen
+        rows = known.nonzero()[:, 0]
+        for head, prototypes in enumerate(self.prototypes):  # type: ignore[arg-type]
+            x = self.memory[head % 2]
+            draws = generator(torch.device("cpu"), epoch, head)
+            centroids, _ = spherical_kmeans(x[rows], len(prototypes), self.settings.iterations, draws)
+            prototypes.zero_()
+            prototypes[: len(centroids)] = centroids
+            self.assigned[head] = torch.where(known, nearest_centroid(x, centroids), -100)  # cross_entropy leaves out -100
+
+    def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        raw = [self.projector(self.encoder(x)) for x in views]
+        z = [unit(each) for each in raw]
+        losses = [
+            self._cross_entropy(similarities(each, prototypes), targets[index])
+            for each in z
+            for prototypes, targets in zip(self.prototypes, self.assigned, strict=True)  # type: ignore[call-overload]
+        ]
+        with torch.no_grad():
+            self._remember(z[:2], index)
+            std = (normalised_std(raw[0]) + normalised_std(raw[1])) / 2
+        return torch.stack(losses).mean(), {"std": std}
+
+    def _cross_entropy(self, scores: Tensor, targets: Tensor) -> Tensor:
+        """Mean over the images that have a cluster; 0 where none has."""
+        total = F.cross_entropy(scores.float() / self.settings.temperature, targets, reduction="sum")
+        return total / (targets >= 0).sum().clamp(min=1)
+
+    def _remember(self, z: list[Tensor], index: Tensor) -> None:
+        for memory, each in zip(self.memory, z, strict=True):
+            memory[index] = each
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float [B,3,h,w] -> features [B,dim] and projection z [B,d], before normalisation."""
+        h = self.encoder(x)
+        return h, self.projector(h)

@@ -1,0 +1,86 @@
+"""FastSiam: D. Pototzky et al., "FastSiam: Resource-Efficient Self-Supervised Learning on a Single GPU", GCPR 2022."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simsiam.collapse import normalised_std
+from simsiam.encoders import Encoder
+from simsiam.methods.simsiam import negative_cosine, prediction_mlp, projection_mlp
+
+CITATION = (
+    'D. Pototzky, A. Sultan, L. Schmidt-Thieme, "FastSiam: Resource-Efficient Self-Supervised Learning on a Single '
+    'GPU" (GCPR 2022); builds on SimSiam, arXiv 2011.10566'
+)
+PUBLISHED = {"CIFAR-10, ResNet-18, 200 epochs, kNN (lightly)": 90.6}
+VIEWS = range(3, 17)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "imagenet": {
+        "train": {"lr": 0.125, "weight_decay": 1e-4, "batch_size": 32},
+        "views": {"count": 4},
+    },
+    "cifar": {
+        "method": {"projector_layers": 2, "projector_hidden": 2048},
+        "train": {"lr": 0.06, "weight_decay": 5e-4, "batch_size": 128},
+        "views": {"count": 4},
+    },
+    "thin": {
+        "method": {"dim": 512, "projector_layers": 2, "projector_hidden": 512, "predictor_hidden": 128},
+        "train": {"lr": 0.3, "weight_decay": 1e-4},
+        "views": {"count": 4},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    dim: int = 2048
+    """d, width of z and p."""
+    projector_layers: int = 3
+    projector_hidden: int | None = None
+    """None: the backbone's."""
+    predictor_hidden: int | None = None
+    """None: d/4."""
+    predictor_fixed_lr: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.projector_layers < 1:
+            raise ValueError("dim and projector_layers must be at least 1.")
+
+
+def averaged_target_loss(p: list[Tensor], z: list[Tensor]) -> Tensor:
+    """Mean over the K views of D(p_i, mean of z_j over j != i). [B,d] each -> scalar in [-1, 1].
+
+    One view's z is a noisy target; the mean over several is a steadier one (section 3).
+    """
+    total = torch.stack(z).sum(0)
+    return torch.stack([negative_cosine(p[i], (total - z[i]) / (len(z) - 1)) for i in range(len(z))]).mean()
+
+
+class Method(nn.Module):
+    def __init__(self, encoder: Encoder, settings: Settings) -> None:
+        super().__init__()
+        self.settings, self.encoder = settings, encoder
+        hidden = settings.projector_hidden or encoder.dim
+        self.projector = projection_mlp(encoder.dim, hidden, settings.dim, settings.projector_layers)
+        self.predictor = prediction_mlp(settings.dim, settings.predictor_hidden or max(1, settings.dim // 4))
+
+    def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        z = [self.projector(self.encoder(x)) for x in views]
+        loss = averaged_target_loss([self.predictor(each) for each in z], [each.detach() for each in z])
+        return loss, {"std": torch.stack([normalised_std(each) for each in z]).mean().detach()}
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float [B,3,h,w] -> features [B,dim] and projection z [B,d]."""
+        h = self.encoder(x)
+        return h, self.projector(h)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [
+            {"params": [*self.encoder.parameters(), *self.projector.parameters()]},
+            {"params": [*self.predictor.parameters()], "fixed_lr": self.settings.predictor_fixed_lr},
+        ]

@@ -1,0 +1,143 @@
+"""MoCo v2: X. Chen et al., "Improved Baselines with Momentum Contrastive Learning", 2020."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simsiam.collapse import normalised_std
+from simsiam.encoders import Encoder
+from simsiam.heads import follow, gather, in_float32, mlp, twin, unit
+
+CITATION = (
+    'X. Chen, H. Fan, R. Girshick, K. He, "Improved Baselines with Momentum Contrastive Learning", arXiv 2003.04297; '
+    'K. He et al., "Momentum Contrast for Unsupervised Visual Representation Learning", arXiv 1911.05722 (CVPR 2020)'
+)
+PUBLISHED = {
+    "ImageNet, ResNet-50, 200 epochs, linear": 67.5,
+    "ImageNet, ResNet-50, 100 epochs, linear (symmetrised, as the SimSiam paper reproduces it)": 67.4,
+}
+VIEWS = (2,)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "imagenet": {"train": {"lr": 0.03, "weight_decay": 1e-4, "batch_size": 256}},
+    "cifar": {
+        "method": {"queue": 4096, "temperature": 0.1, "momentum": 0.99, "symmetric": True},
+        "train": {"lr": 0.03, "weight_decay": 5e-4},
+    },
+    "thin": {
+        "method": {
+            "queue": 2048,
+            "temperature": 0.2,
+            "momentum": 0.98,
+            "bn_groups": 2,
+            "symmetric": True,
+            "projector_hidden": 512,
+        },
+        "train": {"lr": 0.3, "weight_decay": 1e-4},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults: the paper's for ImageNet."""
+
+    dim: int = 128
+    """Width of q and k."""
+    projector_hidden: int | None = None
+    """Width of the MLP head's hidden layer; None: the backbone's."""
+    queue: int = 65536
+    """K, the negatives that are kept: keys of earlier batches."""
+    momentum: float = 0.999
+    """m of the key encoder."""
+    temperature: float = 0.2
+    """tau of InfoNCE."""
+    symmetric: bool = False
+    """Each view is query once and key once (the SimSiam paper's table 4), instead of the first query, the second key."""
+    bn_groups: int = 8
+    """Parts of a batch with BN statistics of their own: what the paper's 8 GPUs do. Less where the batch is small."""
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.queue < 1 or self.bn_groups < 1:
+            raise ValueError("dim, queue and bn_groups must be at least 1.")
+        if not 0 <= self.momentum < 1 or self.temperature <= 0:
+            raise ValueError("momentum must be at least 0 and below 1, temperature above 0.")
+
+
+@in_float32
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """-log softmax of q.k+ among q.k+ and q.k- over the queue (MoCo, eq. 1), mean over the batch.
+
+    q, k: float [B,d] with rows of length 1; queue: [K,d], the same.
+    """
+    positive = (q * k).sum(1, keepdim=True)
+    logits = torch.cat([positive, q @ queue.T], 1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+
+
+class Method(nn.Module):
+    """Query encoder and its momentum twin, the key encoder; a queue of keys.
+
+    Shuffled BN (MoCo, section 3.3): within one BN batch a query could find its key by the batch's statistics. Here a
+    batch is cut into `bn_groups` parts, each with its own statistics, and the keys are dealt to the parts in another order:
+    what G devices do, on one.
+    """
+
+    queue: Tensor
+    head: Tensor
+    steps: Tensor
+
+    def __init__(self, encoder: Encoder, settings: Settings) -> None:
+        super().__init__()
+        self.settings, self.encoder = settings, encoder
+        hidden = settings.projector_hidden or encoder.dim
+        self.projector = mlp([encoder.dim, hidden, settings.dim], hidden_norm=False)
+        self.key_network = twin(nn.Sequential(encoder, self.projector))
+        self.register_buffer("queue", unit(torch.randn(settings.queue, settings.dim)))
+        self.register_buffer("head", torch.zeros((), dtype=torch.long))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        pairs = [(0, 1), (1, 0)] if self.settings.symmetric else [(0, 1)]
+        losses, keys, stds = [], [], []
+        for number, (query, key) in enumerate(pairs):
+            z = self._grouped(nn.Sequential(self.encoder, self.projector), views[query])
+            k = self._keys(views[key], index, number)
+            losses.append(info_nce(unit(z), k, self.queue, self.settings.temperature))
+            keys.append(k)
+            stds.append(normalised_std(z.detach()))
+        self._enqueue(torch.cat([gather(k) for k in keys]))
+        return torch.stack(losses).mean(), {"std": torch.stack(stds).mean()}
+
+    @torch.no_grad()
+    def _keys(self, x: Tensor, index: Tensor, number: int) -> Tensor:
+        # A hash, not a generator: the same after a resume, and nothing waits for the device.
+        order = ((index * 7919 + self.steps * 104_729 + number) * 2_654_435_761 % 4_294_967_291).argsort()
+        shuffled = self._grouped(self.key_network, x[order])
+        return unit(shuffled)[order.argsort()]
+
+    def _grouped(self, network: nn.Module, x: Tensor) -> Tensor:
+        groups = min(self.settings.bn_groups, len(x) // 2)  # BN needs two images
+        return torch.cat([network(part) for part in x.chunk(groups)])
+
+    @torch.no_grad()
+    def _enqueue(self, keys: Tensor) -> None:
+        size = len(self.queue)
+        keys = keys[-size:]
+        slots = (self.head + torch.arange(len(keys), device=keys.device)) % size
+        # A new tensor: the loss's graph still needs the old one.
+        self.queue = self.queue.index_copy(0, slots, keys.to(self.queue.dtype))
+        self.head = (self.head + len(keys)) % size
+        self.steps = self.steps + 1
+
+    def after_step(self, progress: float) -> None:
+        follow(self.key_network, nn.Sequential(self.encoder, self.projector), self.settings.momentum)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float [B,3,h,w] -> features [B,dim] and query z [B,d], before normalisation."""
+        h = self.encoder(x)
+        return h, self.projector(h)

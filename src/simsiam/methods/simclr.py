@@ -1,0 +1,103 @@
+"""SimCLR: T. Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", ICML 2020."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simsiam.collapse import normalised_std
+from simsiam.encoders import Encoder
+from simsiam.heads import gather, in_float32, mlp, rank, unit
+
+CITATION = (
+    'T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A Simple Framework for Contrastive Learning of Visual '
+    'Representations", arXiv 2002.05709 (ICML 2020)'
+)
+PUBLISHED = {
+    "ImageNet, ResNet-50, 100 epochs, linear (as the SimSiam paper reproduces it)": 66.5,
+    "CIFAR-10, ResNet-18, 800 epochs, linear (SimSiam paper, appendix D)": 91.1,
+}
+VIEWS = (2,)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "imagenet": {
+        "train": {
+            "optimizer": "lars",
+            "lr": 0.3,
+            "weight_decay": 1e-6,
+            "batch_size": 4096,
+            "warmup_epochs": 10,
+            "cosine": "step",
+        },
+        "views": {"scale": [0.08, 1.0], "jitter": [0.8, 0.8, 0.8, 0.2]},
+    },
+    # In the setting of the SimSiam paper's appendix D, which differs from SimSiam's in nothing but the method.
+    "cifar": {"method": {"temperature": 0.5, "dim": 128, "projector_hidden": 512}},
+    "thin": {
+        "method": {"temperature": 0.2, "dim": 128, "projector_hidden": 512},
+        "train": {"lr": 0.3, "weight_decay": 1e-4},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults: the paper's for ImageNet (section 2.2 and appendix B)."""
+
+    dim: int = 128
+    """d, width of z."""
+    projector_hidden: int | None = None
+    """Width of the projection head's hidden layer; None: the backbone's."""
+    temperature: float = 0.1
+    """tau of NT-Xent."""
+    predictor: bool = False
+    """A prediction MLP on one side, as SimSiam has (SimSiam paper, section 6)."""
+    stop_gradient: bool = False
+    """No gradient through the other side (SimSiam paper, section 6)."""
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.temperature <= 0:
+            raise ValueError("dim must be at least 1 and temperature above 0.")
+
+
+@in_float32
+def nt_xent(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, temperature: float) -> Tensor:
+    """The normalised temperature-scaled cross-entropy (eq. 1), mean over the 2B queries.
+
+    q, k: float [B,d], the queries and keys of the two views; in SimCLR q = k = z. The key of the other view is the
+    positive, the other 2B-2 keys are the negatives; an image's own key in the same view is neither. The keys of all
+    ranks count, with rank order in their rows.
+    """
+    queries = torch.cat([unit(q1), unit(q2)])
+    keys = torch.cat([gather(unit(k1)), gather(unit(k2))])
+    logits = queries @ keys.T / temperature
+    batch, total = len(q1), len(keys) // 2
+    own = torch.arange(batch, device=q1.device) + rank() * batch
+    same = torch.cat([own, own + total])
+    positive = torch.cat([own + total, own])
+    logits = logits.scatter(1, same[:, None], -torch.inf)
+    return F.cross_entropy(logits, positive)
+
+
+class Method(nn.Module):
+    def __init__(self, encoder: Encoder, settings: Settings) -> None:
+        super().__init__()
+        self.settings, self.encoder = settings, encoder
+        hidden = settings.projector_hidden or encoder.dim
+        self.projector = mlp([encoder.dim, hidden, settings.dim], output_norm="affine")
+        narrow = max(1, settings.dim // 4)
+        self.predictor = mlp([settings.dim, narrow, settings.dim]) if settings.predictor else nn.Identity()
+
+    def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        z1, z2 = (self.projector(self.encoder(x)) for x in views)
+        k1, k2 = (z.detach() for z in (z1, z2)) if self.settings.stop_gradient else (z1, z2)
+        loss = nt_xent(self.predictor(z1), self.predictor(z2), k1, k2, self.settings.temperature)
+        return loss, {"std": ((normalised_std(z1) + normalised_std(z2)) / 2).detach()}
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float [B,3,h,w] -> features [B,dim] and projection z [B,d]."""
+        h = self.encoder(x)
+        return h, self.projector(h)

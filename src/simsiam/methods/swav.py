@@ -1,0 +1,186 @@
+"""SwAV: M. Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS 2020."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simsiam.collapse import normalised_std
+from simsiam.encoders import Encoder
+from simsiam.heads import all_ranks, in_float32, mlp, similarities, unit
+
+CITATION = (
+    'M. Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882 '
+    "(NeurIPS 2020)"
+)
+PUBLISHED = {
+    "ImageNet, ResNet-50, 800 epochs, multi-crop, linear": 75.3,
+    "ImageNet, ResNet-50, 100 epochs, two crops, linear (as the SimSiam paper reproduces it)": 66.5,
+    "CIFAR-10, ResNet-18, 1000 epochs, linear (solo-learn)": 89.17,
+}
+VIEWS = range(2, 17)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "imagenet": {
+        "train": {
+            "optimizer": "lars",
+            "lr": 0.3,
+            "weight_decay": 1e-6,
+            "batch_size": 4096,
+            "warmup_epochs": 10,
+            "cosine": "step",
+        },
+        "views": {
+            "scale": [0.14, 1.0],
+            "jitter": [0.8, 0.8, 0.8, 0.2],
+            "small_count": 6,
+            "small_size": 96,
+            "small_scale": [0.05, 0.14],
+        },
+    },
+    "cifar": {
+        "method": {"prototypes": 1000, "queue": 3840, "queue_epoch": 15},
+        "train": {"lr": 0.06, "weight_decay": 5e-4},
+    },
+    "thin": {
+        "method": {"prototypes": 200, "projector_hidden": 512, "queue": 1024, "queue_epoch": 1, "freeze_steps": 50},
+        "train": {"lr": 0.3, "weight_decay": 1e-4},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults: the paper's for ImageNet (section 4.1 and appendix A)."""
+
+    dim: int = 128
+    """Width of z."""
+    projector_hidden: int = 2048
+    """Width of the projection head's hidden layer."""
+    prototypes: int = 3000
+    """K, the trainable vectors that a code assigns an image to."""
+    temperature: float = 0.1
+    """tau of the prediction."""
+    epsilon: float = 0.05
+    """Entropy regularisation of the codes."""
+    sinkhorn_iterations: int = 3
+    queue: int = 0
+    """Features of earlier batches that help to compute the codes, where a batch is small against K; 0: none."""
+    queue_epoch: int = 15
+    """The epoch from which the queue is used."""
+    freeze_steps: int = 313
+    """Steps during which the prototypes stay as they were drawn."""
+    predictor: bool = False
+    """A prediction MLP before the prediction (SimSiam paper, section 6)."""
+    stop_gradient: bool = True
+    """False: gradient flows through the codes too (SimSiam paper, section 6: diverges)."""
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.projector_hidden, self.prototypes, self.sinkhorn_iterations) < 1:
+            raise ValueError("dim, projector_hidden, prototypes and sinkhorn_iterations must be at least 1.")
+        if min(self.queue, self.queue_epoch, self.freeze_steps) < 0 or min(self.temperature, self.epsilon) <= 0:
+            raise ValueError("queue, queue_epoch and freeze_steps must not be negative, temperature and epsilon above 0.")
+
+
+@in_float32
+def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Codes q: assignments of B features to K prototypes that use every prototype equally (section 3.1, eq. 3 to 5).
+
+    scores: float [B,K]; with several ranks, this rank's rows. Returns [B,K] in float32, rows summing to 1. The last
+    scaling is that of the rows; after enough iterations each column sums to B/K as well.
+    """
+    scores = scores.float() / epsilon
+    largest = scores.detach().amax()
+    all_ranks([largest], "max")
+    q = torch.exp(scores - largest)  # a common factor, which the scaling cancels: without it exp could overflow
+    for _ in range(iterations):
+        columns = q.sum(0)
+        all_ranks([columns])
+        q = q / columns.clamp(min=torch.finfo(q.dtype).tiny)
+        q = q / q.sum(1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
+    return q
+
+
+@in_float32
+def swapped_prediction(scores: list[Tensor], codes: list[Tensor], temperature: float) -> Tensor:
+    """Cross-entropy of each code with the prediction from every other view (eq. 2), mean over pairs and batch.
+
+    scores: [B,K] of every view; codes: [B,K] of the first, full-size views.
+    """
+    predictions = [F.log_softmax(each.float() / temperature, 1) for each in scores]
+    losses = [
+        -(code * predictions[other]).sum(1).mean()
+        for view, code in enumerate(codes)
+        for other in range(len(scores))
+        if other != view
+    ]
+    return torch.stack(losses).mean()
+
+
+class Method(nn.Module):
+    queue: Tensor
+    steps: Tensor
+    epoch: Tensor
+
+    def __init__(self, encoder: Encoder, settings: Settings) -> None:
+        super().__init__()
+        self.settings, self.encoder = settings, encoder
+        self.projector = mlp([encoder.dim, settings.projector_hidden, settings.dim])
+        narrow = max(1, settings.dim // 4)
+        self.predictor = mlp([settings.dim, narrow, settings.dim]) if settings.predictor else nn.Identity()
+        self.prototypes = nn.Linear(settings.dim, settings.prototypes, bias=False)
+        nn.init.normal_(self.prototypes.weight)
+        self.after_step(0.0)
+        self.register_buffer("queue", torch.zeros(2, settings.queue, settings.dim))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.long))
+        self._queue_ready = False
+
+    def before_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        settings, weight = self.settings, self.prototypes.weight
+        self.steps = self.steps + self.training
+        prototypes = torch.where(self.steps > settings.freeze_steps, weight, weight.detach())
+        z = [self.projector(self.encoder(x)) for x in views]
+        full = [i for i, x in enumerate(views) if x.shape == views[0].shape][:2]
+        # stopgrad: the codes are targets.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not settings.stop_gradient):
+            codes = [self._code(unit(z[i]), prototypes, slot) for slot, i in enumerate(full)]
+        scores = [similarities(self.predictor(each), prototypes) for each in z]
+        loss = swapped_prediction(scores, codes, settings.temperature)
+        with torch.no_grad():
+            std = torch.stack([normalised_std(z[i]) for i in full]).mean()
+            self._enqueue([unit(z[i]) for i in full])
+        return loss, {"std": std}
+
+    def _code(self, z: Tensor, prototypes: Tensor, slot: int) -> Tensor:
+        rows = z
+        if self._use_queue(len(z)):
+            rows = torch.cat([self.queue[slot], z])
+        return sinkhorn(similarities(rows, prototypes), self.settings.epsilon, self.settings.sinkhorn_iterations)[-len(z) :]
+
+    def _use_queue(self, batch: int) -> bool:
+        if self.settings.queue and not self._queue_ready:
+            ready = (self.epoch >= self.settings.queue_epoch) & (self.steps * batch > self.settings.queue)
+            self._queue_ready = bool(ready)
+        return self._queue_ready
+
+    def _enqueue(self, z: list[Tensor]) -> None:
+        if self.settings.queue:
+            fresh = [torch.cat([each, old])[: self.settings.queue] for each, old in zip(z, self.queue, strict=True)]
+            self.queue = torch.stack(fresh)
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Prototypes stay on the sphere. That undoes what weight decay did to them while they are frozen, too."""
+        self.prototypes.weight.copy_(unit(self.prototypes.weight))
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float [B,3,h,w] -> features [B,dim] and projection z [B,d], before normalisation."""
+        h = self.encoder(x)
+        return h, self.projector(h)

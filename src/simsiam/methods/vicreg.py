@@ -1,0 +1,115 @@
+"""VICReg: A. Bardes et al., "Variance-Invariance-Covariance Regularization", ICLR 2022."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simsiam.collapse import normalised_std
+from simsiam.encoders import Encoder
+from simsiam.heads import gather, in_float32, mlp
+
+CITATION = (
+    'A. Bardes, J. Ponce, Y. LeCun, "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised '
+    'Learning", arXiv 2105.04906 (ICLR 2022)'
+)
+PUBLISHED = {
+    "ImageNet, ResNet-50, 1000 epochs, linear": 73.2,
+    "CIFAR-10, ResNet-18, 1000 epochs, linear (solo-learn)": 92.07,
+}
+VIEWS = (2,)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "imagenet": {
+        "train": {
+            "optimizer": "lars",
+            "lr": 0.2,
+            "weight_decay": 1e-6,
+            "batch_size": 2048,
+            "warmup_epochs": 10,
+            "cosine": "step",
+        },
+        "views": {
+            "scale": [0.08, 1.0],
+            "jitter": [0.4, 0.4, 0.2, 0.1],
+            "blur_p": 1.0,
+            "second_blur_p": 0.1,
+            "second_solarize_p": 0.2,
+        },
+    },
+    "cifar": {
+        "method": {"dim": 2048, "projector_hidden": 2048},
+        "train": {"lr": 0.01, "weight_decay": 5e-4},
+    },
+    "thin": {
+        "method": {"dim": 512, "projector_hidden": 512},
+        "train": {"lr": 0.05, "weight_decay": 1e-4},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults: the paper's for ImageNet (section 4.2)."""
+
+    dim: int = 8192
+    """Width of z."""
+    projector_hidden: int = 8192
+    """Width of the expander's two hidden layers."""
+    invariance: float = 25.0
+    """lambda"""
+    variance: float = 25.0
+    """mu"""
+    covariance: float = 1.0
+    """nu"""
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.projector_hidden < 1:
+            raise ValueError("dim and projector_hidden must be at least 1.")
+        if min(self.invariance, self.variance, self.covariance) < 0:
+            raise ValueError("invariance, variance and covariance must not be negative.")
+
+
+def variance_term(z: Tensor) -> Tensor:
+    """Hinge that keeps the std of every channel above 1 (eq. 1): mean over channels of max(0, 1 - std)."""
+    return F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
+
+
+def covariance_term(z: Tensor) -> Tensor:
+    """Sum of the squared off-diagonal entries of the covariance, over d (eq. 3)."""
+    centred = z - z.mean(0)
+    covariance = centred.T @ centred / (len(z) - 1)
+    return (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[1]
+
+
+@in_float32
+def vicreg(z1: Tensor, z2: Tensor, invariance: float, variance: float, covariance: float) -> Tensor:
+    """lambda s + mu [v(z1) + v(z2)] + nu [c(z1) + c(z2)] (eq. 6), with v halved as in the released code.
+
+    z: float [B,d], over the batch of all ranks; s is the mean squared distance of the two views' entries.
+    """
+    first, second = gather(z1.float()), gather(z2.float())
+    v = (variance_term(first) + variance_term(second)) / 2
+    c = covariance_term(first) + covariance_term(second)
+    return invariance * F.mse_loss(first, second) + variance * v + covariance * c
+
+
+class Method(nn.Module):
+    def __init__(self, encoder: Encoder, settings: Settings) -> None:
+        super().__init__()
+        self.settings, self.encoder = settings, encoder
+        self.projector = mlp([encoder.dim, settings.projector_hidden, settings.projector_hidden, settings.dim])
+
+    def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        z1, z2 = (self.projector(self.encoder(x)) for x in views)
+        settings = self.settings
+        loss = vicreg(z1, z2, settings.invariance, settings.variance, settings.covariance)
+        return loss, {"std": ((normalised_std(z1) + normalised_std(z2)) / 2).detach()}
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float [B,3,h,w] -> features [B,dim] and projection z [B,d]."""
+        h = self.encoder(x)
+        return h, self.projector(h)

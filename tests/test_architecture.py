@@ -16,11 +16,11 @@ MODULES = {
 }
 ROOMS = {
     0: ("config", "runs", "compute", "console"),
-    1: ("data", "encoders", "optim", "neighbours", "collapse", "recipes"),
+    1: ("data", "encoders", "heads", "optim", "neighbours", "collapse", "recipes"),
     2: ("methods", "embed"),
     3: ("search",),
     4: ("evaluate", "recipe", "monitor", "assess"),
-    5: ("session", "train", "show", "export"),
+    5: ("session", "train", "show", "export", "released"),
     6: ("reproduce",),
     7: ("cli", "catalogue", "__main__", "__init__"),
 }

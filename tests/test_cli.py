@@ -14,7 +14,7 @@ import simsiam
 from test_decode import write_nasty_folder
 from test_train import SMALL, command
 
-VERBS = ("train", "evaluate", "embed", "report", "check", "list")
+VERBS = ("train", "evaluate", "embed", "export", "import", "report", "reproduce", "check", "list")
 
 
 def simsiam_cli(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

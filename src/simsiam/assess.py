@@ -39,8 +39,9 @@ def side_by_side(
     test: Rows,
     compute: Compute,
     listener: Listener,
+    baselines: bool = True,
 ) -> dict[str, Features]:
-    """Features of the same images from the trained encoder, the untrained one and from no encoder at all."""
+    """Features of the same images from the trained encoder and, as baselines, the untrained one and no encoder at all."""
 
     def features(embed: Callable[[Rows], Tensor]) -> Features:
         labels = None if cache.labels is None else torch.from_numpy(cache.labels)
@@ -55,8 +56,11 @@ def side_by_side(
     def by(network: Encoder) -> Callable[[Rows], Tensor]:
         return lambda rows: embed_rows(network, prepare, cache, rows, compute, listener.embedding)
 
+    trained = {"trained": features(by(encoder))}
+    if not baselines:
+        return trained
     return {
-        "trained": features(by(encoder)),
+        **trained,
         "untrained": features(by(before)),
         "pixels": features(lambda rows: pixel_rows(prepare, cache, rows)),
     }
@@ -68,6 +72,7 @@ def evaluate_run(
     *,
     names: Sequence[str] | None = None,
     sgd: bool = False,
+    baselines: bool = True,
     device: str = "auto",
     seed: int = 0,
     workers: int | None = None,
@@ -79,6 +84,7 @@ def evaluate_run(
         data: labelled images; None for those that the run was trained on. Without a test split of its own, the part that
             training holds out is the test part.
         names: evaluations, by name; None for all.
+        baselines: False leaves out raw pixels and the untrained encoder.
         sgd: the paper's linear protocol too, as "linear_sgd": LARS, 90 epochs of random crops and flips.
     Returns {"knn": {"trained", "untrained", "pixels", settings...}, "linear", "fewshot", "collapse"}, None where there
     are no labels. Raises UserError where `run` has no encoder.
@@ -98,7 +104,7 @@ def evaluate_run(
     if len(train) < 2:
         raise UserError(f"{own} has {len(train)} usable image: an evaluation needs more.")
     before = untrained(encoder.spec, meta["seed"], prepare, cache, train, compute)
-    kinds = side_by_side(encoder, before, prepare, cache, train, test, compute, listener)
+    kinds = side_by_side(encoder, before, prepare, cache, train, test, compute, listener, baselines)
     listener.close()
     compared = evaluate.compare(names or evaluate.names(), kinds, seed=seed)
     result: dict[str, Any] = {"run": str(run), "data": own, **compared}

@@ -14,7 +14,7 @@ _NO_SINGLE_IMAGES = {
 
 def everything() -> dict[str, dict[str, str]]:
     """{"methods": {name: one line about it}, "encoders": ..., "data sets", "evaluations", "recipes"}."""
-    from simsiam import encoders, evaluate, methods, recipes
+    from simsiam import encoders, evaluate, methods, recipes, reproduce
 
     def first_line(module: str) -> str:
         return (importlib.import_module(module).__doc__ or "").strip().splitlines()[0]
@@ -26,6 +26,7 @@ def everything() -> dict[str, dict[str, str]]:
         "encoders": dict.fromkeys(encoders.names(), "") | {"timm/NAME": "any model of timm"},
         "datasets": {"demo": "patches of the photographs that scikit-image brings along"} | _torchvision(),
         "evaluations": {name: first_line(f"simsiam.evaluate.{name}") for name in evaluate.names()},
+        "experiments": {name: reproduce.get(name).title for name in reproduce.names()},
         "recipes": {name: text.splitlines()[0].lstrip("# ") for name, text in headers.items()},
     }
 

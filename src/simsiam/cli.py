@@ -42,10 +42,27 @@ class OnCollapse(StrEnum):
     go_on = "continue"
 
 
+class Scale(StrEnum):
+    """How much an experiment takes."""
+
+    thin = "thin"
+    cifar = "cifar"
+    imagenet = "imagenet"
+
+
 class Precision(StrEnum):
     auto = "auto"
     bf16 = "bf16"
     fp32 = "fp32"
+
+
+class Target(StrEnum):
+    """What `export` writes for."""
+
+    torchvision = "torchvision"
+    timm = "timm"
+    onnx = "onnx"
+    safetensors = "safetensors"
 
 
 @app.command()
@@ -63,6 +80,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the views, and of the images in use, in pixels.")] = None,
     recipe: Annotated[str | None, typer.Option(help="A built-in recipe's name, or a TOML file.")] = None,
+    init: Annotated[str | None, typer.Option(help="A run to start from: its weights, and its settings.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o.")] = False,
     on_collapse: Annotated[OnCollapse | None, typer.Option(help="What the guard does. Default: stop.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Default: the faster one, measured.")] = None,
@@ -94,6 +112,7 @@ def train(
         epochs=epochs,
         budget=budget,
         batch_size=batch_size,
+        init=init,
         seed=seed,
         precision=None if precision is None else precision.value,
         on_collapse=None if on_collapse is None else on_collapse.value,
@@ -167,6 +186,57 @@ def embed(
 
 
 @app.command()
+def export(
+    run: Run,
+    to: Annotated[Target, typer.Option(help="Software that is to read the file.", show_default=False)],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="File or folder; default: export/ in RUN.")] = None,
+    with_preprocessing: Annotated[
+        bool, typer.Option("--with-preprocessing", help="ONNX: takes uint8 pixels [B,H,W,3] of any size.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the encoder for other software: torchvision, timm, ONNX or safetensors."""
+    console = _console()
+    from simsiam.export import export as write
+
+    result = write(run, to.value, out, with_preprocessing=with_preprocessing)
+    console.say(f"Written  {result['path']}, features within {result['max_error']:.1g} of ours")
+    console.say(f"Use      {result['use']}")
+    p = result["preprocessing"]
+    if p is not None:
+        console.say(
+            f"Input    RGB, short side {round(p['size'] / p['share'])} and central {p['size']} pixels, "
+            f"(x / 255 - mean) / std with mean {p['mean']} and std {p['std']}"
+        )
+    if as_json:
+        _print_json(result)
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pth.tar of the released SimSiam.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; a new one.")],
+    encoder: Annotated[str | None, typer.Option(help="A ResNet of torchvision, where the file names none.")] = None,
+    data: Annotated[str | None, typer.Option(help="Images that `evaluate RUN` takes. Default: ImageNet.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a run of a checkpoint that the authors released, or that their code wrote."""
+    console = _console()
+    from simsiam.released import import_released
+
+    summary = import_released(checkpoint, out, encoder=encoder, data=data)
+    parts = "encoder, heads and momentum" if summary["imported"]["momentum"] else "encoder and heads, no momentum"
+    console.say(
+        f"Imported {summary['encoder']} after {summary['steps']:,} steps: "
+        f"{parts if summary['imported']['heads'] else 'the encoder alone'}, in {summary['run']}"
+    )
+    console.say(f"Next     simsiam evaluate {summary['run']} DATA")
+    console.say(f"         simsiam embed {summary['run']} DATA -o DIR")
+    if as_json:
+        _print_json(summary)
+
+
+@app.command()
 def report(run: Run, as_json: Json = False) -> None:
     """Write the run's page, report.html: curves, views, neighbours, map, results."""
     console = _console()
@@ -176,6 +246,70 @@ def report(run: Run, as_json: Json = False) -> None:
     console.say(f"Report   {page}")
     if as_json:
         _print_json({"report": str(page)})
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str | None, typer.Argument(help="An experiment; none: list them.", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option(help=_DATA + " Default at the scale thin: the demo set.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder; what it holds already is not run again.")
+    ] = None,
+    scale: Annotated[
+        Scale, typer.Option(help="thin: minutes on a CPU; cifar and imagenet: the paper's, on a GPU.")
+    ] = Scale.thin,
+    epochs: Annotated[float | None, typer.Option(help="Default: 10 for thin, 200 for cifar, 100 for imagenet.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 2,
+    device: Device = "auto",
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Run an experiment of the paper and set the figures beside the published ones."""
+    console = _console()
+    from simsiam import reproduce as experiments
+
+    if name is None:
+        found = {each: experiments.get(each) for each in experiments.names()}
+        for each, experiment in found.items():
+            console.entry(each, f"{experiment.title} ({experiment.source}; {len(experiment.variants)} variants)")
+        if as_json:
+            _print_json([{"name": each, "title": e.title, "source": e.source} for each, e in found.items()])
+        return
+    result = experiments.run(
+        name,
+        data,
+        out,
+        scale=scale.value,
+        epochs=epochs,
+        seeds=seeds,
+        device=device,
+        workers=workers,
+        listener=console,
+    )
+    console.close()
+    rows = [
+        [
+            row["name"],
+            _number(row["published"]),
+            *(_spread(row, key) for key in ("linear", "knn")),
+            _number(row["std"], 2),
+            _number(row["effective_rank"]),
+            ", ".join(dict.fromkeys(row["verdicts"])),
+        ]
+        for row in result["rows"]
+    ]
+    columns = ["variant", "published", "linear", "kNN", "std", "rank", "verdicts"]
+    console.say("")
+    console.results(f"{result['title']} ({result['source']}), n = {seeds}", columns, rows)
+    console.say(
+        "Order of variants published 1 point or more apart: "
+        + ", ".join(f"{len(pairs)} pairs {kind}" for kind, pairs in result["pairs"].items())
+        + "."
+    )
+    console.say(f"Table    {result['folder']}/table.md")
+    console.say(f"Curves   {result['folder']}/curves.svg")
+    if as_json:
+        _print_json(result)
 
 
 @app.command()
@@ -259,6 +393,11 @@ def _print_json(value: Any) -> None:
 
 def _number(value: Any, digits: int = 1) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _spread(row: dict[str, Any], key: str) -> str:
+    spread = row[f"{key}_std"]
+    return _number(row[key]) + (f" ± {spread:.1f}" if spread is not None else "")
 
 
 def _training_table(console: Console, summary: dict[str, Any]) -> None:

@@ -2,7 +2,9 @@
 
 A Siamese network can fail in three ways, which chance accuracy alone does not tell apart (paper, section 4.2):
 
-* complete collapse: every image gets the same output. The loss sits at its minimum AND the std of z/|z| is 0.
+* complete collapse: every image gets the same output. The loss sits at its minimum AND the std of z/|z| is 0. Where z ends
+  in BN, as in SimSiam, it takes another form: BN gives every channel of a batch unit variance, so all images but one or a
+  few get one output and those its opposite. The std then falls to about 2/sqrt(B), and z has a single direction.
 * partial (dimensional) collapse: outputs differ, but only along a few directions. The std looks healthy; the spectrum
   of the embeddings does not (arXiv 2209.15007).
 * divergence: the loss or the output is not finite.
@@ -23,6 +25,8 @@ Name = Literal["healthy", "partial", "collapsed", "diverged"]
 
 COLLAPSED_STD = 0.1
 """Complete collapse: std of z/|z| times sqrt(d) below this. A healthy run stays near 1."""
+COLLAPSED_RANK = 1.5
+"""Complete collapse: effective rank of z, on held-out images, below this. z/|z| then has two values."""
 PARTIAL_SHARE = 0.02
 """Partial collapse: effective rank of z, on held-out images, below this share of min(N,d). Healthy runs of the demo set and
 of CIFAR-10 stay above 0.04 (d = 512); without stop-gradient or predictor they fall below 0.015 within a minute."""
@@ -84,8 +88,18 @@ class Verdict:
         return f"{self.name}: {self.evidence}" + (f" {self.advice}" if self.advice else "")
 
 
+def collapsed_std(count: int) -> float:
+    """The std under which `count` images have collapsed: one output against the rest has 2/sqrt(count), BN's floor."""
+    return max(COLLAPSED_STD, min(2.2 / math.sqrt(count), 0.3))
+
+
 def judge(
-    loss: float, std: float, rank: float | None = None, std_features: float | None = None, most: int = 0
+    loss: float,
+    std: float,
+    rank: float | None = None,
+    std_features: float | None = None,
+    most: int = 0,
+    count: int = 1000,
 ) -> Verdict:
     """A verdict from one set of figures.
 
@@ -95,6 +109,7 @@ def judge(
         rank: effective rank of z on held-out images, where measured.
         std_features: `normalised_std` of the backbone's features, where measured.
         most: min(N,d), the largest rank that could have been measured.
+        count: how many images `std` was measured on.
     """
     if not math.isfinite(loss) or not math.isfinite(std):
         return Verdict(
@@ -102,11 +117,17 @@ def judge(
             f"the loss is {loss}, the std {std}.",
             "Lower train.lr, or train with --precision fp32.",
         )
-    if std < COLLAPSED_STD:
+    line = rank is not None and rank < COLLAPSED_RANK
+    if std < collapsed_std(count) or line:
+        seen = f", effective rank {rank:.1f}" if rank is not None and line else ""
+        same = (
+            "every image gets one of two opposite outputs"
+            if line
+            else "all images, or all but a few, get the same output"
+        )
         return Verdict(
             "collapsed",
-            f"std of z/|z| is {std:.3f} of 1/sqrt(d) (healthy: about 1), loss {loss:.3f}: "
-            "every image gets the same output.",
+            f"std of z/|z| is {std:.3f} of 1/sqrt(d) (healthy: about 1){seen}, loss {loss:.3f}: {same}.",
             "Keep method.stop_gradient and method.predictor on; else lower train.lr or raise train.batch_size.",
         )
     if rank is not None and rank < max(2.0, PARTIAL_SHARE * most):

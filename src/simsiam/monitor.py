@@ -43,6 +43,7 @@ class Monitor:
         self.cache, self.views, self.prepare, self.compute = cache, views, prepare, compute
         # A set too small to hold any out is watched on what it trains on: better than blind.
         self.sample = draw(held_out if len(held_out) >= 16 else train, SAMPLE)
+        self.count = len(self.sample)
         self.bank, self.queries = draw(train, _BANK), draw(held_out, _QUERIES)
         labels = cache.labels
         self.labelled = labels is not None and len(self.queries) > 0 and bool((labels[self.queries] >= 0).any())

@@ -14,11 +14,22 @@ import numpy as np
 
 from simsiam import methods, recipes
 from simsiam.compute import Precision
-from simsiam.config import Table, UserError, fill, merge, nearest, parse_duration, parse_override, show_duration
+from simsiam.config import (
+    Table,
+    UserError,
+    fill,
+    merge,
+    nearest,
+    parse_duration,
+    parse_override,
+    read_recipe,
+    show_duration,
+)
 from simsiam.data.decode import DecodeError, open_image
 from simsiam.data.sources import ImageSet
 from simsiam.data.views import ViewSettings
 from simsiam.encoders import EncoderSpec
+from simsiam.runs import RECIPE
 
 Reasons = list[tuple[str, str, str]]
 """(setting, value, why) of every default that the data decided."""
@@ -49,6 +60,8 @@ class TrainSettings:
     """The learning rate changes every step, or every epoch as in the paper."""
     precision: Precision = "auto"
     on_collapse: Literal["stop", "continue"] = "stop"
+    init: str | None = None
+    """A run whose weights training starts from: all of them where the method fits, else the encoder's."""
     checkpoint_seconds: float = 60.0
     """A kill loses at most so much; a signal loses nothing."""
     tensorboard: bool = False
@@ -123,7 +136,9 @@ def read(table: Table) -> Recipe:
     views = fill(ViewSettings, {"count": module.VIEWS[0], **table["views"]}, "views")
     if len(views.each()) not in module.VIEWS:
         takes = " or ".join(map(str, sorted(module.VIEWS)[:4])) + (" ..." if len(module.VIEWS) > 4 else "")
-        raise UserError(f"{name} takes {takes} views of an image: views.count and views.small_count make {len(views.each())}.")
+        raise UserError(
+            f"{name} takes {takes} views of an image: views.count and views.small_count make {len(views.each())}."
+        )
     return Recipe(
         data=str(table["data"]),
         seed=seed,
@@ -142,10 +157,17 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
     asked: Table = {}
     for override in [*given, *map(parse_override, overrides)]:
         asked = merge(asked, qualify(override))
-    table = preset(recipe or "demo", asked.get("method", {}).get("name")) if recipe or data is None else {}
+    method, init = asked.get("method", {}).get("name"), asked.get("train", {}).get("init")
+    table: Table = {}
+    if init is not None and recipe is None:
+        table = as_method(read_recipe(Path(init) / RECIPE), "", method)
+    elif recipe is not None or data is None:
+        table = preset(recipe or "demo", method)
     if {"epochs", "budget"} & asked.get("train", {}).keys():  # one takes the place of the other in a recipe
         table = {**table, "train": {k: v for k, v in table.get("train", {}).items() if k not in ("epochs", "budget")}}
     table = merge(table, asked)
+    if init is not None:
+        table["train"]["init"] = os.path.abspath(os.path.expanduser(init))
     if data is not None:
         text = os.path.expanduser(os.fspath(data))
         # A path must mean the same from any folder; names and patterns stay as they are.
@@ -161,7 +183,11 @@ def preset(recipe: str, method: str | None = None) -> Table:
         recipe: name of a built-in recipe or path of a TOML file.
         method: None for the recipe's own.
     """
-    table = recipes.get(recipe)
+    return as_method(recipes.get(recipe), recipe, method)
+
+
+def as_method(table: Table, recipe: str, method: str | None) -> Table:
+    """`preset` of a table that has been read: `recipe` is its name, where it is a built-in one."""
     if method is None or method == table.get("method", {}).get("name", method):
         return table
     kept = ("epochs", "budget", "batch_size", "cosine")

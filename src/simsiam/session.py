@@ -132,7 +132,7 @@ class Session:
         whole = self.seconds / progress if progress > 0.005 else None
         self.listener.step(figures, progress, None if whole is None else whole - self.seconds)
         before = self.verdict.name
-        self.guards[0].look(judge(loss, std))
+        self.guards[0].look(judge(loss, std, count=self.loader.batch_size))
         pause = max(self._look_seconds / _MONITOR_SHARE, (whole or math.inf) / _LOOKS)
         if self.guards[1].suspects:  # settled by looking again at once
             pause = 0.0
@@ -152,7 +152,7 @@ class Session:
         if self.step:
             std, rank = figures.get("std_z", math.nan), figures.get("effective_rank")
             loss, most = self.latest.get("loss", math.nan), figures.get("most_rank", 0)
-            self.guards[1].look(judge(loss, std, rank, figures.get("std_features"), most))
+            self.guards[1].look(judge(loss, std, rank, figures.get("std_features"), most, self.monitor.count))
             self.latest["effective_rank"] = rank
         line = {"step": self.step, "seconds": round(self.seconds, 3), **figures, "verdict": self.verdict.name}
         self.record("monitor", line)
@@ -200,13 +200,17 @@ class Session:
         return step
 
     def _load(self, tensors: Mapping[str, Tensor]) -> None:
-        own = {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
-        self.method.load_state_dict(own)
+        self.method.load_state_dict(method_tensors(tensors))
 
     def close(self) -> None:
         self.metrics.close()
         if self.board is not None:
             self.board.close()
+
+
+def method_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The method's state dict out of a checkpoint's tensors."""
+    return {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
 
 
 def finite(value: Any) -> bool:

@@ -25,13 +25,13 @@ from simsiam.data.cache import Cache, build_cache
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.data.views import random_view
-from simsiam.embed import Preprocessing, preprocessing, save_encoder, untrained
+from simsiam.embed import Preprocessing, preprocessing, read_encoder, save_encoder, untrained
 from simsiam.encoders import Encoder, build
 from simsiam.monitor import Monitor, draw
 from simsiam.optim import LARS, Schedule
 from simsiam.recipe import Recipe, default_epochs, gather, look_at, read, resolve
-from simsiam.runs import ENVIRONMENT, RECIPE, SUMMARY, read_json, write_json, write_text
-from simsiam.session import Session, finite, signals
+from simsiam.runs import ENVIRONMENT, HEALTHY, RECIPE, SUMMARY, Checkpoints, read_json, write_json, write_text
+from simsiam.session import Session, finite, method_tensors, signals
 
 _BANK, _QUERIES = 10_000, 2_000
 """Images of the final kNN; `simsiam evaluate` takes all."""
@@ -96,7 +96,7 @@ def train(
         facts = replace(facts, images=len(rows))
         plan, reasons = resolve(asked, facts, size)
 
-    method = build_method(plan, len(rows))
+    method = build_method(plan, len(rows)) if resume else _initial(plan, len(rows), listener)
     loader = Loader(cache, rows, plan.train.batch_size, where, plan.seed)
     compute, step_seconds, why = _probe(method, plan, loader, where)
     if not resume:
@@ -188,12 +188,13 @@ def hook(method: torch.nn.Module, name: str, *arguments: Any) -> None:
         part(*arguments)
 
 
-def build_method(recipe: Recipe, images: int) -> torch.nn.Module:
+def build_method(recipe: Recipe, images: int, encoder: Encoder | None = None) -> torch.nn.Module:
     """The method with fresh weights, a function of the recipe's seed; torch's global generator is left as it was.
 
     images: how many are trained on, for methods that remember something of each.
+    encoder: None for one with fresh weights.
     """
-    encoder = build(recipe.encoder, recipe.seed)
+    encoder = encoder or build(recipe.encoder, recipe.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed + 1)
         method: torch.nn.Module = methods.get(recipe.method).Method(encoder, recipe.method_settings)
@@ -245,6 +246,32 @@ def _probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torc
     for _ in range(0 if precision in seconds else 3):
         step(compute)
     return compute, seconds[precision], why
+
+
+def _initial(plan: Recipe, images: int, listener: Listener) -> torch.nn.Module:
+    """The method before its first step, with the weights of the run `train.init`, where that is set.
+
+    All weights, where that run has the same method in the same widths, else the encoder's; of a run that failed, those
+    of its last healthy state. Raises UserError where it has none or its encoder is another.
+    """
+    if plan.train.init is None:
+        return build_method(plan, images)
+    run = Path(plan.train.init)
+    encoder = build(plan.encoder, plan.seed)
+    found = Checkpoints(run).load(HEALTHY)
+    theirs = {} if found is None else method_tensors(found[0])
+    weights = {name.removeprefix("encoder."): value for name, value in theirs.items() if name.startswith("encoder.")}
+    try:
+        encoder.load_state_dict(weights or read_encoder(run)[0].state_dict())
+    except RuntimeError:
+        raise UserError(f"The encoder of {run} is no {plan.encoder.name} as it is asked for here.") from None
+    method = build_method(plan, images, encoder)
+    fits = {key: value.shape for key, value in theirs.items()} == {k: v.shape for k, v in method.state_dict().items()}
+    if fits:
+        method.load_state_dict(theirs)
+    what = "all weights" if fits else "the encoder (not the heads: they are of another method or other widths)"
+    listener.say(f"Starts from {what} of {run}.")
+    return method
 
 
 def _any(settings: Table) -> bool:

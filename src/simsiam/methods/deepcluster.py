@@ -103,6 +103,7 @@ class Method(nn.Module):
 
     memory: Tensor
     assigned: Tensor
+    prototypes: Tensor
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
@@ -126,13 +127,15 @@ class Method(nn.Module):
     def before_epoch(self, epoch: int) -> None:
         known = self.memory[0].norm(dim=1) > 0  # an incomplete last batch leaves images that were never seen
         rows = known.nonzero()[:, 0]
-        for head, prototypes in enumerate(self.prototypes):  # type: ignore[arg-type]
+        for head, prototypes in enumerate(self.prototypes):
             x = self.memory[head % 2]
             draws = generator(torch.device("cpu"), epoch, head)
             centroids, _ = spherical_kmeans(x[rows], len(prototypes), self.settings.iterations, draws)
             prototypes.zero_()
             prototypes[: len(centroids)] = centroids
-            self.assigned[head] = torch.where(known, nearest_centroid(x, centroids), -100)  # cross_entropy leaves out -100
+            self.assigned[head] = torch.where(
+                known, nearest_centroid(x, centroids), -100
+            )  # cross_entropy leaves out -100
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         raw = [self.projector(self.encoder(x)) for x in views]
@@ -140,7 +143,7 @@ class Method(nn.Module):
         losses = [
             self._cross_entropy(similarities(each, prototypes), targets[index])
             for each in z
-            for prototypes, targets in zip(self.prototypes, self.assigned, strict=True)  # type: ignore[call-overload]
+            for prototypes, targets in zip(self.prototypes, self.assigned, strict=True)
         ]
         with torch.no_grad():
             self._remember(z[:2], index)

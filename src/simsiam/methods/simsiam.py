@@ -85,15 +85,18 @@ def projection_mlp(
     return mlp(widths, hidden_norm=bn != "none", output_norm="none" if bn in ("none", "hidden") else "plain")
 
 
-def prediction_mlp(
-    dim: int, hidden: int, bn: Literal["none", "hidden", "default", "all"] = "default"
-) -> nn.Sequential:
+def prediction_mlp(dim: int, hidden: int, bn: Literal["none", "hidden", "default", "all"] = "default") -> nn.Sequential:
     """A bottleneck: BN and ReLU on the hidden layer, neither at the output (section 3, 'prediction MLP')."""
     return mlp([dim, hidden, dim], hidden_norm=bn != "none", output_norm="affine" if bn == "all" else "none")
 
 
 class Method(nn.Module):
     """f = encoder + projector, one set of weights for both views; h = predictor."""
+
+    target: nn.Module
+    target_age: Tensor
+    memory: Tensor
+    remembered: Tensor
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
@@ -102,9 +105,7 @@ class Method(nn.Module):
         hidden = settings.projector_hidden or encoder.dim
         self.projector = projection_mlp(encoder.dim, hidden, settings.dim, settings.projector_layers, settings.bn)
         bottleneck = settings.predictor_hidden or max(1, settings.dim // 4)
-        self.predictor = (
-            prediction_mlp(settings.dim, bottleneck, settings.bn) if settings.predictor else nn.Identity()
-        )
+        self.predictor = prediction_mlp(settings.dim, bottleneck, settings.bn) if settings.predictor else nn.Identity()
         self.predictor.requires_grad_(settings.predictor_trained)
         if settings.target_steps != 1:
             self.target = twin(nn.Sequential(self.encoder, self.projector))

@@ -82,7 +82,9 @@ class Settings:
         if min(self.dim, self.projector_hidden, self.prototypes, self.sinkhorn_iterations) < 1:
             raise ValueError("dim, projector_hidden, prototypes and sinkhorn_iterations must be at least 1.")
         if min(self.queue, self.queue_epoch, self.freeze_steps) < 0 or min(self.temperature, self.epsilon) <= 0:
-            raise ValueError("queue, queue_epoch and freeze_steps must not be negative, temperature and epsilon above 0.")
+            raise ValueError(
+                "queue, queue_epoch and freeze_steps must not be negative, temperature and epsilon above 0."
+            )
 
 
 @in_float32
@@ -162,7 +164,9 @@ class Method(nn.Module):
         rows = z
         if self._use_queue(len(z)):
             rows = torch.cat([self.queue[slot], z])
-        return sinkhorn(similarities(rows, prototypes), self.settings.epsilon, self.settings.sinkhorn_iterations)[-len(z) :]
+        return sinkhorn(similarities(rows, prototypes), self.settings.epsilon, self.settings.sinkhorn_iterations)[
+            -len(z) :
+        ]
 
     def _use_queue(self, batch: int) -> bool:
         if self.settings.queue and not self._queue_ready:

@@ -1,0 +1,312 @@
+"""The paper's experiments as commands: every TOML file in this folder is one, by its name.
+
+A file says what the paper varies and what it found:
+
+    title, source          in words; the table or figure
+    [settings]             of all variants
+    [thin]                 over them at the scale "thin"
+    [[variants]]
+    name                   as in the paper's table
+    published              linear top-1 on ImageNet (CIFAR-10 where the source says so), percent
+    expect                 "collapse" where the paper's run collapses, "failure" where it fails in another way
+    epochs                 times the experiment's epochs; 1 where it is not given
+    scales                 where it can be run; all where it is not given
+    [variants.settings]    [variants.thin]
+
+`run` trains what is missing, one run folder for each variant and seed, and sets the figures beside the published ones.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from simsiam.assess import evaluate_run
+from simsiam.config import Table, UserError, merge, nearest, read_recipe
+from simsiam.console import Listener
+from simsiam.runs import EVALUATION, RECIPE, SUMMARY, read_json, read_metrics, write_json, write_text
+from simsiam.train import train
+
+Scale = Literal["thin", "cifar", "imagenet"]
+_RECIPES = {"thin": "demo", "cifar": "cifar", "imagenet": "imagenet"}
+_EPOCHS = {"thin": 10.0, "cifar": 200.0, "imagenet": 100.0}
+_CLEAR = 1.0
+"""Percentage points that two published figures must differ by to be an order that ours can agree with."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    published: float | None = None
+    expect: Literal["success", "collapse", "failure"] = "success"
+    epochs: float = 1.0
+    scales: tuple[str, ...] = ("thin", "cifar", "imagenet")
+    settings: Table = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        return "-".join("".join(c if c.isalnum() or c == "." else " " for c in self.name.lower()).split())
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str
+    title: str
+    source: str
+    variants: tuple[Variant, ...]
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.toml"))
+
+
+def get(name: str, scale: Scale = "thin") -> Experiment:
+    """An experiment as it is run at a scale. Raises UserError for an unknown name."""
+    if name not in names():
+        raise UserError(f"Unknown experiment {name!r}.{nearest(name, names())}")
+    table = read_recipe(Path(__file__).with_name(f"{name}.toml"))
+    shared = merge(table.get("settings", {}), table.get("thin", {}) if scale == "thin" else {})
+    variants = []
+    for row in table["variants"]:
+        own = merge(row.get("settings", {}), row.get("thin", {}) if scale == "thin" else {})
+        plain = {key: value for key, value in row.items() if key not in ("settings", "thin", "scales")}
+        chosen = tuple(row.get("scales", _RECIPES))
+        variant = Variant(**plain, scales=chosen, settings=merge(shared, own))
+        if scale in chosen:
+            variants.append(variant)
+    return Experiment(name, table["title"], table["source"], tuple(variants))
+
+
+def run(
+    name: str,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    scale: Scale = "thin",
+    epochs: float | None = None,
+    seeds: int = 2,
+    device: str = "auto",
+    workers: int | None = None,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Runs what is missing of an experiment and compares it with the published figures.
+
+    Args:
+        data: None for the demo set, at the scale "thin".
+        out: folder of the runs and of `result.json`, `table.md` and `curves.svg`; None: runs/reproduce-NAME-SCALE. What
+            it holds already is kept; a run that was stopped goes on.
+        epochs: None: 10 at the scale "thin", 200 at "cifar", 100 at "imagenet".
+        seeds: runs of each variant.
+    Returns what `result.json` holds. Raises UserError where `out` holds runs of other settings.
+    """
+    listener = listener or Listener()
+    experiment = get(name, scale)
+    if data is None and scale != "thin":
+        raise UserError(f"The scale {scale!r} needs data: add --data DATA.")
+    if seeds < 1:
+        raise UserError(f"seeds is {seeds}: it must be at least 1.")
+    data = "demo" if data is None else str(data)
+    epochs = _EPOCHS[scale] if epochs is None else epochs
+    folder = Path(out or f"runs/reproduce-{name}-{scale}")
+    _same_settings(folder, {"experiment": name, "scale": scale, "data": data, "epochs": epochs})
+    total, number = len(experiment.variants) * seeds, 0
+    rows = []
+    for variant in experiment.variants:
+        runs = []
+        for seed in range(seeds):
+            number += 1
+            listener.say(f"{number} of {total}: {variant.name}, seed {seed}")
+            place = folder / variant.slug / f"seed-{seed}"
+            runs.append(_one(place, variant, seed, data, scale, epochs, device, workers, listener))
+        rows.append(_row(variant, runs))
+    result = {
+        **{"experiment": name, "title": experiment.title, "source": experiment.source, "scale": scale, "data": data},
+        **{"epochs": epochs, "seeds": seeds, "rows": rows, **compare(rows)},
+    }
+    write_json(folder / "result.json", result)
+    write_text(folder / "table.md", markdown(result))
+    _draw_curves(folder, experiment.variants)
+    return {**result, "folder": str(folder)}
+
+
+def _same_settings(folder: Path, settings: Table) -> None:
+    path = folder / "experiment.json"
+    if not path.exists():
+        write_json(path, settings)
+    elif read_json(path) != settings:
+        found = ", ".join(f"{key} {value}" for key, value in read_json(path).items())
+        raise UserError(f"{folder} holds runs of other settings ({found}): ask for the same, or choose another -o.")
+
+
+def _one(
+    place: Path,
+    variant: Variant,
+    seed: int,
+    data: str,
+    scale: Scale,
+    epochs: float,
+    device: str,
+    workers: int | None,
+    listener: Listener,
+) -> dict[str, Any]:
+    """The figures of one run, trained and evaluated where that has not been done."""
+    if not (place / SUMMARY).exists():
+        quiet = _Quiet(listener)
+        if (place / RECIPE).exists():
+            train(out=place, resume=True, device=device, workers=workers, listener=quiet)
+        else:
+            texts = [f"{key}={json.dumps(value)}" for key, value in _flat(variant.settings)]
+            train(
+                data,
+                place,
+                recipe=_RECIPES[scale],
+                overrides=texts,
+                epochs=epochs * variant.epochs,
+                seed=seed,
+                on_collapse="continue",
+                device=device,
+                workers=workers,
+                listener=quiet,
+            )
+    summary = read_json(place / SUMMARY)
+    if not (place / EVALUATION).exists() and summary["verdict"] != "diverged":
+        quiet = _Quiet(listener)
+        evaluate_run(place, names=("knn", "linear"), baselines=False, device=device, workers=workers, listener=quiet)
+    found = read_json(place / EVALUATION) if (place / EVALUATION).exists() else {}
+    keys = ("verdict", "loss", "std", "effective_rank", "seconds", "images_per_second")
+    return {
+        **{key: (found.get(key) or {}).get("trained") for key in ("knn", "linear")},
+        **{key: summary[key] for key in keys},
+    }
+
+
+def _flat(table: Table, before: str = "") -> list[tuple[str, Any]]:
+    """{"method": {"dim": 8}} -> [("method.dim", 8)]"""
+    rows: list[tuple[str, Any]] = []
+    for key, value in table.items():
+        rows += _flat(value, f"{before}{key}.") if isinstance(value, dict) else [(before + key, value)]
+    return rows
+
+
+def _row(variant: Variant, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": variant.name, "published": variant.published, "expect": variant.expect}
+    for key in ("linear", "knn", "std", "effective_rank", "loss"):
+        values = [each[key] for each in runs if each[key] is not None]
+        row[key] = round(statistics.mean(values), 4) if values else None
+        row[f"{key}_std"] = round(statistics.stdev(values), 4) if len(values) > 1 else None
+    row |= {"n": len(runs), "verdicts": [each["verdict"] for each in runs], "runs": list(runs)}
+    failed = [each["verdict"] != "healthy" for each in runs]
+    row["verdict_agrees"] = (
+        all(failed) if variant.expect == "collapse" else None if variant.expect == "failure" else not any(failed)
+    )
+    return row
+
+
+def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How the order of the variants agrees with the published one, pair by pair, and whether the verdicts do.
+
+    Only pairs count whose published figures differ by at least 1 point. Ours "agree" or "contradict" where the means
+    differ by more than the larger of the two spreads, else the pair is "undecided".
+    """
+    pairs: dict[str, list[list[str]]] = {"agree": [], "contradict": [], "undecided": []}
+    for i, first in enumerate(rows):
+        for second in rows[i + 1 :]:
+            if first["published"] is None or second["published"] is None or None in (first["linear"], second["linear"]):
+                continue
+            gap = first["published"] - second["published"]
+            if abs(gap) < _CLEAR:
+                continue
+            ours = first["linear"] - second["linear"]
+            spread = max(first["linear_std"] or 0.0, second["linear_std"] or 0.0)
+            kind = "undecided" if abs(ours) <= spread else "agree" if ours * gap > 0 else "contradict"
+            pairs[kind].append([first["name"], second["name"]])
+    decided = [row["verdict_agrees"] for row in rows if row["verdict_agrees"] is not None]
+    return {"pairs": pairs, "verdicts_agree": all(decided) if decided else None}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The experiment's table: published figure, ours with spread, verdict; then how the two agree."""
+
+    def figure(row: dict[str, Any], key: str, digits: int = 1) -> str:
+        if row[key] is None:
+            return "–"
+        spread = row[f"{key}_std"]
+        return f"{row[key]:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+
+    lines = [
+        f"# {result['title']} ({result['source']})",
+        "",
+        f"Scale {result['scale']}, data {result['data']}, {result['epochs']:g} epochs, n = {result['seeds']} seeds; "
+        "± is the standard deviation. Published: ImageNet, ResNet-50, 100 epochs, unless the source says otherwise.",
+        "",
+        "| variant | published linear | linear | kNN | std | effective rank | verdicts | as published |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        published = "–" if row["published"] is None else f"{row['published']:.1f}"
+        expected = {"success": "", "collapse": ", collapses", "failure": ", fails"}[row["expect"]]
+        agrees = {True: "yes", False: "no", None: "–"}[row["verdict_agrees"]]
+        cells = [row["name"], published + expected, figure(row, "linear"), figure(row, "knn")]
+        cells += [figure(row, "std", 2), figure(row, "effective_rank"), ", ".join(row["verdicts"]), agrees]
+        lines.append("| " + " | ".join(cells) + " |")
+    pairs = result["pairs"]
+    counts = ", ".join(f"{len(found)} {kind}" for kind, found in pairs.items())
+    lines += [
+        "",
+        f"Order of the variants, by linear accuracy, in pairs that are published 1 point or more apart: {counts}.",
+    ]
+    lines += [f"- contradicts: {first} against {second}" for first, second in pairs["contradict"]]
+    return "\n".join(lines) + "\n"
+
+
+def _draw_curves(folder: Path, variants: Sequence[Variant]) -> None:
+    """`curves.svg`: loss and std of every variant's first seed over training, as in the paper's figure 2."""
+    import altair as alt
+    import vl_convert
+
+    values = []
+    for variant in variants:
+        lines = [line for line in read_metrics(folder / variant.slug / "seed-0") if line["kind"] == "train"]
+        for line in lines[:: max(1, len(lines) // 150)]:
+            values += [
+                {"variant": variant.name, "epoch": line["epoch"], "figure": figure, "value": line[key]}
+                for key, figure in (("loss", "loss"), ("std", "std of z/|z| times sqrt(d)"))
+            ]
+    base = (
+        alt.Chart(alt.Data(values=values))
+        .mark_line()
+        .encode(
+            x=alt.X("epoch:Q", title="epoch"),
+            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
+            color=alt.Color("variant:N", title=None, sort=[variant.name for variant in variants]),
+        )
+    )
+    panels = [
+        base.transform_filter(alt.datum.figure == figure).properties(width=360, height=220, title=figure)
+        for figure in ("loss", "std of z/|z| times sqrt(d)")
+    ]
+    svg = vl_convert.vegalite_to_svg(alt.hconcat(*panels).configure(background="white").to_dict())
+    write_text(folder / "curves.svg", svg)
+
+
+class _Quiet(Listener):
+    """Of a run among many: progress and warnings, no plan and no looks."""
+
+    def __init__(self, inner: Listener) -> None:
+        self.inner = inner
+
+    def step(self, figures: dict[str, Any], progress: float, left: float | None) -> None:
+        self.inner.step(figures, progress, left)
+
+    def decoding(self, done: int, total: int, bad: int) -> None:
+        self.inner.decoding(done, total, bad)
+
+    def say(self, text: str) -> None:
+        self.inner.say(text)
+
+    def close(self) -> None:
+        self.inner.close()

@@ -1,0 +1,91 @@
+"""The experiments: every file is one that can be run; what ran is kept; the comparison with the paper."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simsiam import methods, reproduce
+from simsiam.config import UserError
+from simsiam.recipe import Facts, gather, resolve
+
+every_experiment = pytest.mark.parametrize("name", reproduce.names())
+
+
+@every_experiment
+@pytest.mark.parametrize("scale", ["thin", "cifar", "imagenet"])
+def test_every_variant_can_be_run(name: str, scale: Any) -> None:
+    """And differs from the others in its settings, its length or its method."""
+    experiment = reproduce.get(name, scale)
+    assert experiment.title and experiment.source and len(experiment.variants) >= 2
+    assert len({variant.slug for variant in experiment.variants}) == len(experiment.variants)
+    plans = []
+    for variant in experiment.variants:
+        texts = [f"{key}={json.dumps(value)}" for key, value in reproduce._flat(variant.settings)]
+        table = gather("demo", reproduce._RECIPES[scale], texts, {"epochs": 10.0 * variant.epochs})
+        plan, _ = resolve(table, Facts(50_000, 32, "cpu"))
+        assert plan.method in methods.names() and plan.train.epochs == 10 * variant.epochs
+        plans.append(plan)
+    assert all(first != second for i, first in enumerate(plans) for second in plans[i + 1 :])
+
+
+def row(name: str, published: float | None, linear: float, spread: float) -> dict[str, Any]:
+    return {"name": name, "published": published, "linear": linear, "linear_std": spread, "verdict_agrees": True}
+
+
+def test_order_is_compared_only_where_it_is_clear() -> None:
+    rows = [row("a", 68.1, 60, 1), row("b", 64.0, 58, 1), row("c", 63.5, 70, 1), row("d", 60.0, 58.5, 1), row("e", None, 1, 0)]
+    found = reproduce.compare(rows)
+    assert found["pairs"] == {
+        "agree": [["a", "b"], ["a", "d"], ["c", "d"]],
+        "contradict": [["a", "c"]],  # b and c are published half a point apart: no order
+        "undecided": [["b", "d"]],
+    }
+    assert found["verdicts_agree"] is True
+
+
+@pytest.fixture(scope="module")
+def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("reproduce") / "stop-gradient"
+    return folder, reproduce.run("stop-gradient", photos, folder, epochs=2, seeds=2)
+
+
+def test_an_experiment_leaves_table_and_curves(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = finished
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows["with stop-gradient"]["published"] == 67.7 and rows["without stop-gradient"]["expect"] == "collapse"
+    for each in rows.values():
+        assert each["n"] == 2 and 0 <= each["linear"] <= 100 and each["linear_std"] is not None
+        assert each["runs"][0]["loss"] != each["runs"][1]["loss"]  # another seed is another run
+    table = (folder / "table.md").read_text()
+    assert "| with stop-gradient | 67.7 |" in table and "0.1, collapses" in table
+    assert json.loads((folder / "result.json").read_text())["rows"] == result["rows"]
+    assert (folder / "curves.svg").read_text().startswith("<svg")
+
+
+def test_what_ran_is_kept_and_what_is_missing_is_run(finished: tuple[Path, dict[str, Any]], photos: Path) -> None:
+    folder, result = finished
+    stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("summary.json")}
+    gone = folder / "without-stop-gradient" / "seed-1"
+    shutil.rmtree(gone)
+    again = reproduce.run("stop-gradient", photos, folder, epochs=2, seeds=2)
+    assert again["rows"][0] == result["rows"][0]
+    assert again["rows"][1]["loss"] == pytest.approx(result["rows"][1]["loss"], abs=1e-3)
+    for path, stamp in stamps.items():
+        assert (path.stat().st_mtime_ns == stamp) == (gone not in path.parents)
+
+
+def test_other_settings_need_another_folder(finished: tuple[Path, dict[str, Any]], photos: Path) -> None:
+    with pytest.raises(UserError, match="other settings"):
+        reproduce.run("stop-gradient", photos, finished[0], epochs=3)
+
+
+def test_mistakes_are_one_line() -> None:
+    with pytest.raises(UserError, match="Did you mean 'stop-gradient'"):
+        reproduce.run("stop-gradeint")
+    with pytest.raises(UserError, match="add --data"):
+        reproduce.run("stop-gradient", scale="cifar")

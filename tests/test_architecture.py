@@ -21,7 +21,7 @@ ROOMS = {
     3: ("search",),
     4: ("evaluate", "recipe", "monitor", "assess"),
     5: ("session", "train", "show", "export", "released"),
-    6: ("reproduce",),
+    6: ("reproduce", "plan"),
     7: ("cli", "catalogue", "__main__", "__init__"),
 }
 ROOM = {name: room for room, names in ROOMS.items() for name in names}

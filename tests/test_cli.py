@@ -14,7 +14,7 @@ import simsiam
 from test_decode import write_nasty_folder
 from test_train import SMALL, command
 
-VERBS = ("train", "evaluate", "embed", "export", "import", "report", "reproduce", "check", "list")
+VERBS = ("train", "evaluate", "embed", "export", "import", "report", "reproduce", "plan", "check", "list")
 
 
 def simsiam_cli(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -100,7 +100,7 @@ def test_key_value_may_stand_where_data_stands(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (["train", "nowhere"], "nowhere"),
-        (["train", "{photos}", "--method", "simclear"], "simsiam"),
+        (["train", "{photos}", "--method", "simclear"], "simclr"),
         (["train", "{photos}", "--encoder", "resnet1800"], "resnet"),
         (["train", "{photos}", "--recipe", "cifra"], "cifar"),
         (["train", "{photos}", "--budget", "soon"], "10m"),

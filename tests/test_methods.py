@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import simsiam
 from simsiam import methods
 from simsiam.config import UserError
 from simsiam.encoders import EncoderSpec, build
@@ -22,6 +26,7 @@ SMALL = {
     **{"prototypes": 12, "queue": 24, "queue_epoch": 1, "freeze_steps": 2, "bn_groups": 2},
 }
 IMAGES = 64
+GOLDEN = Path(__file__).with_name("golden_losses.json")
 every_method = pytest.mark.parametrize("name", methods.names())
 
 
@@ -166,6 +171,23 @@ def test_a_reloaded_state_goes_on_identically(name: str) -> None:
 
 
 @every_method
+def test_the_first_100_losses_are_golden(name: str) -> None:
+    """Any change of a loss, a head or the order of random draws shows here. SIMSIAM_GOLDEN=write accepts it."""
+    method = make(name)
+    begin(name, method)
+    sgd = torch.optim.SGD(methods.param_groups(method), lr=0.005, momentum=0.9, weight_decay=1e-4)
+    losses = [step(name, method, sgd, number) for number in range(100)]
+    found = [round(sum(losses[start : start + 10]) / 10, 5) for start in range(0, 100, 10)]
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("SIMSIAM_GOLDEN") == "write":
+        GOLDEN.write_text(json.dumps({**golden, name: found}, indent=1, sort_keys=True) + "\n")
+    else:
+        # Other processors and versions of torch round differently, and a hundred steps let that grow.
+        assert found[0] == pytest.approx(golden[name][0], rel=1e-4)
+        assert found == pytest.approx(golden[name], rel=0.02, abs=0.01)
+
+
+@every_method
 def test_a_bf16_step_is_finite(name: str) -> None:
     method, twin = make(name), make(name)
     for each in (method, twin):
@@ -192,3 +214,13 @@ def test_an_unknown_method_is_hinted_at() -> None:
     assert "simsiam" in methods.names()
     with pytest.raises(UserError, match="Did you mean 'simsiam'"):
         methods.get("simsaim")
+
+
+@every_method
+def test_it_learns_the_demo_set(name: str, tmp_path: Path) -> None:
+    """A net and views so small that one core takes a dozen steps a second; the demo recipe's own settings else."""
+    small = ["encoder.width=8", "views.size=16", "eval.size=16"]
+    summary = simsiam.train("demo", tmp_path / "run", recipe="demo", method=name, epochs=5, overrides=small)
+    knn = summary["knn"]
+    assert summary["verdict"] == "healthy", summary["evidence"]
+    assert knn["trained"] > knn["untrained"] + 5, knn

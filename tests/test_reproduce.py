@@ -38,7 +38,13 @@ def row(name: str, published: float | None, linear: float, spread: float) -> dic
 
 
 def test_order_is_compared_only_where_it_is_clear() -> None:
-    rows = [row("a", 68.1, 60, 1), row("b", 64.0, 58, 1), row("c", 63.5, 70, 1), row("d", 60.0, 58.5, 1), row("e", None, 1, 0)]
+    rows = [
+        row("a", 68.1, 60, 1),
+        row("b", 64.0, 58, 1),
+        row("c", 63.5, 70, 1),
+        row("d", 60.0, 58.5, 1),
+        row("e", None, 1, 0),
+    ]
     found = reproduce.compare(rows)
     assert found["pairs"] == {
         "agree": [["a", "b"], ["a", "d"], ["c", "d"]],

@@ -298,3 +298,30 @@ def test_the_probabilities_are_kept_where_they_are_0_or_1() -> None:
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ViewSettings(**changes)  # type: ignore[arg-type]
+
+
+def test_solarize_is_torchvisions() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    settings = replace(PLAIN, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
+    ours = views.solarize(normalise(levels.float(), settings.mean, settings.std), settings)
+    expected = normalise(tv.solarize(levels, threshold=128).float(), settings.mean, settings.std)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+def test_solarized_are_as_many_views_as_asked() -> None:
+    images = torch.full((400, 3, 16, 16), 250, dtype=torch.uint8)
+    view = random_view(images, replace(PLAIN, size=8, solarize_p=0.25), seeded())
+    assert 0.15 < float((view.mean((1, 2, 3)) < 0.1).float().mean()) < 0.35
+    always = random_view(images, replace(PLAIN, size=8, solarize_p=1.0), seeded())
+    torch.testing.assert_close(always, torch.full_like(always, 5 / 255))
+
+
+def test_each_view_has_its_settings() -> None:
+    plain = ViewSettings(size=32)
+    assert plain.each() == [plain, plain]
+    byol = replace(plain, blur_p=1.0, second_blur_p=0.1, second_solarize_p=0.2).each()
+    assert [(view.blur_p, view.solarize_p) for view in byol] == [(1.0, 0.0), (0.1, 0.2)]
+    crops = replace(plain, count=2, small_count=3, small_size=16, small_scale=(0.05, 0.2)).each()
+    assert [(view.size, view.scale) for view in crops] == [(32, (0.2, 1.0))] * 2 + [(16, (0.05, 0.2))] * 3
+    images = noise(2, 40, 40)
+    assert [random_view(images, view, seeded()).shape[-1] for view in crops] == [32, 32, 16, 16, 16]

@@ -200,7 +200,7 @@ def export(
     from simsiam.export import export as write
 
     result = write(run, to.value, out, with_preprocessing=with_preprocessing)
-    console.say(f"Written  {result['path']}, features within {result['max_error']:.1g} of ours")
+    console.say(f"Written  {result['path']}; its features differ from ours by {result['max_error']:.1g} at most")
     console.say(f"Use      {result['use']}")
     p = result["preprocessing"]
     if p is not None:
@@ -310,6 +310,44 @@ def reproduce(
     console.say(f"Curves   {result['folder']}/curves.svg")
     if as_json:
         _print_json(result)
+
+
+@app.command()
+def plan(
+    data: Annotated[str | None, typer.Argument(help=_DATA + " None: the bundled demo set.", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE...", help="Settings, like train.lr=0.1.", show_default=False),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="See `simsiam list`.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Ours, torchvision's or timm's, by name.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the images.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the views, and of the images in use, in pixels.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="A built-in recipe's name, or a TOML file.")] = None,
+    device: Device = "auto",
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Probe for half a minute: images/s, time to finish, memory, the bottleneck and what would fit."""
+    console = _console()
+    from simsiam.plan import plan as probe
+
+    found = probe(
+        data,
+        recipe=recipe,
+        overrides=overrides or [],
+        size=size,
+        device=device,
+        workers=workers,
+        method=method,
+        encoder=encoder,
+        epochs=epochs,
+        batch_size=batch_size,
+    )
+    _plan_table(console, found)
+    if as_json:
+        _print_json(found)
 
 
 @app.command()
@@ -445,6 +483,38 @@ def _evaluation_table(console: Console, result: dict[str, Any]) -> None:
             f"Collapse: {collapse['verdict']}; std {_number(collapse['std'], 2)} (1 healthy, 0 collapsed), "
             f"effective rank {_number(collapse['effective_rank'])} of {collapse['dim']}."
         )
+
+
+def _plan_table(console: Console, found: dict[str, Any]) -> None:
+    from simsiam.config import show_duration
+
+    def memory(count: int | None) -> str:
+        return "unknown" if count is None else f"{count / 1e9:,.1f} GB" if count > 1e9 else f"{count / 1e6:,.0f} MB"
+
+    shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found["shares"].items())
+    fits = ", ".join(f"{size} ({memory(count)})" for size, count in found["fits"].items())
+    lengths = ", ".join(f"{text}: {epochs:,g}" for text, epochs in found["epochs_in"].items())
+    rows = [
+        [
+            "run",
+            f"{found['method']}, {found['encoder']}, batch {found['batch_size']}, {found['device']}, {found['precision']}",
+        ],
+        [
+            "decoding, once",
+            f"{found['decode_images_per_second']:,.0f} images/s, {show_duration(found['decode_seconds'])}, "
+            f"{memory(found['cache_bytes'])} on disk",
+        ],
+        [
+            "training",
+            f"{found['images_per_second']:,.0f} images/s, {show_duration(found['seconds_per_epoch'])} an epoch",
+        ],
+        ["time to finish", f"{found['epochs']:g} epochs, {show_duration(found['seconds'] + found['decode_seconds'])}"],
+        ["bottleneck", f"{found['bottleneck']} ({shares})"],
+        ["epochs that fit into", lengths],
+        ["memory", f"about {memory(found['memory_bytes'])} of {memory(found['memory_available'])}"],
+        ["batches that fit", fits or "none: choose a smaller encoder or size"],
+    ]
+    console.results(f"{found['images']:,} images", ["", ""], rows)
 
 
 def _check_table(console: Console, found: dict[str, Any]) -> None:

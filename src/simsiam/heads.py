@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, ParamSpec, TypeVar
 
@@ -27,7 +28,7 @@ def mlp(widths: Sequence[int], *, hidden_norm: bool = True, output_norm: Norm = 
     """
     modules: list[nn.Module] = []
     last = len(widths) - 2
-    for layer, (inner, outer) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for layer, (inner, outer) in enumerate(itertools.pairwise(widths)):
         norm = output_norm if layer == last else "affine" if hidden_norm else "none"
         modules.append(nn.Linear(inner, outer, bias=norm == "none"))
         if norm != "none":
@@ -67,12 +68,17 @@ def in_float32(function: Callable[Arguments, Result]) -> Callable[Arguments, Res
 @in_float32
 def similarities(z: Tensor, vectors: Tensor) -> Tensor:
     """(z/|z|) . v for every row and vector, in float32: [B,d], [K,d] -> [B,K]."""
-    return unit(z) @ vectors.float().T
+    return unit(z) @ wide(vectors).T
+
+
+def wide(z: Tensor) -> Tensor:
+    """z in float32, where it was narrower."""
+    return z if z.dtype == torch.float64 else z.float()
 
 
 def unit(z: Tensor) -> Tensor:
     """z/|z| in float32, rows of [B,d]."""
-    return F.normalize(z.float(), dim=1)
+    return F.normalize(wide(z), dim=1)
 
 
 def gather(z: Tensor) -> Tensor:

@@ -156,7 +156,11 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
     given = [{key: value} for key, value in settings.items() if value is not None]
     asked: Table = {}
     for override in [*given, *map(parse_override, overrides)]:
-        asked = merge(asked, qualify(override))
+        override = qualify(override)
+        asked = merge(asked, override)
+        for length, rival in (("epochs", "budget"), ("budget", "epochs")):
+            if length in override.get("train", {}):  # the later of the two counts
+                asked["train"].pop(rival, None)
     method, init = asked.get("method", {}).get("name"), asked.get("train", {}).get("init")
     table: Table = {}
     if init is not None and recipe is None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import gather, in_float32, mlp
+from simsiam.heads import gather, in_float32, mlp, wide
 
 CITATION = (
     'J. Zbontar, L. Jing, I. Misra, Y. LeCun, S. Deny, "Barlow Twins: Self-Supervised Learning via Redundancy '
@@ -75,7 +75,7 @@ def barlow_twins(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
 
     z: float [B,d]; C is [d,d], over the batch of all ranks.
     """
-    first, second = standardise(gather(z1.float())), standardise(gather(z2.float()))
+    first, second = standardise(gather(wide(z1))), standardise(gather(wide(z2)))
     correlation = first.T @ second / len(first)
     diagonal = correlation.diagonal()
     invariance = (1 - diagonal).square().sum()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import mlp, twin
+from simsiam.heads import mlp, twin, wide
 
 CITATION = 'X. Chen, K. He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566 (CVPR 2021)'
 PUBLISHED = {
@@ -66,12 +66,12 @@ class Settings:
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
     """D(p, z) = -(p/|p|) . (z/|z|), mean over the batch, in float32 (eq. 1). [B,d] each -> scalar in [-1, 1]."""
-    return -F.cosine_similarity(p.float(), z.float(), dim=1, eps=1e-8).mean()
+    return -F.cosine_similarity(wide(p), wide(z), dim=1, eps=1e-8).mean()
 
 
 def softmax_cross_entropy(p: Tensor, z: Tensor) -> Tensor:
     """D(p, z) = -softmax(z) . log softmax(p), mean over the batch (section 4.5). [B,d] each -> scalar >= 0."""
-    return -(z.float().softmax(1) * p.float().log_softmax(1)).sum(1).mean()
+    return -(wide(z).softmax(1) * wide(p).log_softmax(1)).sum(1).mean()
 
 
 def projection_mlp(

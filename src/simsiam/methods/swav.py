@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import all_ranks, in_float32, mlp, similarities, unit
+from simsiam.heads import all_ranks, in_float32, mlp, similarities, unit, wide
 
 CITATION = (
     'M. Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882 '
@@ -94,7 +94,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     scores: float [B,K]; with several ranks, this rank's rows. Returns [B,K] in float32, rows summing to 1. The last
     scaling is that of the rows; after enough iterations each column sums to B/K as well.
     """
-    scores = scores.float() / epsilon
+    scores = wide(scores) / epsilon
     largest = scores.detach().amax()
     all_ranks([largest], "max")
     q = torch.exp(scores - largest)  # a common factor, which the scaling cancels: without it exp could overflow
@@ -112,7 +112,7 @@ def swapped_prediction(scores: list[Tensor], codes: list[Tensor], temperature: f
 
     scores: [B,K] of every view; codes: [B,K] of the first, full-size views.
     """
-    predictions = [F.log_softmax(each.float() / temperature, 1) for each in scores]
+    predictions = [F.log_softmax(wide(each) / temperature, 1) for each in scores]
     losses = [
         -(code * predictions[other]).sum(1).mean()
         for view, code in enumerate(codes)

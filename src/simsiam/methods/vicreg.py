@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import gather, in_float32, mlp
+from simsiam.heads import gather, in_float32, mlp, wide
 
 CITATION = (
     'A. Bardes, J. Ponce, Y. LeCun, "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised '
@@ -90,7 +90,7 @@ def vicreg(z1: Tensor, z2: Tensor, invariance: float, variance: float, covarianc
 
     z: float [B,d], over the batch of all ranks; s is the mean squared distance of the two views' entries.
     """
-    first, second = gather(z1.float()), gather(z2.float())
+    first, second = gather(wide(z1)), gather(wide(z2))
     v = (variance_term(first) + variance_term(second)) / 2
     c = covariance_term(first) + covariance_term(second)
     return invariance * F.mse_loss(first, second) + variance * v + covariance * c

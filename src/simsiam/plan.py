@@ -1,0 +1,232 @@
+"""A short probe before a long run: how fast it would go, what holds it up, how much memory it takes, what would fit."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simsiam.compute import Compute, generator, pick_device, probe_precision, set_threads
+from simsiam.config import UserError
+from simsiam.data.decode import DecodeError, decode, in_order
+from simsiam.data.sources import ImageSet, open_images
+from simsiam.data.views import random_view
+from simsiam.embed import preprocessing
+from simsiam.methods import param_groups
+from simsiam.recipe import Recipe, default_epochs, gather, look_at, resolve
+from simsiam.train import build_method, optimizer
+
+_SAMPLE = 2000
+"""Images that are decoded at most: spread over the set."""
+_FIT = (64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def plan(
+    data: str | Path | None = None,
+    *,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    size: int | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    seconds: float = 30.0,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measures decoding, views and steps on the real images for about `seconds`; writes nothing.
+
+    The arguments are those of `train`. Returns rates in images/s, times in seconds, sizes in bytes:
+    {"images", "method", "encoder", "batch_size", "precision", "decode_images_per_second", "decode_seconds", "cache_bytes",
+    "views_images_per_second", "images_per_second", "seconds_per_epoch", "epochs", "seconds", "bottleneck", "memory_bytes",
+    "memory_available", "fits": {batch size: bytes}, "epochs_in": {"10m": ..., "1h": ..., "8h": ...}}.
+    Raises UserError as `train` does.
+    """
+    set_threads()
+    where = pick_device(device)
+    images = open_images(data)
+    asked = gather(data, recipe, overrides, settings)
+    facts = look_at(images, where.type)
+    wanted, _ = resolve(asked, facts, size)
+    prepare = preprocessing(wanted.eval.size, wanted.views.mean, wanted.views.std)
+    short_side = max(
+        prepare.short_side, preprocessing(wanted.views.size, wanted.views.mean, wanted.views.std).short_side
+    )
+    pixels, decode_rate = _decode(images, short_side, workers, seconds / 3)
+    batch, sizes = _batch(pixels, wanted.train.batch_size)
+    batch, sizes = batch.to(where), sizes.to(where)
+    precision, views_seconds, step_seconds, memory = _measure(wanted, batch, sizes, where, seconds / 6)
+
+    per_epoch = max(1, len(images.train if len(images.test) else range(len(images))) // wanted.train.batch_size)
+    epoch_seconds = per_epoch * (views_seconds + step_seconds)
+    epochs, _ = default_epochs(facts, epoch_seconds)
+    if wanted.train.epochs is not None:
+        epochs = wanted.train.epochs
+    total = epochs * epoch_seconds if wanted.train.seconds is None else wanted.train.seconds
+    decode_seconds = len(images) / decode_rate
+    parts = {"decoding": decode_seconds, "views": epochs * per_epoch * views_seconds}
+    parts["model"] = epochs * per_epoch * step_seconds
+    average = sum(len(image.reshape(-1)) for image in pixels) / len(pixels)
+    available = _available(where)
+    each = memory["each"]
+    return {
+        "images": len(images),
+        "method": wanted.method,
+        "encoder": wanted.encoder.name,
+        "device": str(where),
+        "batch_size": wanted.train.batch_size,
+        "precision": precision,
+        "decode_images_per_second": round(decode_rate, 1),
+        "decode_seconds": round(decode_seconds, 1),
+        "cache_bytes": round(average * len(images)),
+        "views_images_per_second": round(wanted.train.batch_size / views_seconds, 1),
+        "images_per_second": round(wanted.train.batch_size / (views_seconds + step_seconds), 1),
+        "seconds_per_epoch": round(epoch_seconds, 1),
+        "epochs": epochs if wanted.train.seconds is None else round(total / epoch_seconds, 1),
+        "seconds": round(total, 1),
+        "bottleneck": max(parts, key=lambda name: parts[name]),
+        "shares": {name: round(value / sum(parts.values()), 3) for name, value in parts.items()},
+        "memory_bytes": memory["fixed"] + each * wanted.train.batch_size,
+        "memory_available": available,
+        "fits": {
+            str(size): memory["fixed"] + each * size
+            for size in _FIT
+            if size <= len(images) and (available is None or memory["fixed"] + each * size <= 0.9 * available)
+        },
+        "epochs_in": {
+            text: round((length - decode_seconds) / epoch_seconds, 1) if length > decode_seconds else 0.0
+            for text, length in (("10m", 600.0), ("1h", 3600.0), ("8h", 28800.0))
+        },
+    }
+
+
+def _decode(images: ImageSet, short_side: int, workers: int | None, seconds: float) -> tuple[list[np.ndarray], float]:
+    """Decoded images [H,W,3], spread over the set, and how many a second. Bad ones are left out."""
+    rows = np.unique(np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).astype(int)).tolist()
+    order = np.random.default_rng(0).permutation(rows).tolist()
+
+    def load(i: int) -> np.ndarray | None:
+        try:
+            return decode(images.read(order[i]), short_side)
+        except (DecodeError, OSError, ValueError):
+            return None
+
+    start, count = time.perf_counter(), 0
+    found: list[np.ndarray] = []
+    results = in_order(load, len(order), workers)
+    for pixels in results:
+        count += 1
+        if pixels is not None:
+            found.append(pixels)
+        if time.perf_counter() - start > seconds:
+            break
+    taken = time.perf_counter() - start
+    results.close()
+    if not found:
+        raise UserError(f"None of {count} images of {images.name} can be decoded. `simsiam check` lists the reasons.")
+    return found, count / taken
+
+
+def _batch(pixels: list[np.ndarray], size: int) -> tuple[Tensor, Tensor]:
+    """uint8 [B,3,H,W], padded, and int32 [B,2] (height, width), of the decoded images in turn."""
+    chosen = list(itertools.islice(itertools.cycle(pixels), size))
+    sizes = np.array([image.shape[:2] for image in chosen], dtype=np.int32)
+    batch = np.zeros((size, 3, *sizes.max(0)), dtype=np.uint8)
+    for row, image in zip(batch, chosen, strict=True):
+        row[:, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
+    return torch.from_numpy(batch), torch.from_numpy(sizes)
+
+
+def _measure(
+    recipe: Recipe, batch: Tensor, sizes: Tensor, device: torch.device, seconds: float
+) -> tuple[str, float, float, dict[str, int]]:
+    """Precision, seconds for the views and for the rest of a step, and bytes: fixed, and for each image of a batch."""
+    method = build_method(recipe, len(batch))
+    index = torch.arange(len(batch), device=device)
+    draws = generator(device, 0)
+
+    def views() -> list[Tensor]:
+        return [random_view(batch, view, draws, sizes) for view in recipe.views.each()]
+
+    def step(compute: Compute) -> None:
+        compute.place(method)
+        with compute.autocast():
+            loss, _ = method(made, index)
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    made = views()
+    wanted = recipe.train.precision
+    precision = probe_precision(device, step)[0] if wanted == "auto" else wanted
+    compute = Compute(device, precision)
+    compute.place(method)
+    steps = optimizer(method, recipe)
+
+    def whole() -> None:
+        step(compute)
+        steps.step()
+        steps.zero_grad(set_to_none=True)
+
+    views_seconds, step_seconds = _time(views, seconds, device), _time(whole, seconds, device)
+
+    saved: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), compute.autocast():
+        loss, _ = method(made, index)
+        del loss
+    weights = sum(p.numel() * p.element_size() for group in param_groups(method) for p in group["params"])
+    state = sum(value.numel() * value.element_size() for value in method.state_dict().values())
+    kept = sum(saved.values()) - sum(saved.get(p.untyped_storage().data_ptr(), 0) for p in method.parameters())
+    given = sum(view.numel() * view.element_size() for view in made) + batch.numel()
+    return (
+        precision,
+        views_seconds,
+        step_seconds,
+        {
+            "fixed": state + 2 * weights,  # gradient and momentum
+            "each": (max(kept, 0) + given) // len(batch),
+        },
+    )
+
+
+def _time(work: Callable[[], object], seconds: float, device: torch.device) -> float:
+    """Seconds of `work`: the median of as many as fit, at least three, after one to warm up."""
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 4 or time.perf_counter() - begin < seconds:
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def _available(device: torch.device) -> int | None:
+    """Bytes of memory on the device that may be used; None where that is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    limits = []
+    for path, key in (("/proc/meminfo", "MemAvailable:"), ("/sys/fs/cgroup/memory.max", "")):
+        try:
+            text = Path(path).read_text(encoding="ascii")
+        except OSError:
+            continue
+        words = text.split()
+        if key:
+            limits.append(int(words[words.index(key) + 1]) * 1024)
+        elif words[0].isdigit():
+            limits.append(int(words[0]))
+    return min(limits, default=None)

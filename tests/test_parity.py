@@ -1,0 +1,119 @@
+"""Our SimSiam beside the one that its authors released: the same weights and views give the same numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+
+from simsiam.encoders import EncoderSpec, build
+from simsiam.methods.simsiam import Method, Settings
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIM, PRED_DIM = 64, 16
+
+
+class Released(nn.Module):
+    """The released model (facebookresearch/simsiam, builder.py), written anew from what it does: a torchvision ResNet whose
+    fc becomes the projection MLP, with the original fc, its bias frozen, as the last layer of it."""
+
+    def __init__(self, arch: str, dim: int = DIM, pred_dim: int = PRED_DIM) -> None:
+        super().__init__()
+        self.encoder = models.get_model(arch, num_classes=dim, zero_init_residual=True)
+        last = self.encoder.fc
+        last.bias.requires_grad_(False)
+        width = last.in_features
+        layers: list[nn.Module] = []
+        for _ in range(2):
+            layers += [nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        self.encoder.fc = nn.Sequential(*layers, last, nn.BatchNorm1d(dim, affine=False))
+        hidden = [nn.Linear(dim, pred_dim, bias=False), nn.BatchNorm1d(pred_dim), nn.ReLU(inplace=True)]
+        self.predictor = nn.Sequential(*hidden, nn.Linear(pred_dim, dim))
+
+    def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        z1, z2 = self.encoder(x1), self.encoder(x2)
+        return self.predictor(z1), self.predictor(z2), z1.detach(), z2.detach()
+
+
+def released_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
+    return -(F.cosine_similarity(p1, z2, dim=1).mean() + F.cosine_similarity(p2, z1, dim=1).mean()) * 0.5
+
+
+def released(arch: str, seed: int = 0, **widths: int) -> Released:
+    """With BN weights drawn at random: zero-initialised residual blocks would pass no gradient on."""
+    torch.manual_seed(seed)
+    model = Released(arch, **widths)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model
+
+
+def views(seed: int, batch: int = 8, side: int = 32) -> list[Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 3, side, side, generator=draws) for _ in range(2)]
+
+
+def ours(theirs: Released, arch: str) -> Method:
+    """Our method with their weights, name by name; only the frozen bias has no place."""
+    method = Method(build(EncoderSpec(arch, 32), 1), Settings(dim=DIM, predictor_hidden=PRED_DIM))
+    encoder, projector = method.encoder.backbone.state_dict(), method.projector.state_dict()
+    weights = theirs.encoder.state_dict()
+    assert {*encoder, *(f"fc.{name}" for name in projector)} == weights.keys() - {"fc.6.bias"}
+    method.encoder.backbone.load_state_dict({name: weights[name] for name in encoder})
+    method.projector.load_state_dict({name: weights[f"fc.{name}"] for name in projector})
+    method.predictor.load_state_dict(theirs.predictor.state_dict())
+    return method
+
+
+def outputs(module: nn.Module) -> list[Tensor]:
+    """Filled with what the module returns, call by call."""
+    kept: list[Tensor] = []
+    module.register_forward_hook(lambda *call: kept.append(call[2]))
+    return kept
+
+
+def off(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|, Euclidean norms of the whole tensor: single entries near 0 are nothing but rounding."""
+    return float(((a - b).norm() / b.norm()).detach())
+
+
+def errors(arch: str, **changes: Any) -> dict[str, float]:
+    """How far p, z, the loss and each parameter's gradient are off the released model's, in training mode."""
+    theirs = released(arch)
+    method = ours(theirs, arch)
+    method.settings = dataclasses.replace(method.settings, **changes)
+    projections, predictions = outputs(method.projector), outputs(method.predictor)
+    x = views(1)
+    loss, _ = method(x, torch.arange(len(x[0])))
+    p1, p2, z1, z2 = theirs(*x)
+    expected = released_loss(p1, p2, z1, z2)
+    loss.backward()
+    expected.backward()
+    named = {f"encoder.backbone.{k}": v for k, v in theirs.encoder.named_parameters() if not k.startswith("fc.")}
+    named |= {f"projector.{k}": v for k, v in theirs.encoder.fc.named_parameters() if v.requires_grad}
+    named |= {f"predictor.{k}": v for k, v in theirs.predictor.named_parameters()}
+    assert named.keys() == dict(method.named_parameters()).keys() and theirs.encoder.fc[6].bias.grad is None
+    pairs = zip([*predictions, *projections, loss], [p1, p2, z1, z2, expected], strict=True)
+    found = {name: off(*pair) for name, pair in zip(("p1", "p2", "z1", "z2", "loss"), pairs, strict=True)}
+    return found | {name: off(p.grad, named[name].grad) for name, p in method.named_parameters()}
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_outputs_loss_and_every_gradient_are_the_released_ones(arch: str) -> None:
+    wrong = {name: error for name, error in errors(arch).items() if not error < 1e-5}
+    assert not wrong
+
+
+def test_a_gradient_that_flows_where_theirs_stops_is_seen() -> None:
+    """The comparison can fail: without our stop-gradient the outputs are the same, and all encoder gradients are not."""
+    found = errors("resnet18", stop_gradient=False)
+    assert max(found[name] for name in ("p1", "p2", "z1", "z2", "loss")) < 1e-5
+    assert min(error for name, error in found.items() if name.startswith(("encoder", "projector"))) > 1e-2

@@ -219,7 +219,7 @@ def test_divergence_is_named_and_the_start_is_kept(photos: Path, tmp_path: Path)
 
 SMALL_DEMO = ["encoder.width=8", "views.size=16", "eval.size=16"]
 """The demo set on a net so small that one slow core takes twelve steps a second."""
-HARSH = ["train.lr=0.3", "train.weight_decay=2e-3", "train.precision=fp32"]
+HARSH = ["train.lr=1.0", "train.weight_decay=1e-3", "train.precision=fp32"]
 """A collapse takes thousands of the paper's steps; at this rate half a minute shows it."""
 
 
@@ -243,12 +243,12 @@ def test_without_it_the_demo_set_collapses_and_the_guard_names_it(
     named = [line["step"] for line in lines if line.get("verdict") in ("partial", "collapsed")]
     assert named and named[0] < summary["steps"] / 2
     assert summary["verdict"] in ("partial", "collapsed") and what in summary["advice"], summary["evidence"]
-    # Output BN keeps the std of a collapsed batch at 2/sqrt(B) = 0.18 or above (docs/how-it-works.md).
+    # Output BN keeps the std of a collapsed batch at 2/sqrt(B) = 0.18 or above (docs/how-it-works.md). The features' kNN is
+    # no sign of it yet: a BN network that was trained this long is no worse than an untrained one (docs/results.md).
     late = [line for line in lines if line["kind"] == "train" and line["progress"] > 0.5]
     assert np.median([line["std"] for line in late]) < 0.6 < 0.7 < intact["std"]
     assert np.median([line["loss"] for line in late]) < -0.88
-    assert summary["effective_rank"] < 3 < intact["effective_rank"]
-    assert summary["knn"]["trained"] < intact["knn"]["trained"] - 3
+    assert summary["effective_rank"] < 2.5
     kept, state = Checkpoints(tmp_path / "run").load("HEALTHY")
     assert state["step"] < summary["steps"] / 2 and kept
 

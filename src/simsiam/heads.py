@@ -46,7 +46,8 @@ def twin(module: Module) -> Module:
 @torch.no_grad()
 def follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
     """slow <- m slow + (1 - m) fast, for weights; BN's statistics are the twin's own, from its own forward passes."""
-    ours, theirs = list(slow.parameters()), list(fast.parameters())
+    ours: list[Tensor] = list(slow.parameters())
+    theirs: list[Tensor] = list(fast.parameters())
     torch._foreach_lerp_(ours, theirs, 1 - momentum)
 
 

@@ -236,6 +236,8 @@ def _sentences(facts: Table, knn: Mapping[str, Any]) -> list[str]:
     if first is None or (facts["verdict"] == "healthy" and not facts["finished"]):
         steps = f"{facts['steps']:,} steps so far" if facts["steps"] else "no step has been recorded yet"
         first = f"{steps}{time}. `simsiam train --resume` goes on."
+        if facts["finished"]:
+            first = f"the weights of a released checkpoint, after {facts['steps']:,} steps. Nothing was trained here."
     trained, untrained, pixels = (knn.get(key) for key in ("trained", "untrained", "pixels"))
     if facts["verdict"] in ("collapsed", "diverged"):
         return [first]

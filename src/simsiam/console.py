@@ -140,7 +140,8 @@ class Console(Listener):
         """A table of figures, the last thing on the screen."""
         from rich.table import Table
 
-        table = Table(title=title, title_justify="left", title_style="bold")
+        self.screen.print(title, style="bold", markup=False, soft_wrap=True)  # a table's own title wraps at its width
+        table = Table()
         for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i else "left", style="bold" if column == "trained" else "")
         for row in rows:
@@ -151,6 +152,7 @@ class Console(Listener):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        self._said = 0.0
 
     def show_warnings(self) -> None:
         """From now on a warning is one line here, not Python's two with a source line."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to a central crop
-_SMALL = 128 * 128  # pixels, measured on a CPU; see `resample`
+_SMALL = 96 * 96  # pixels, measured on a CPU; see `resample`
 
 Box = tuple[Tensor, Tensor, Tensor, Tensor]
 """top, left, height and width in whole pixels, float32 [B] each."""

@@ -164,7 +164,9 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
     method, init = asked.get("method", {}).get("name"), asked.get("train", {}).get("init")
     table: Table = {}
     if init is not None and recipe is None:
-        table = as_method(read_recipe(Path(init) / RECIPE), "", method)
+        table = read_recipe(Path(init) / RECIPE)
+        family = str(table["encoder"]["name"]).partition("-")[0]
+        table = as_method(table, family if family in ("thin", "cifar") else "imagenet", method)
     elif recipe is not None or data is None:
         table = preset(recipe or "demo", method)
     if {"epochs", "budget"} & asked.get("train", {}).keys():  # one takes the place of the other in a recipe
@@ -264,6 +266,9 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
         defaults["views"].pop("size", None)
         if base == "imagenet" and facts.images < 200_000:
             defaults["encoder"] = {"name": "resnet18"}
+        if defaults["train"].get("batch_size", 0) > 512:  # of a paper that had a hundred devices
+            defaults["train"]["batch_size"] = 512
+            why.append(("train.batch_size", "512", "one device"))
             why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))
         if base == "thin" and facts.images < 20_000:
             defaults["train"] |= {"weight_decay": 1e-4, "batch_size": 64}

@@ -253,6 +253,29 @@ def test_without_it_the_demo_set_collapses_and_the_guard_names_it(
     assert state["step"] < summary["steps"] / 2 and kept
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", [None, "stop_gradient", "predictor"])
+def test_a_collapse_that_has_time_takes_the_features_along(what: str | None, tmp_path: Path) -> None:
+    """A net so small that a minute has 1,900 steps. kNN ends at 5 to 20 without stop-gradient, by chance at chance (7)."""
+    overrides = [
+        *("encoder.width=4", "views.size=8", "eval.size=8", "train.precision=fp32"),
+        *("method.dim=64", "method.projector_hidden=64", "method.predictor_hidden=16"),
+        *("train.lr=0.3", "train.weight_decay=1e-3"),
+    ]
+    overrides += [f"method.{what}=false"] if what else []
+    summary = simsiam.train(
+        "demo", tmp_path / "run", epochs=30, recipe="demo", overrides=overrides, on_collapse="continue", seed=1
+    )
+    looks = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "monitor"]
+    late = np.median([look["knn"] for look in looks if look["step"] > summary["steps"] / 2 and "knn" in look] or [0])
+    if what is None:
+        assert summary["verdict"] == "healthy" and summary["std"] > 0.9 and late > looks[0]["knn"] + 5
+    else:
+        assert min(look["seconds"] for look in looks if look["verdict"] == "collapsed") < 60
+        assert summary["verdict"] in ("collapsed", "diverged")
+        assert late < (20 if what == "stop_gradient" else looks[0]["knn"] + 5), late
+
+
 def test_without_bn_in_the_heads_the_collapse_is_complete(tmp_path: Path) -> None:
     """Then a constant is within reach: loss -1, std 0, as in the paper's figure 2."""
     overrides = [*SMALL_DEMO, "method.stop_gradient=false", "method.bn=none"]

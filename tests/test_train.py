@@ -411,3 +411,23 @@ def test_the_function_and_the_module_of_one_name_get_along() -> None:
     code = "import simsiam, simsiam.train\ntry:\n    simsiam.train('nowhere')\nexcept ValueError as e:\n    print(e)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "nowhere" in done.stdout, done.stderr
+
+
+def test_a_papers_encoder_and_batch_are_cut_to_size_with_a_reason() -> None:
+    """On a GPU with few large images; BYOL's paper has batches of 4096."""
+    facts = Facts(3_800, 500, "cuda")
+    plan, reasons = resolve(gather("x", None, [], {"method": "byol"}), facts)
+    assert plan.encoder.name == "resnet18" and plan.train.batch_size == 512
+    assert {setting: value for setting, value, _ in reasons}.items() >= {
+        "encoder": "resnet18",
+        "train.batch_size": "512",
+    }.items()
+    plan, reasons = resolve(gather("x", None, [], {}), facts)
+    assert ("encoder", "resnet18") in [(setting, value) for setting, value, _ in reasons]
+
+
+def test_init_knows_the_home_folder(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simsiam.train(photos, tmp_path / "first", epochs=1, **SMALL)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = gather(photos, None, [], {"init": "~/first"})
+    assert asked["train"]["init"] == str(tmp_path / "first") and asked["encoder"]["name"] == "thin-resnet18"

@@ -32,16 +32,18 @@ _SHOWN = 2_000
 
 def side_by_side(
     encoder: Encoder,
-    before: Encoder,
+    before: Encoder | None,
     prepare: Preprocessing,
     cache: Cache,
     train: Rows,
     test: Rows,
     compute: Compute,
     listener: Listener,
-    baselines: bool = True,
 ) -> dict[str, Features]:
-    """Features of the same images from the trained encoder and, as baselines, the untrained one and no encoder at all."""
+    """Features of the same images from the trained encoder and, as baselines, the untrained one and no encoder at all.
+
+    before: the untrained encoder; None: no baselines.
+    """
 
     def features(embed: Callable[[Rows], Tensor]) -> Features:
         labels = None if cache.labels is None else torch.from_numpy(cache.labels)
@@ -57,7 +59,7 @@ def side_by_side(
         return lambda rows: embed_rows(network, prepare, cache, rows, compute, listener.embedding)
 
     trained = {"trained": features(by(encoder))}
-    if not baselines:
+    if before is None:
         return trained
     return {
         **trained,
@@ -103,8 +105,8 @@ def evaluate_run(
     train, test = cache.split()
     if len(train) < 2:
         raise UserError(f"{own} has {len(train)} usable image: an evaluation needs more.")
-    before = untrained(encoder.spec, meta["seed"], prepare, cache, train, compute)
-    kinds = side_by_side(encoder, before, prepare, cache, train, test, compute, listener, baselines)
+    before = untrained(encoder.spec, meta["seed"], prepare, cache, train, compute) if baselines else None
+    kinds = side_by_side(encoder, before, prepare, cache, train, test, compute, listener)
     listener.close()
     compared = evaluate.compare(names or evaluate.names(), kinds, seed=seed)
     result: dict[str, Any] = {"run": str(run), "data": own, **compared}

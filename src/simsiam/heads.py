@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simsiam.encoders import Encoder
+
 Module = TypeVar("Module", bound=nn.Module)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -36,6 +38,18 @@ def mlp(widths: Sequence[int], *, hidden_norm: bool = True, output_norm: Norm = 
         if layer < last:
             modules.append(nn.ReLU(inplace=True))
     return nn.Sequential(*modules)
+
+
+class Siamese(nn.Module):
+    """What all methods share: one encoder and one projection MLP, the same weights for every view."""
+
+    encoder: Encoder
+    projector: nn.Module
+
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """float [B,3,h,w] -> features h [B,dim] and projection z [B,d], not normalised."""
+        h = self.encoder(x)
+        return h, self.projector(h)
 
 
 def twin(module: Module) -> Module:

@@ -17,7 +17,6 @@ from simsiam.config import UserError
 from simsiam.data.decode import DecodeError, decode, in_order
 from simsiam.data.sources import ImageSet, open_images
 from simsiam.data.views import random_view
-from simsiam.embed import preprocessing
 from simsiam.methods import param_groups
 from simsiam.recipe import Recipe, default_epochs, gather, look_at, resolve
 from simsiam.train import build_method, optimizer
@@ -52,11 +51,7 @@ def plan(
     asked = gather(data, recipe, overrides, settings)
     facts = look_at(images, where.type)
     wanted, _ = resolve(asked, facts, size)
-    prepare = preprocessing(wanted.eval.size, wanted.views.mean, wanted.views.std)
-    short_side = max(
-        prepare.short_side, preprocessing(wanted.views.size, wanted.views.mean, wanted.views.std).short_side
-    )
-    pixels, decode_rate = _decode(images, short_side, workers, seconds / 3)
+    pixels, decode_rate = _decode(images, wanted.short_side, workers, seconds / 3)
     batch, sizes = _batch(pixels, wanted.train.batch_size)
     batch, sizes = batch.to(where), sizes.to(where)
     precision, views_seconds, step_seconds, memory = _measure(wanted, batch, sizes, where, seconds / 6)

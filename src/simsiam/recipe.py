@@ -28,6 +28,7 @@ from simsiam.config import (
 from simsiam.data.decode import DecodeError, open_image
 from simsiam.data.sources import ImageSet
 from simsiam.data.views import ViewSettings
+from simsiam.embed import Preprocessing, preprocessing
 from simsiam.encoders import EncoderSpec
 from simsiam.runs import RECIPE
 
@@ -107,6 +108,17 @@ class Recipe:
     views: ViewSettings
     eval: EvalSettings
 
+    @property
+    def prepare(self) -> Preprocessing:
+        """What happens to an image in use."""
+        return preprocessing(self.eval.size, self.views.mean, self.views.std)
+
+    @property
+    def short_side(self) -> int:
+        """Pixels to keep of an image, for use and for views."""
+        training = preprocessing(self.views.size, self.views.mean, self.views.std)
+        return max(self.prepare.short_side, training.short_side)
+
     def table(self) -> Table:
         def rows(settings: Any) -> Table:
             return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
@@ -163,6 +175,8 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
                 asked["train"].pop(rival, None)
     method, init = asked.get("method", {}).get("name"), asked.get("train", {}).get("init")
     table: Table = {}
+    if init is not None:
+        init = asked["train"]["init"] = os.path.abspath(os.path.expanduser(init))
     if init is not None and recipe is None:
         table = read_recipe(Path(init) / RECIPE)
         family = str(table["encoder"]["name"]).partition("-")[0]
@@ -172,8 +186,6 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
     if {"epochs", "budget"} & asked.get("train", {}).keys():  # one takes the place of the other in a recipe
         table = {**table, "train": {k: v for k, v in table.get("train", {}).items() if k not in ("epochs", "budget")}}
     table = merge(table, asked)
-    if init is not None:
-        table["train"]["init"] = os.path.abspath(os.path.expanduser(init))
     if data is not None:
         text = os.path.expanduser(os.fspath(data))
         # A path must mean the same from any folder; names and patterns stay as they are.
@@ -266,10 +278,10 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
         defaults["views"].pop("size", None)
         if base == "imagenet" and facts.images < 200_000:
             defaults["encoder"] = {"name": "resnet18"}
+            why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))
         if defaults["train"].get("batch_size", 0) > 512:  # of a paper that had a hundred devices
             defaults["train"]["batch_size"] = 512
             why.append(("train.batch_size", "512", "one device"))
-            why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))
         if base == "thin" and facts.images < 20_000:
             defaults["train"] |= {"weight_decay": 1e-4, "batch_size": 64}
         table = merge(defaults, table)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from simsiam import methods
 from simsiam.compute import describe
 from simsiam.config import Table, UserError, merge, nearest, write_recipe
-from simsiam.embed import preprocessing, save_encoder
+from simsiam.embed import save_encoder
 from simsiam.encoders import build
 from simsiam.recipe import Recipe, gather, read
 from simsiam.runs import ENVIRONMENT, RECIPE, SUMMARY, Checkpoints, write_json, write_text
@@ -69,9 +69,8 @@ def import_released(
         tensors = {f"method.{name}": value for name, value in method.state_dict().items()}
         state = {"step": steps, "seconds": 0.0, "training_seconds": 0.0, "fingerprint": "", "latest": {}}
         Checkpoints(run).save(steps, tensors | momentum, state, healthy=True)
-    prepare = preprocessing(plan.eval.size, plan.views.mean, plan.views.std)
     about = {"method": plan.method, "data": plan.data, "step": steps, "verdict": None}
-    save_encoder(run, found.eval(), prepare, plan.seed, about)
+    save_encoder(run, found.eval(), plan.prepare, plan.seed, about)
     unknown = ("images", "held_out", "seconds", "images_per_second", "loss", "std", "effective_rank")
     summary: dict[str, Any] = {
         "run": str(run),

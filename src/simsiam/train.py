@@ -25,7 +25,7 @@ from simsiam.data.cache import Cache, build_cache
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.data.views import random_view
-from simsiam.embed import Preprocessing, preprocessing, read_encoder, save_encoder, untrained
+from simsiam.embed import Preprocessing, read_encoder, save_encoder, untrained
 from simsiam.encoders import Encoder, build
 from simsiam.monitor import Monitor, draw
 from simsiam.optim import LARS, Schedule
@@ -86,9 +86,8 @@ def train(
     images = open_images(asked["data"])
     facts = look_at(images, where.type)
     plan, reasons = (read(asked), []) if resume else resolve(asked, facts, size)
-    prepare = preprocessing(plan.eval.size, plan.views.mean, plan.views.std)
-    short_side = max(prepare.short_side, preprocessing(plan.views.size, prepare.mean, prepare.std).short_side)
-    cache = build_cache(images, short_side, workers=workers, progress=listener.decoding)
+    prepare = plan.prepare
+    cache = build_cache(images, plan.short_side, workers=workers, progress=listener.decoding)
     rows, held_out = cache.split()
     if len(rows) < 2:
         raise UserError(f"{plan.data} has {len(rows)} usable image to train on: at least 2 are needed.")
@@ -140,7 +139,7 @@ def train(
 def fit(s: Session, stopped: list[str]) -> None:
     """The loop. Ends when the schedule does, when the guard stops it, or, the state saved, with Interrupted."""
     s.method.train()
-    per_epoch = s.loader.steps_per_epoch
+    per_epoch, settings = s.loader.steps_per_epoch, s.recipe.views.each()
     if s.step == 0:
         with s.compute.autocast():
             hook(s.method, "before_training", _sweep(s))
@@ -153,7 +152,7 @@ def fit(s: Session, stopped: list[str]) -> None:
             for group in s.optimizer.param_groups:
                 group["lr"] = s.schedule.peak if group.get("fixed_lr") else rate
             draws = generator(s.compute.device, s.recipe.seed, s.step)
-            views = [random_view(batch.images, view, draws, batch.sizes) for view in s.recipe.views.each()]
+            views = [random_view(batch.images, view, draws, batch.sizes) for view in settings]
             with s.compute.autocast():
                 loss, stats = s.method(views, batch.index)
             s.optimizer.zero_grad(set_to_none=True)
@@ -176,9 +175,10 @@ def fit(s: Session, stopped: list[str]) -> None:
 
 def _sweep(s: Session) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Views of every image, once, before the first step."""
+    settings = s.recipe.views.each()[:2]
     for number, batch in enumerate(s.loader.epoch(0)):
         draws = generator(s.compute.device, s.recipe.seed, -1, number)
-        yield [random_view(batch.images, view, draws, batch.sizes) for view in s.recipe.views.each()[:2]], batch.index
+        yield [random_view(batch.images, view, draws, batch.sizes) for view in settings], batch.index
 
 
 def hook(method: torch.nn.Module, name: str, *arguments: Any) -> None:

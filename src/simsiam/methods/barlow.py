@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import gather, in_float32, mlp, wide
+from simsiam.heads import Siamese, gather, in_float32, mlp, wide
+from simsiam.methods import byol
 
 CITATION = (
     'J. Zbontar, L. Jing, I. Misra, Y. LeCun, S. Deny, "Barlow Twins: Self-Supervised Learning via Redundancy '
@@ -30,13 +31,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
             "warmup_epochs": 10,
             "cosine": "step",
         },
-        "views": {
-            "scale": [0.08, 1.0],
-            "jitter": [0.4, 0.4, 0.2, 0.1],
-            "blur_p": 1.0,
-            "second_blur_p": 0.1,
-            "second_solarize_p": 0.2,
-        },
+        "views": byol.DEFAULTS["imagenet"]["views"],  # section 2.2: BYOL's augmentation
     },
     "cifar": {
         "method": {"dim": 2048, "projector_hidden": 2048, "scale": 0.01},
@@ -88,7 +83,7 @@ def standardise(z: Tensor) -> Tensor:
     return (z - z.mean(0)) * (z.var(0, correction=0) + 1e-5).rsqrt()
 
 
-class Method(nn.Module):
+class Method(Siamese):
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
         self.settings, self.encoder = settings, encoder
@@ -98,8 +93,3 @@ class Method(nn.Module):
         z1, z2 = (self.projector(self.encoder(x)) for x in views)
         loss = self.settings.scale * barlow_twins(z1, z2, self.settings.weight)
         return loss, {"std": ((normalised_std(z1) + normalised_std(z2)) / 2).detach()}
-
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """float [B,3,h,w] -> features [B,dim] and projection z [B,d]."""
-        h = self.encoder(x)
-        return h, self.projector(h)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import follow, mlp, twin, unit
+from simsiam.heads import Siamese, follow, mlp, twin, unit
 
 CITATION = (
     'J.-B. Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", arXiv 2006.07733 '
@@ -80,7 +80,7 @@ def target_momentum(base: float, progress: float) -> float:
     return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
 
 
-class Method(nn.Module):
+class Method(Siamese):
     """Online network with a predictor; a target network, its slow twin, gives what is to be predicted."""
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
@@ -101,8 +101,3 @@ class Method(nn.Module):
     def after_step(self, progress: float) -> None:
         momentum = target_momentum(self.settings.momentum, progress)
         follow(self.target, nn.Sequential(self.encoder, self.projector), momentum)
-
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """float [B,3,h,w] -> features [B,dim] and the online projection z [B,d]."""
-        h = self.encoder(x)
-        return h, self.projector(h)

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsiam.collapse import normalised_std
 from simsiam.compute import generator
 from simsiam.encoders import Encoder
-from simsiam.heads import mlp, similarities, unit
+from simsiam.heads import Siamese, mlp, similarities, unit
+from simsiam.methods import swav
 
 CITATION = (
     'M. Caron et al., "Deep Clustering for Unsupervised Learning of Visual Features", arXiv 1807.05520 (ECCV 2018); '
@@ -25,23 +26,7 @@ PUBLISHED = {
 }
 VIEWS = range(2, 17)
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "imagenet": {
-        "train": {
-            "optimizer": "lars",
-            "lr": 0.3,
-            "weight_decay": 1e-6,
-            "batch_size": 4096,
-            "warmup_epochs": 10,
-            "cosine": "step",
-        },
-        "views": {
-            "scale": [0.14, 1.0],
-            "jitter": [0.8, 0.8, 0.8, 0.2],
-            "small_count": 6,
-            "small_size": 96,
-            "small_scale": [0.05, 0.14],
-        },
-    },
+    "imagenet": swav.DEFAULTS["imagenet"],  # version 2 is of the same paper, in the same setting
     "cifar": {"method": {"prototypes": 1000}, "train": {"lr": 0.06, "weight_decay": 5e-4}},
     "thin": {
         "method": {"prototypes": 200, "projector_hidden": 512},
@@ -94,7 +79,7 @@ def nearest_centroid(x: Tensor, centroids: Tensor) -> Tensor:
     return torch.cat([(part @ centroids.T).argmax(1) for part in x.split(8192)])
 
 
-class Method(nn.Module):
+class Method(Siamese):
     """Alternates between clustering the features of the last epoch and predicting each image's cluster.
 
     The features are those that the network had when an image last came by (version 2: no extra pass over the data),
@@ -158,8 +143,3 @@ class Method(nn.Module):
     def _remember(self, z: list[Tensor], index: Tensor) -> None:
         for memory, each in zip(self.memory, z, strict=True):
             memory[index] = each
-
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """float [B,3,h,w] -> features [B,dim] and projection z [B,d], before normalisation."""
-        h = self.encoder(x)
-        return h, self.projector(h)

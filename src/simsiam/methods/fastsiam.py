@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.methods.simsiam import negative_cosine, prediction_mlp, projection_mlp
+from simsiam.heads import Siamese
+from simsiam.methods.simsiam import encoder_and_predictor, negative_cosine, prediction_mlp, projection_mlp
 
 CITATION = (
     'D. Pototzky, A. Sultan, L. Schmidt-Thieme, "FastSiam: Resource-Efficient Self-Supervised Learning on a Single '
@@ -61,7 +62,7 @@ def averaged_target_loss(p: list[Tensor], z: list[Tensor]) -> Tensor:
     return torch.stack([negative_cosine(p[i], (total - z[i]) / (len(z) - 1)) for i in range(len(z))]).mean()
 
 
-class Method(nn.Module):
+class Method(Siamese):
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
         self.settings, self.encoder = settings, encoder
@@ -74,13 +75,5 @@ class Method(nn.Module):
         loss = averaged_target_loss([self.predictor(each) for each in z], [each.detach() for each in z])
         return loss, {"std": torch.stack([normalised_std(each) for each in z]).mean().detach()}
 
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """float [B,3,h,w] -> features [B,dim] and projection z [B,d]."""
-        h = self.encoder(x)
-        return h, self.projector(h)
-
     def param_groups(self) -> list[dict[str, Any]]:
-        return [
-            {"params": [*self.encoder.parameters(), *self.projector.parameters()]},
-            {"params": [*self.predictor.parameters()], "fixed_lr": self.settings.predictor_fixed_lr},
-        ]
+        return encoder_and_predictor(self, self.predictor, self.settings.predictor_fixed_lr)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import follow, gather, in_float32, mlp, twin, unit
+from simsiam.heads import Siamese, follow, gather, in_float32, mlp, twin, unit
 
 CITATION = (
     'X. Chen, H. Fan, R. Girshick, K. He, "Improved Baselines with Momentum Contrastive Learning", arXiv 2003.04297; '
@@ -79,7 +79,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
-class Method(nn.Module):
+class Method(Siamese):
     """Query encoder and its momentum twin, the key encoder; a queue of keys.
 
     Shuffled BN (MoCo, section 3.3): within one BN batch a query could find its key by the batch's statistics. Here a
@@ -136,8 +136,3 @@ class Method(nn.Module):
 
     def after_step(self, progress: float) -> None:
         follow(self.key_network, nn.Sequential(self.encoder, self.projector), self.settings.momentum)
-
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """float [B,3,h,w] -> features [B,dim] and query z [B,d], before normalisation."""
-        h = self.encoder(x)
-        return h, self.projector(h)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import gather, in_float32, mlp, rank, unit
+from simsiam.heads import Siamese, gather, in_float32, mlp, rank, unit
 
 CITATION = (
     'T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A Simple Framework for Contrastive Learning of Visual '
@@ -82,7 +82,7 @@ def nt_xent(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, temperature: float) 
     return F.cross_entropy(logits, positive)
 
 
-class Method(nn.Module):
+class Method(Siamese):
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
         self.settings, self.encoder = settings, encoder
@@ -96,8 +96,3 @@ class Method(nn.Module):
         k1, k2 = (z.detach() for z in (z1, z2)) if self.settings.stop_gradient else (z1, z2)
         loss = nt_xent(self.predictor(z1), self.predictor(z2), k1, k2, self.settings.temperature)
         return loss, {"std": ((normalised_std(z1) + normalised_std(z2)) / 2).detach()}
-
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """float [B,3,h,w] -> features [B,dim] and projection z [B,d]."""
-        h = self.encoder(x)
-        return h, self.projector(h)

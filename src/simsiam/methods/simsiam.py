@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import mlp, twin, wide
+from simsiam.heads import Siamese, mlp, twin, wide
 
 CITATION = 'X. Chen, K. He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566 (CVPR 2021)'
 PUBLISHED = {
@@ -90,7 +90,14 @@ def prediction_mlp(dim: int, hidden: int, bn: Literal["none", "hidden", "default
     return mlp([dim, hidden, dim], hidden_norm=bn != "none", output_norm="affine" if bn == "all" else "none")
 
 
-class Method(nn.Module):
+def encoder_and_predictor(method: Siamese, predictor: nn.Module, fixed_lr: bool) -> list[dict[str, Any]]:
+    """The parameter groups of f and, where it has any to train, of h, which may keep the initial learning rate."""
+    groups: list[dict[str, Any]] = [{"params": [*method.encoder.parameters(), *method.projector.parameters()]}]
+    trained = [parameter for parameter in predictor.parameters() if parameter.requires_grad]
+    return groups + ([{"params": trained, "fixed_lr": fixed_lr}] if trained else [])
+
+
+class Method(Siamese):
     """f = encoder + projector, one set of weights for both views; h = predictor."""
 
     target: nn.Module
@@ -169,15 +176,5 @@ class Method(nn.Module):
         self.target.load_state_dict(nn.Sequential(self.encoder, self.projector).state_dict())
         self.target_age.zero_()
 
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """float [B,3,h,w] -> features [B,dim] and projection z [B,d]."""
-        h = self.encoder(x)
-        return h, self.projector(h)
-
     def param_groups(self) -> list[dict[str, Any]]:
-        encoder = [*self.encoder.parameters(), *self.projector.parameters()]
-        groups: list[dict[str, Any]] = [{"params": encoder}]
-        predictor = [p for p in self.predictor.parameters() if p.requires_grad]
-        if predictor:
-            groups.append({"params": predictor, "fixed_lr": self.settings.predictor_fixed_lr})
-        return groups
+        return encoder_and_predictor(self, self.predictor, self.settings.predictor_fixed_lr)

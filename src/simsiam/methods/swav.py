@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import all_ranks, in_float32, mlp, similarities, unit, wide
+from simsiam.heads import Siamese, all_ranks, in_float32, mlp, similarities, unit, wide
 
 CITATION = (
     'M. Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882 '
@@ -122,7 +122,7 @@ def swapped_prediction(scores: list[Tensor], codes: list[Tensor], temperature: f
     return torch.stack(losses).mean()
 
 
-class Method(nn.Module):
+class Method(Siamese):
     queue: Tensor
     steps: Tensor
     epoch: Tensor
@@ -183,8 +183,3 @@ class Method(nn.Module):
     def after_step(self, progress: float) -> None:
         """Prototypes stay on the sphere. That undoes what weight decay did to them while they are frozen, too."""
         self.prototypes.weight.copy_(unit(self.prototypes.weight))
-
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """float [B,3,h,w] -> features [B,dim] and projection z [B,d], before normalisation."""
-        h = self.encoder(x)
-        return h, self.projector(h)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import gather, in_float32, mlp, wide
+from simsiam.heads import Siamese, gather, in_float32, mlp, wide
+from simsiam.methods import barlow
 
 CITATION = (
     'A. Bardes, J. Ponce, Y. LeCun, "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised '
@@ -22,23 +23,7 @@ PUBLISHED = {
 }
 VIEWS = (2,)
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "imagenet": {
-        "train": {
-            "optimizer": "lars",
-            "lr": 0.2,
-            "weight_decay": 1e-6,
-            "batch_size": 2048,
-            "warmup_epochs": 10,
-            "cosine": "step",
-        },
-        "views": {
-            "scale": [0.08, 1.0],
-            "jitter": [0.4, 0.4, 0.2, 0.1],
-            "blur_p": 1.0,
-            "second_blur_p": 0.1,
-            "second_solarize_p": 0.2,
-        },
-    },
+    "imagenet": barlow.DEFAULTS["imagenet"],  # the same optimiser and augmentation
     "cifar": {
         "method": {"dim": 2048, "projector_hidden": 2048},
         "train": {"lr": 0.01, "weight_decay": 5e-4},
@@ -96,7 +81,7 @@ def vicreg(z1: Tensor, z2: Tensor, invariance: float, variance: float, covarianc
     return invariance * F.mse_loss(first, second) + variance * v + covariance * c
 
 
-class Method(nn.Module):
+class Method(Siamese):
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
         self.settings, self.encoder = settings, encoder
@@ -107,8 +92,3 @@ class Method(nn.Module):
         settings = self.settings
         loss = vicreg(z1, z2, settings.invariance, settings.variance, settings.covariance)
         return loss, {"std": ((normalised_std(z1) + normalised_std(z2)) / 2).detach()}
-
-    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """float [B,3,h,w] -> features [B,dim] and projection z [B,d]."""
-        h = self.encoder(x)
-        return h, self.projector(h)

@@ -15,7 +15,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 ROOMS = {
-    0: ("config", "runs", "compute", "console"),
+    0: ("config", "runs", "compute", "console", "ranks"),
     1: ("data", "encoders", "heads", "optim", "neighbours", "collapse", "recipes"),
     2: ("methods", "embed"),
     3: ("search",),

@@ -89,7 +89,10 @@ def train(
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Train an encoder on unlabelled images."""
+    """Train an encoder on unlabelled images.
+
+    On several GPUs: torchrun --nproc-per-node 4 -m simsiam train DATA ...
+    """
     console = _console()
     texts = list(overrides or [])
     if data is not None and "=" in data and not os.path.exists(data):
@@ -117,15 +120,17 @@ def train(
         precision=None if precision is None else precision.value,
         on_collapse=None if on_collapse is None else on_collapse.value,
     )
+    from simsiam import ranks
     from simsiam.show.report import write_report
 
-    page = write_report(Path(summary["run"]))
-    _training_table(console, summary)
-    console.say(f"Report   {page}")
-    console.say(f"Next     simsiam evaluate {summary['run']}")
-    console.say(f"         simsiam embed {summary['run']} {summary['data']} -o DIR")
-    if as_json:
-        _print_json(summary)
+    if ranks.main():
+        page = write_report(Path(summary["run"]))
+        _training_table(console, summary)
+        console.say(f"Report   {page}")
+        console.say(f"Next     simsiam evaluate {summary['run']}")
+        console.say(f"         simsiam embed {summary['run']} {summary['data']} -o DIR")
+        if as_json:
+            _print_json(summary)
     if summary["verdict"] != "healthy":
         raise typer.Exit(1)
 
@@ -398,13 +403,15 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        _last_line(f"Error: {error}")
+        process = os.environ.get("RANK", "0")  # of those that torchrun started
+        _last_line(f"Error: {error}" if process == "0" else f"Error in process {process}: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         _last_line("Interrupted.")
         sys.exit(1)
     except Interrupted as error:
-        _last_line(str(error))
+        if os.environ.get("RANK", "0") == "0":
+            _last_line(str(error))
         sys.exit(1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, ParamSpec, TypeVar
 
 import torch
@@ -45,6 +45,8 @@ class Siamese(nn.Module):
 
     encoder: Encoder
     projector: nn.Module
+    sync_bn = True
+    """Over several processes, BN takes its statistics from the whole batch (`ranks.parallel`)."""
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """float [B,3,h,w] -> features h [B,dim] and projection z [B,d], not normalised."""
@@ -94,32 +96,3 @@ def wide(z: Tensor) -> Tensor:
 def unit(z: Tensor) -> Tensor:
     """z/|z| in float32, rows of [B,d]."""
     return F.normalize(wide(z), dim=1)
-
-
-def gather(z: Tensor) -> Tensor:
-    """[B,d] of every rank, concatenated in rank order: [R B,d]; gradients flow back to the rank that each row came from.
-
-    In one process, z itself.
-    """
-    if not _several():
-        return z
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(z))
-
-
-def rank() -> int:
-    """This process's place among the ranks; 0 where there is one process."""
-    return torch.distributed.get_rank() if _several() else 0
-
-
-def all_ranks(values: Iterable[Tensor], reduce: Literal["sum", "max"] = "sum") -> None:
-    """Reduces each tensor over the ranks, in place; nothing to do in one process."""
-    if _several():
-        operation = torch.distributed.ReduceOp.SUM if reduce == "sum" else torch.distributed.ReduceOp.MAX
-        for value in values:
-            torch.distributed.all_reduce(value, operation)
-
-
-def _several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simsiam import ranks
 from simsiam.collapse import Guard, Verdict, judge
 from simsiam.compute import Compute
 from simsiam.config import UserError
@@ -74,8 +75,10 @@ class Session:
             self.training_seconds = state["training_seconds"]
             self._load(tensors)
             _load_optimizer(self.optimizer, tensors)
-        self.metrics = Metrics(self.run, self.step if found else None)
         self.board: Any = None
+        if not ranks.main():
+            return
+        self.metrics = Metrics(self.run, self.step if found else None)
         if self.recipe.train.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -83,12 +86,13 @@ class Session:
                 raise UserError("train.tensorboard needs TensorBoard: pip install 'simsiam[tensorboard]'.") from None
             self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.step)
 
-    def begin(self, untrained: torch.nn.Module) -> None:
+    def begin(self, untrained: torch.nn.Module | None) -> None:
         """Starts the clock; a new run is first looked at and saved, so that there is a healthy state from the start."""
         now = time.perf_counter()
         self._origin = now - self.seconds
         self._look_seconds = 0.0
-        if self.step == 0:
+        if self.step == 0 and ranks.main():
+            assert untrained is not None
             self.look(self.monitor.baselines(untrained))
             self.save()
         self._flushed = self._looked = self._saved = time.perf_counter()
@@ -99,6 +103,14 @@ class Session:
         self._losses.append(loss.detach())
         self._stds.append(std.detach())
         self.seconds = time.perf_counter() - self._origin
+
+    def agree(self, stopped: list[str]) -> bool:
+        """Takes rank 0's clock and any rank's signal. Returns whether rank 0's guard stops the run."""
+        own = bool(stopped)
+        self.seconds, (signalled, guarded) = ranks.agree(self.seconds, own, ranks.main() and self.guard_stops)
+        if signalled and not own:
+            stopped.append("Another process was stopped")
+        return guarded
 
     @property
     def over(self) -> bool:
@@ -203,7 +215,8 @@ class Session:
         self.method.load_state_dict(method_tensors(tensors))
 
     def close(self) -> None:
-        self.metrics.close()
+        if ranks.main():
+            self.metrics.close()
         if self.board is not None:
             self.board.close()
 
@@ -241,6 +254,8 @@ def signals() -> Iterator[list[str]]:
         return
 
     def note(number: int, _: Any) -> None:
+        if ranks.several() and stopped:
+            return  # torchrun passes on what the terminal has sent already
         if stopped:
             raise KeyboardInterrupt
         stopped.append(signal.Signals(number).name)

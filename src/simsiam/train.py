@@ -11,12 +11,12 @@ import types
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from simsiam import evaluate, methods
+from simsiam import evaluate, methods, ranks
 from simsiam.assess import Rows, keep_samples, side_by_side
 from simsiam.compute import Compute, describe, generator, pick_device, probe_precision, set_threads
 from simsiam.config import Interrupted, Table, UserError, read_recipe, show_duration, write_recipe
@@ -64,10 +64,28 @@ def train(
     Returns the run's summary: the keys of `train --json`.
     Raises UserError for the user's mistakes, before anything is overwritten. A signal (SIGINT, SIGTERM) saves the state
     and raises Interrupted.
+
+    Under torchrun every process calls it with the same arguments: they share each batch, and rank 0 alone writes and
+    shows. `batch_size` stays that of all together.
     """
-    listener = listener or Listener()
+    with ranks.joined(pick_device(device)) as where:
+        listener = (listener if ranks.main() else None) or Listener()
+        return _train(data, out, recipe, overrides, size, resume, where, workers, listener, settings)
+
+
+def _train(
+    data: str | Path | None,
+    out: str | Path | None,
+    recipe: str | None,
+    overrides: Sequence[str],
+    size: int | None,
+    resume: bool,
+    where: torch.device,
+    workers: int | None,
+    listener: Listener,
+    settings: Table,
+) -> dict[str, Any]:
     set_threads()
-    where = pick_device(device)
     asked = gather(data, recipe, overrides, settings)
     if resume:
         run = _resumable(out)
@@ -81,13 +99,13 @@ def train(
             return summary
         asked = read_recipe(run / RECIPE)
     else:
-        run = _new_run(out, asked)
+        run = ranks.same(lambda: _new_run(out, asked))
 
     images = open_images(asked["data"])
     facts = look_at(images, where.type)
     plan, reasons = (read(asked), []) if resume else resolve(asked, facts, size)
     prepare = plan.prepare
-    cache = build_cache(images, plan.short_side, workers=workers, progress=listener.decoding)
+    cache = ranks.first(lambda: build_cache(images, plan.short_side, workers=workers, progress=listener.decoding))
     rows, held_out = cache.split()
     if len(rows) < 2:
         raise UserError(f"{plan.data} has {len(rows)} usable image to train on: at least 2 are needed.")
@@ -95,9 +113,12 @@ def train(
         facts = replace(facts, images=len(rows))
         plan, reasons = resolve(asked, facts, size)
 
+    _check_parts(plan.train.batch_size)
     method = build_method(plan, len(rows)) if resume else _initial(plan, len(rows), listener)
     loader = Loader(cache, rows, plan.train.batch_size, where, plan.seed)
-    compute, step_seconds, why = _probe(method, plan, loader, where)
+    probed = _probe(method, plan, loader, where)
+    precision, step_seconds, why = ranks.same(lambda: probed)
+    compute = Compute(where, precision)
     if not resume:
         reasons.append(("train.precision", compute.precision, why))
         if plan.train.epochs is None and plan.train.budget is None:
@@ -105,9 +126,12 @@ def train(
             reasons.append(("train.epochs", f"{epochs:g}", why))
             plan = replace(plan, train=replace(plan.train, epochs=epochs))
         plan = replace(plan, train=replace(plan.train, precision=compute.precision))
+    if ranks.main():
         run.mkdir(parents=True, exist_ok=True)
-        write_text(run / RECIPE, write_recipe(plan.table()))
-    write_json(run / ENVIRONMENT, {**describe(), "device": str(where), **_command()})
+        if not resume:
+            write_text(run / RECIPE, write_recipe(plan.table()))
+        about = {"device": str(where), "processes": ranks.count(), **_command()}
+        write_json(run / ENVIRONMENT, {**describe(), **about})
 
     compute.place(method)
     settings_ = plan.train
@@ -126,11 +150,11 @@ def train(
     s.open(resume)
     try:
         listener.plan(_facts(s, cache, len(rows), len(held_out), step_seconds), reasons)
-        before = untrained(plan.encoder, plan.seed, prepare, cache, rows, compute)
+        before = untrained(plan.encoder, plan.seed, prepare, cache, rows, compute) if ranks.main() else None
         with signals() as stopped:
             s.begin(before)
             fit(s, stopped)
-        return _finish(s, before, cache, rows, held_out, prepare)
+        return ranks.same(lambda: _finish(s, before, cache, rows, held_out, prepare))
     finally:
         listener.close()
         s.close()
@@ -139,6 +163,7 @@ def train(
 def fit(s: Session, stopped: list[str]) -> None:
     """The loop. Ends when the schedule does, when the guard stops it, or, the state saved, with Interrupted."""
     s.method.train()
+    forward = ranks.parallel(s.method)
     per_epoch, settings = s.loader.steps_per_epoch, s.recipe.views.each()
     if s.step == 0:
         with s.compute.autocast():
@@ -151,25 +176,28 @@ def fit(s: Session, stopped: list[str]) -> None:
             rate = s.schedule.rate(s.step, s.seconds)
             for group in s.optimizer.param_groups:
                 group["lr"] = s.schedule.peak if group.get("fixed_lr") else rate
-            draws = generator(s.compute.device, s.recipe.seed, s.step)
+            draws = generator(s.compute.device, s.recipe.seed, s.step, *ranks.own_key())
             views = [random_view(batch.images, view, draws, batch.sizes) for view in settings]
             with s.compute.autocast():
-                loss, stats = s.method(views, batch.index)
+                loss, stats = forward(views, batch.index)
             s.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             s.optimizer.step()
             hook(s.method, "after_step", s.schedule.progress(s.step, s.seconds))
 
             s.stepped(loss, stats["std"])
-            if s.due or stopped:
+            if ranks.main() and (s.due or stopped):
                 s.flush(rate)
+            guarded = s.agree(stopped)
             if stopped:
-                s.save()
+                if ranks.main():
+                    s.save()
+                again = f"torchrun --nproc-per-node {ranks.count()} -m simsiam" if ranks.several() else "simsiam"
                 raise Interrupted(
                     f"{stopped[0]}: stopped at step {s.step:,}, everything is saved. "
-                    f"Go on with: simsiam train --resume -o {shlex.quote(str(s.run))}"
+                    f"Go on with: {again} train --resume -o {shlex.quote(str(s.run))}"
                 )
-            if s.over or s.guard_stops:
+            if s.over or guarded:
                 return
 
 
@@ -177,7 +205,7 @@ def _sweep(s: Session) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Views of every image, once, before the first step."""
     settings = s.recipe.views.each()[:2]
     for number, batch in enumerate(s.loader.epoch(0)):
-        draws = generator(s.compute.device, s.recipe.seed, -1, number)
+        draws = generator(s.compute.device, s.recipe.seed, -1, number, *ranks.own_key())
         yield [random_view(batch.images, view, draws, batch.sizes) for view in settings], batch.index
 
 
@@ -221,7 +249,9 @@ def optimizer(method: Any, recipe: Recipe) -> torch.optim.Optimizer:
 # --- before the loop ------------------------------------------------------------------------------------------------
 
 
-def _probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch.device) -> tuple[Compute, float, str]:
+def _probe(
+    method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch.device
+) -> tuple[Literal["bf16", "fp32"], float, str]:
     """Picks the precision by measuring; returns it with the seconds of a step. The method is left as it was."""
     copied = copy.deepcopy(method)
     batch = next(iter(loader.epoch(0)))
@@ -245,7 +275,16 @@ def _probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torc
     compute = Compute(device, precision)
     for _ in range(0 if precision in seconds else 3):
         step(compute)
-    return compute, seconds[precision], why
+    return precision, seconds[precision], why
+
+
+def _check_parts(batch_size: int) -> None:
+    """Raises UserError where a batch cannot be shared evenly among the processes."""
+    if batch_size % ranks.count() or batch_size < 2 * ranks.count():
+        raise UserError(
+            f"train.batch_size is {batch_size}: torchrun started {ranks.count()} processes, so it must be a multiple of "
+            "that, with at least 2 images for each."
+        )
 
 
 def _initial(plan: Recipe, images: int, listener: Listener) -> torch.nn.Module:
@@ -332,9 +371,10 @@ def _facts(s: Session, cache: Cache, rows: int, held_out: int, step_seconds: flo
 
 
 def _finish(
-    s: Session, before: Encoder, cache: Cache, rows: Rows, held_out: Rows, prepare: Preprocessing
+    s: Session, before: Encoder | None, cache: Cache, rows: Rows, held_out: Rows, prepare: Preprocessing
 ) -> dict[str, Any]:
     """The last look, the encoder, samples to look at, the figures; `summary.json` comes last and means: finished."""
+    assert before is not None
     s.look()
     s.save()
     s.method.eval()

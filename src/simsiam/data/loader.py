@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simsiam import ranks
 from simsiam.data.cache import Cache
 
 _RESIDENT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
@@ -32,11 +33,12 @@ class Loader:
 
     Args:
         rows: int64 [N], the cache rows to train on.
-        batch_size: B; the last, incomplete batch of an epoch is dropped, as in the paper.
+        batch_size: B; the last, incomplete batch of an epoch is dropped, as in the paper. Of several processes each gets
+            its part of every batch, so B is a multiple of their number.
     """
 
     def __init__(self, cache: Cache, rows: np.ndarray, batch_size: int, device: torch.device, seed: int) -> None:
-        assert 0 < batch_size <= len(rows), (batch_size, len(rows))
+        assert 0 < batch_size <= len(rows) and batch_size % ranks.count() == 0, (batch_size, len(rows))
         self.cache, self.rows, self.batch_size, self.device, self.seed = cache, rows, batch_size, device, seed
         self.steps_per_epoch = len(rows) // batch_size
         self._images: Tensor | None = None
@@ -50,7 +52,9 @@ class Loader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step `start` of it on."""
         order = self.order(epoch)
-        chunks = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(start, self.steps_per_epoch)]
+        part = self.batch_size // ranks.count()
+        starts = (i * self.batch_size + ranks.rank() * part for i in range(start, self.steps_per_epoch))
+        chunks = [order[i : i + part] for i in starts]
         if self._images is None:
             yield from self._read_ahead(chunks)
             return

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, gather, in_float32, mlp, wide
+from simsiam.heads import Siamese, in_float32, mlp, wide
 from simsiam.methods import byol
+from simsiam.ranks import gather
 
 CITATION = (
     'J. Zbontar, L. Jing, I. Misra, Y. LeCun, S. Deny, "Barlow Twins: Self-Supervised Learning via Redundancy '

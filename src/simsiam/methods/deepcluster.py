@@ -13,8 +13,9 @@ from torch import Tensor
 from simsiam.collapse import normalised_std
 from simsiam.compute import generator
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, mlp, similarities, unit
+from simsiam.heads import Siamese, mlp, similarities, unit, wide
 from simsiam.methods import swav
+from simsiam.ranks import all_ranks, as_on_rank_0, count, gather
 
 CITATION = (
     'M. Caron et al., "Deep Clustering for Unsupervised Learning of Visual Features", arXiv 1807.05520 (ECCV 2018); '
@@ -121,6 +122,7 @@ class Method(Siamese):
             self.assigned[head] = torch.where(
                 known, nearest_centroid(x, centroids), -100
             )  # cross_entropy leaves out -100
+        as_on_rank_0([self.prototypes, self.assigned])  # sums on a GPU differ in their last bits
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         raw = [self.projector(self.encoder(x)) for x in views]
@@ -137,9 +139,12 @@ class Method(Siamese):
 
     def _cross_entropy(self, scores: Tensor, targets: Tensor) -> Tensor:
         """Mean over the images that have a cluster; 0 where none has."""
-        total = F.cross_entropy(scores.float() / self.settings.temperature, targets, reduction="sum")
-        return total / (targets >= 0).sum().clamp(min=1)
+        total = F.cross_entropy(wide(scores) / self.settings.temperature, targets, reduction="sum")
+        known = (targets >= 0).sum()
+        all_ranks([known])  # of the whole batch: the ranks' gradients are averaged
+        return total * count() / known.clamp(min=1)
 
     def _remember(self, z: list[Tensor], index: Tensor) -> None:
+        index = gather(index)
         for memory, each in zip(self.memory, z, strict=True):
-            memory[index] = each
+            memory[index] = gather(each.detach())

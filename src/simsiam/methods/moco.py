@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, follow, gather, in_float32, mlp, twin, unit
+from simsiam.heads import Siamese, follow, in_float32, mlp, twin, unit
+from simsiam.ranks import count, gather
 
 CITATION = (
     'X. Chen, H. Fan, R. Girshick, K. He, "Improved Baselines with Momentum Contrastive Learning", arXiv 2003.04297; '
@@ -84,8 +85,10 @@ class Method(Siamese):
 
     Shuffled BN (MoCo, section 3.3): within one BN batch a query could find its key by the batch's statistics. Here a
     batch is cut into `bn_groups` parts, each with its own statistics, and the keys are dealt to the parts in another order:
-    what G devices do, on one.
+    what G devices do, on one. Over several processes each has its share of the parts, at least two of them.
     """
+
+    sync_bn = False
 
     queue: Tensor
     head: Tensor
@@ -121,7 +124,8 @@ class Method(Siamese):
         return unit(shuffled)[order.argsort()]
 
     def _grouped(self, network: nn.Module, x: Tensor) -> Tensor:
-        groups = min(self.settings.bn_groups, len(x) // 2)  # BN needs two images
+        most = self.settings.bn_groups
+        groups = min(max(min(most, 2), most // count()), len(x) // 2)  # BN needs two images
         return torch.cat([network(part) for part in x.chunk(groups)])
 
     @torch.no_grad()

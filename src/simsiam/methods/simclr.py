@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, gather, in_float32, mlp, rank, unit
+from simsiam.heads import Siamese, in_float32, mlp, unit
+from simsiam.ranks import gather, rank
 
 CITATION = (
     'T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A Simple Framework for Contrastive Learning of Visual '

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, mlp, twin, wide
+from simsiam.ranks import gather
 
 CITATION = 'X. Chen, K. He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566 (CVPR 2021)'
 PUBLISHED = {
@@ -153,7 +154,8 @@ class Method(Siamese):
                 m = torch.where(known, settings.target_momentum, 0.0)
                 targets = [m * old + (1 - m) * each.float() for each in z]
                 # One new augmentation a step, as in the paper: the second view is it.
-                self.memory[index], self.remembered[index] = targets[1], True
+                seen = gather(index)
+                self.memory[seen], self.remembered[seen] = gather(targets[1]), True
             return targets
         if settings.target_steps == 1:
             return z

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simsiam import ranks
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, all_ranks, in_float32, mlp, similarities, unit, wide
+from simsiam.heads import Siamese, in_float32, mlp, similarities, unit, wide
 
 CITATION = (
     'M. Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882 '
@@ -96,11 +97,11 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """
     scores = wide(scores) / epsilon
     largest = scores.detach().amax()
-    all_ranks([largest], "max")
+    ranks.all_ranks([largest], "max")
     q = torch.exp(scores - largest)  # a common factor, which the scaling cancels: without it exp could overflow
     for _ in range(iterations):
         columns = q.sum(0)
-        all_ranks([columns])
+        ranks.all_ranks([columns])
         q = q / columns.clamp(min=torch.finfo(q.dtype).tiny)
         q = q / q.sum(1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
     return q
@@ -163,21 +164,23 @@ class Method(Siamese):
     def _code(self, z: Tensor, prototypes: Tensor, slot: int) -> Tensor:
         rows = z
         if self._use_queue(len(z)):
-            rows = torch.cat([self.queue[slot], z])
+            rows = torch.cat([self.queue[slot, ranks.rank() :: ranks.count()], z])  # each rank brings its part
         return sinkhorn(similarities(rows, prototypes), self.settings.epsilon, self.settings.sinkhorn_iterations)[
             -len(z) :
         ]
 
     def _use_queue(self, batch: int) -> bool:
         if self.settings.queue and not self._queue_ready:
-            ready = (self.epoch >= self.settings.queue_epoch) & (self.steps * batch > self.settings.queue)
+            ready = (self.epoch >= self.settings.queue_epoch) & (
+                self.steps * batch * ranks.count() > self.settings.queue
+            )
             self._queue_ready = bool(ready)
         return self._queue_ready
 
     def _enqueue(self, z: list[Tensor]) -> None:
         if self.settings.queue:
-            fresh = [torch.cat([each, old])[: self.settings.queue] for each, old in zip(z, self.queue, strict=True)]
-            self.queue = torch.stack(fresh)
+            fresh = [torch.cat([ranks.gather(each), old]) for each, old in zip(z, self.queue, strict=True)]
+            self.queue = torch.stack(fresh)[:, : self.settings.queue]
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from simsiam.collapse import normalised_std
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, gather, in_float32, mlp, wide
+from simsiam.heads import Siamese, in_float32, mlp, wide
 from simsiam.methods import barlow
+from simsiam.ranks import gather
 
 CITATION = (
     'A. Bardes, J. Ponce, Y. LeCun, "VICReg: Variance-Invariance-Covariance Regularization for Self-Supervised '

@@ -1,0 +1,198 @@
+"""Several processes on one run, as torchrun starts them: who is who, what they share, what they agree on.
+
+Each process (rank) trains on its part of every batch. Rank 0 alone writes, shows and measures; its clock counts. In one
+process every function here does nothing, or the obvious.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from simsiam.config import UserError
+
+T = TypeVar("T")
+
+_PATIENCE = datetime.timedelta(days=1)
+"""Rank 0 may decode or evaluate for hours while the others wait; torchrun itself notices a process that died."""
+
+
+def several() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, from 0 on, before it has joined the others too."""
+    return dist.get_rank() if several() else int(os.environ["RANK"]) if started() else 0
+
+
+def count() -> int:
+    """Processes on this run."""
+    return dist.get_world_size() if several() else 1
+
+
+def main() -> bool:
+    """Whether this is the process that writes, shows and measures."""
+    return rank() == 0
+
+
+def own_key() -> tuple[int, ...]:
+    """What makes a random key this rank's own; nothing in one process."""
+    return (rank(),) if several() else ()
+
+
+def started() -> bool:
+    """Whether torchrun started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[torch.device]:
+    """Joins the processes that torchrun started, where it did, and yields this one's device.
+
+    Raises UserError where a machine has fewer GPUs than processes.
+    """
+    if not started() or several():
+        yield device
+        return
+    backend = "gloo"
+    if device.type == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            gpus = torch.cuda.device_count()
+            raise UserError(
+                f"torchrun started process {local} here, but there are {gpus} GPUs: lower --nproc-per-node."
+            )
+        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def same(value: Callable[[], T]) -> T:
+    """What rank 0 gets from `value()`, on every rank; its UserError too."""
+    if not several():
+        return value()
+    answer: list[Any] = [None]
+    if main():
+        try:
+            answer = [(value(), None)]
+        except UserError as error:
+            answer = [(None, str(error))]
+    dist.broadcast_object_list(answer, device=torch.device("cpu"))
+    result, mistake = answer[0]
+    if mistake is not None:
+        raise UserError(mistake)
+    return result
+
+
+def first(work: Callable[[], T]) -> T:
+    """`work()` on rank 0, and when that is done on the others: they find the files that it wrote."""
+    if main():
+        done = work()
+        same(lambda: None)
+        return done
+    same(lambda: None)
+    return work()
+
+
+def agree(seconds: float, *flags: bool) -> tuple[float, tuple[bool, ...]]:
+    """Rank 0's seconds, and each flag where any rank raised it. On the CPU: no device waits for it."""
+    if not several():
+        return seconds, flags
+    said = torch.tensor([seconds if main() else 0.0, *map(float, flags)], dtype=torch.float64)
+    dist.all_reduce(said)
+    return float(said[0]), tuple(flag > 0 for flag in said[1:].tolist())
+
+
+# --- tensors --------------------------------------------------------------------------------------------------------
+
+
+def gather(z: Tensor) -> Tensor:
+    """[B,...] of every rank, concatenated in rank order: [R B,...]; gradients flow back to the rank that each row came
+    from. In one process, z itself."""
+    if not several():
+        return z
+    if z.requires_grad and torch.is_grad_enabled():
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.cat(all_gather(z))
+    parts = [torch.empty_like(z, memory_format=torch.contiguous_format) for _ in range(count())]
+    dist.all_gather(parts, z.detach().contiguous())
+    return torch.cat(parts)
+
+
+def all_ranks(values: Iterable[Tensor], reduce: Literal["sum", "max"] = "sum") -> None:
+    """Reduces each tensor over the ranks, in place."""
+    if several():
+        for value in values:
+            dist.all_reduce(value, dist.ReduceOp.SUM if reduce == "sum" else dist.ReduceOp.MAX)
+
+
+def as_on_rank_0(values: Iterable[Tensor]) -> None:
+    """Overwrites each tensor with rank 0's."""
+    if several():
+        for value in values:
+            dist.broadcast(value, 0)
+
+
+def parallel(method: nn.Module) -> nn.Module:
+    """What to call in place of `method` in training: its gradients are the mean over the ranks (DDP), and its BN is
+    synchronised, in place (paper, section 4.1), where `method.sync_bn` does not say otherwise."""
+    if not several():
+        return method
+    device = next(method.parameters()).device
+    if getattr(method, "sync_bn", True):
+        _synchronise(method, device)
+    # BN's running statistics and everything else a method remembers are made equal by the methods themselves.
+    return nn.parallel.DistributedDataParallel(
+        method, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False
+    )
+
+
+def _synchronise(module: nn.Module, device: torch.device) -> None:
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            # The class alone is exchanged: parameters, buffers and their names stay what the optimiser and checkpoints know.
+            norm.__class__ = _CPUSyncBatchNorm if device.type == "cpu" else nn.SyncBatchNorm
+            norm.process_group = None  # type: ignore[assignment]
+
+
+class _CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """torch's SyncBatchNorm has no CPU."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        from torch.distributed.nn.functional import all_reduce
+
+        x = input if input.dtype == torch.float64 else input.float()
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        rows = x.numel() // x.shape[1] * count()  # parts of a batch are equal
+        mean = all_reduce(x.sum(axes)) / rows
+        variance = all_reduce((x - mean.view(shape)).square().sum(axes)) / rows
+        if self.running_mean is not None and self.running_var is not None:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked += 1
+            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * rows / (rows - 1), momentum)
+        y = (x - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(input.dtype)

@@ -1,0 +1,193 @@
+"""Several processes on one run: together they do what one would, and every method can be shared."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from simsiam import methods, ranks
+from simsiam.encoders import EncoderSpec, build
+from simsiam.runs import ENVIRONMENT, Checkpoints, read_json, read_metrics
+from simsiam.train import hook
+
+RANKS = 2
+BATCH, IMAGES, STEPS = 8, 16, 4
+SMALL: dict[str, dict[str, Any]] = {
+    "barlow": {"dim": 16, "projector_hidden": 16},
+    "byol": {"dim": 16, "hidden": 16},
+    "deepcluster": {"dim": 16, "projector_hidden": 16, "prototypes": 4, "iterations": 2},
+    "moco": {"dim": 16, "queue": 16, "projector_hidden": 16, "bn_groups": 2},
+    "swav": {"dim": 16, "projector_hidden": 16, "prototypes": 8, "queue": 16, "queue_epoch": 0, "freeze_steps": 1},
+    "vicreg": {"dim": 16, "projector_hidden": 16},
+}
+
+
+def small_method(name: str, **settings: Any) -> nn.Module:
+    module = methods.get(name)
+    encoder = build(EncoderSpec("thin-resnet18", 8, width=2), 0)
+    torch.manual_seed(0)
+    chosen = SMALL.get(name, {"dim": 16, "projector_hidden": 16})
+    method: nn.Module = module.Method(encoder, module.Settings(**{**chosen, **settings})).double()
+    hook(method, "allocate", IMAGES)
+    return method.double()
+
+
+def batch(step: int, count: int) -> tuple[list[Tensor], Tensor]:
+    draws = torch.Generator().manual_seed(step)
+    index = torch.randperm(IMAGES, generator=draws)[:BATCH]
+    return [torch.randn(BATCH, 3, 8, 8, generator=draws, dtype=torch.float64) for _ in range(count)], index
+
+
+def trained(name: str, **settings: Any) -> dict[str, Tensor]:
+    """The state after a few steps on this rank's part of the same batches."""
+    method = small_method(name, **settings).train()
+    forward = ranks.parallel(method)
+    steps = torch.optim.SGD(methods.param_groups(method), lr=0.05, momentum=0.9)
+    part = BATCH // ranks.count()
+    own = slice(ranks.rank() * part, (ranks.rank() + 1) * part)
+
+    def share(step: int) -> tuple[list[Tensor], Tensor]:
+        views, index = batch(step, methods.get(name).VIEWS[0])
+        return [view[own] for view in views], index[own]
+
+    hook(method, "before_training", [share(step) for step in range(2)])
+    for step in range(STEPS):
+        if step % 2 == 0:
+            hook(method, "before_epoch", step // 2)
+        loss, stats = forward(*share(step))
+        assert stats["std"].isfinite()
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+        hook(method, "after_step", step / STEPS)
+    return method.state_dict()
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in methods.names()),
+    ("simsiam", {"predictor": False, "target_momentum": 0.8}),
+    ("simsiam", {"target_steps": 2}),
+]
+
+
+def _work(number: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(number), "WORLD_SIZE": str(RANKS)}
+    with ranks.joined(torch.device("cpu")):
+        assert ranks.several() and ranks.rank() == number and ranks.main() == (number == 0)
+        assert ranks.same(lambda: f"from {number}") == "from 0"
+        assert ranks.agree(float(number + 5), number == 1, False) == (5.0, (True, False))
+        torch.save([trained(name, **settings) for name, settings in CASES], f"{folder}/{number}.pt")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Tensor]]]:
+    """The states of every case on each of two ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(_work, args=(free_port(), str(folder)), nprocs=RANKS)
+    return [torch.load(folder / f"{number}.pt") for number in range(RANKS)]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{n}-{'-'.join(s)}".strip("-") for n, s in CASES])
+def test_two_ranks_end_where_one_process_does(number: int, shared: list[list[dict[str, Tensor]]]) -> None:
+    """BN over the whole batch, gathered negatives, codes, clusters and memories: all in float64."""
+    first, second = (states[number] for states in shared)
+    name, settings = CASES[number]
+    sync_bn = methods.get(name).Method.sync_bn
+    for key in first:
+        if sync_bn or "running" not in key:  # without it each rank has statistics of its own, as MoCo wants them
+            torch.testing.assert_close(first[key], second[key], rtol=1e-9, atol=1e-12, msg=key)
+    if sync_bn:
+        alone = trained(name, **settings)
+        for key in alone:
+            torch.testing.assert_close(alone[key], first[key], rtol=1e-6, atol=1e-9, msg=key)
+
+
+# --- whole runs, as torchrun starts them ----------------------------------------------------------------------------
+
+TINY = ["method.dim=16", "method.projector_hidden=16", "encoder.width=4", "views.size=16", "eval.size=16"]
+TINY += ["train.batch_size=16", "train.precision=fp32"]
+PLAIN = ["views.scale=[1,1]", "views.ratio=[1,1]", "views.flip_p=0", "views.jitter_p=0", "views.gray_p=0"]
+
+
+def torchrun(*arguments: object, processes: int = RANKS) -> list[str]:
+    where = ["--nproc-per-node", str(processes), "--master-port", str(free_port())]
+    return [sys.executable, "-m", "torch.distributed.run", *where, "-m", "simsiam", *map(str, arguments)]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def test_a_run_over_two_processes_is_one_run(tmp_path: Path) -> None:
+    """One table, one run folder; without random views, the weights that a single process gets."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(80):  # square: the plain crop of any other has a place to be drawn
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (24, 24, 3), np.uint8)).save(photos / f"{i}.png")
+    settings = ["--epochs", 0.2, *TINY, *PLAIN]  # a step: more of them would enlarge the rounding of float32
+    two = run(torchrun("train", photos, "-o", tmp_path / "two", *settings))
+    assert two.returncode == 0, two.stderr
+    assert two.stderr.count("Report   ") == 1
+    assert read_json(tmp_path / "two" / ENVIRONMENT)["processes"] == 2
+    one = run([sys.executable, "-m", "simsiam", "train", str(photos), "-o", str(tmp_path / "one"), *map(str, settings)])
+    assert one.returncode == 0, one.stderr
+    first, second = (Checkpoints(tmp_path / name).load() for name in ("one", "two"))
+    assert first is not None and second is not None and first[1]["step"] == second[1]["step"] == 1
+    assert first[0].keys() == second[0].keys()
+    for key, value in first[0].items():
+        if value.ndim > 1:  # a ReLU on the edge may fall to either side
+            assert torch.cosine_similarity(value.flatten(), second[0][key].flatten(), dim=0) > 0.99, key
+
+
+def test_a_signal_stops_both_and_the_run_goes_on(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = torchrun("train", photos, "-o", folder, "--epochs", 2000, *TINY)
+    process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    until = time.monotonic() + 120
+    while len(read_metrics(folder)) < 4 and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert "everything is saved" in error and "torchrun --nproc-per-node 2 -m simsiam train --resume" in error
+    found = Checkpoints(folder).load()
+    assert found is not None and found[1]["step"] > 0
+    assert not (folder / "summary.json").exists()
+    again = subprocess.Popen(
+        torchrun("train", "--resume", "-o", folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
+    before, until = len(read_metrics(folder)), time.monotonic() + 120
+    while len(read_metrics(folder)) < before + 2 and again.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    again.send_signal(signal.SIGTERM)
+    _, error = again.communicate(timeout=60)
+    assert "everything is saved" in error, error
+    later = Checkpoints(folder).load()
+    assert later is not None and later[1]["step"] > found[1]["step"]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(photos: Path, tmp_path: Path) -> None:
+    refused = run(torchrun("train", photos, "-o", tmp_path / "run", "--epochs", 1, *TINY, "train.batch_size=9"))
+    assert refused.returncode != 0 and "must be a multiple" in refused.stderr
+    assert not (tmp_path / "run").exists()

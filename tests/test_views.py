@@ -107,14 +107,27 @@ def test_padding_never_shows(largest: int) -> None:
     assert difference(images, replace(PLAIN, size=24, flip_p=0.5), sizes).max() <= 2 * LEVEL
 
 
+@pytest.mark.parametrize("side", [40, 120])  # small images by matrices, large ones one by one
 @pytest.mark.parametrize("size", [8, 32, 64])
-def test_blur_is_torchvisions(size: int) -> None:
+def test_blur_is_torchvisions(size: int, side: int) -> None:
     settings = replace(PLAIN, size=size, blur_p=0.7, flip_p=0.5)
-    assert difference(noise(24, 40, 50).float(), settings).max() < 1e-5
+    assert difference(noise(24, side, side + 10).float(), settings).max() < 1e-5
     _, _, sigma = views.draw_geometry(torch.full((4000, 2), 40), settings, seeded())
     assert abs((sigma > 0).float().mean().item() - 0.7) < 0.03
     drawn = sigma[sigma > 0]
     assert 0.1 <= drawn.min() < 0.11 and 1.99 < drawn.max() <= 2 and abs(drawn.mean().item() - 1.05) < 0.05
+
+
+def test_threads_change_nothing() -> None:
+    """Large images are shared among threads; under inference mode too, which each thread has to itself."""
+    images, settings = noise(7, 150, 120), ViewSettings(size=64)
+    torch.set_num_threads(2)
+    shared = random_view(images, settings, seeded())
+    with torch.inference_mode():
+        inferred = random_view(images, settings, seeded()), plain_pixels(images, 64, 0.875)
+    torch.set_num_threads(1)
+    assert torch.equal(shared, random_view(images, settings, seeded())) and torch.equal(shared, inferred[0])
+    assert torch.equal(plain_pixels(images, 64, 0.875), inferred[1])
 
 
 def test_a_blur_of_nothing_is_the_identity() -> None:

@@ -6,8 +6,10 @@ normalisation. All of it but the clamping is linear in the pixels, so each sampl
     view = clamp(C . (W_y @ image @ W_x^T) + t)
 
 with two resampling matrices (crop, antialiased resize, flip and blur) and one 3x4 colour matrix [C | t] (brightness,
-contrast, saturation, hue, grayscale, normalisation). In space that is torchvision's result before it rounds to 8 bits;
-in colour it deviates in three ways, which `tests/test_views.py` bounds against torchvision, image by image:
+contrast, saturation, hue, grayscale, normalisation). In space that is torchvision's result before it rounds to 8 bits.
+Larger images on a CPU are cut out and resized one by one instead, by the function that torchvision calls, rounding included:
+there the dense products would cost several times as much. In colour the views deviate from torchvision in three ways, which
+`tests/test_views.py` bounds image by image:
 
 * values are clamped to [0, 255] once, at the end, not after every step;
 * blur therefore sees colours before the clamp;
@@ -19,15 +21,20 @@ and by 3.0 with it (99 % within 25), where leaving hue out would be off by 4.1 (
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to a central crop
-_SMALL = 96 * 96  # pixels, measured on a CPU; see `resample`
+_SMALL = 88 * 88  # pixels of an image up to which a CPU is faster with matrices; measured
+_RADIUS = 11  # of the blur: 23 taps, as SimCLR's at 224 pixels
 
 Box = tuple[Tensor, Tensor, Tensor, Tensor]
 """top, left, height and width in whole pixels, float32 [B] each."""
@@ -112,13 +119,18 @@ def random_view(
     if sizes is None:
         sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
     box, flip, sigma = draw_geometry(sizes, settings, generator)
-    top, left, height, width = box
-    w_y = resampling(top, height, settings.size, images.shape[2])
-    w_x = resampling(left, width, settings.size, images.shape[3], flip)
-    if settings.blur_p > 0:
-        kernel = gaussian(sigma, settings.size)
-        w_y, w_x = kernel @ w_y, kernel @ w_x
-    view = resample(images, w_y, w_x, box)
+    if images.device.type == "cpu" and images.shape[2] * images.shape[3] > _SMALL:
+        view = _cut(images, box, flip, settings.size)
+        if settings.blur_p > 0:
+            _blur(view, sigma)
+    else:
+        top, left, height, width = box
+        w_y = resampling(top, height, settings.size, images.shape[2])
+        w_x = resampling(left, width, settings.size, images.shape[3], flip)
+        if settings.blur_p > 0:
+            kernel = gaussian(sigma, settings.size)
+            w_y, w_x = kernel @ w_y, kernel @ w_x
+        view = resample(images, w_y, w_x)
     matrix, offset = colour_matrix(view.mean((2, 3)) / 255, settings, generator)
     view = _colour(view, matrix, offset, settings)
     if settings.solarize_p > 0:
@@ -156,6 +168,8 @@ def plain_pixels(images: Tensor, size: int, share: float, sizes: Tensor | None =
             return images.float()
         sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
     resized = round(size / share) * sizes // sizes.amin(1, keepdim=True)
+    if images.device.type == "cpu":
+        return _central(images, sizes, resized, size)
     full, step = sizes.float(), sizes / resized
     start, length = ((resized - size) / 2).round() * step, size * step
     w_y = resampling(start[:, 0], length[:, 0], size, images.shape[2], edge=full[:, 0])
@@ -248,13 +262,11 @@ def resampling(
 def gaussian(sigma: Tensor, size: int) -> Tensor:
     """Matrices [B,size,size] that blur along one axis with reflected edges; sigma 0 is the identity.
 
-    The kernel spans 23 pixels, as SimCLR's does at 224, or less where the view is smaller.
+    The kernel spans 23 pixels, or less where the view is smaller.
     """
-    radius = min(size - 1, 11)
-    offset = torch.arange(-radius, radius + 1, device=sigma.device)
-    weight = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2)
-    weight = weight / weight.sum(1, keepdim=True)
-    source = torch.arange(size, device=sigma.device)[:, None] + offset
+    radius = min(size - 1, _RADIUS)
+    weight = _gaussian_taps(sigma, radius)
+    source = torch.arange(size, device=sigma.device)[:, None] + torch.arange(-radius, radius + 1, device=sigma.device)
     source = source.abs()
     source = torch.where(source > size - 1, 2 * (size - 1) - source, source)
     batch = len(sigma)
@@ -262,23 +274,92 @@ def gaussian(sigma: Tensor, size: int) -> Tensor:
     return kernel.scatter_add_(2, source.expand(batch, -1, -1), weight[:, None].expand(-1, size, -1))
 
 
-def resample(images: Tensor, w_y: Tensor, w_x: Tensor, box: Box | None = None) -> Tensor:
-    """W_y @ image @ W_x^T for every image and channel: [B,3,H,W] -> float32 [B,3,h,w].
+def _gaussian_taps(sigma: Tensor, radius: int) -> Tensor:
+    """Weights [B,2*radius+1] that sum to 1; sigma 0 leaves a pixel as it is."""
+    offset = torch.arange(-radius, radius + 1, device=sigma.device)
+    weight = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2)
+    return weight / weight.sum(1, keepdim=True)
 
-    `box`, where given, holds all pixels of each image that the matrices read. A CPU then leaves out the others of large
-    images, one image at a time; small images are faster as one product.
-    """
+
+def resample(images: Tensor, w_y: Tensor, w_x: Tensor) -> Tensor:
+    """W_y @ image @ W_x^T for every image and channel: [B,3,H,W] -> float32 [B,3,h,w]."""
     batch, channels, height, width = images.shape
-    if box is not None and images.device.type == "cpu" and height * width > _SMALL:
-        view = torch.empty(batch, channels, w_y.shape[1], w_x.shape[1])
-        for i, (top, left, h, w) in enumerate(torch.stack(box, 1).long().tolist()):
-            rows, columns = slice(top, top + h), slice(left, left + w)
-            torch.matmul(w_y[i, :, rows], images[i, :, rows, columns].float() @ w_x[i, :, columns].T, out=view[i])
-        return view
     lines = images.transpose(1, 2).contiguous().float()  # [B,H,3,W]: two products for all three channels
     lines = torch.bmm(w_y, lines.view(batch, height, channels * width))
     view = torch.bmm(lines.view(batch, -1, width), w_x.mT)
     return view.view(batch, -1, channels, w_x.shape[1]).transpose(1, 2).contiguous()
+
+
+# --- image by image, on a CPU ---------------------------------------------------------------------------------------
+
+
+def _cut(images: Tensor, box: Box, flip: Tensor, size: int) -> Tensor:
+    """Every image's box resized, and flipped where asked, in the images' own precision; then float32 [B,3,size,size]."""
+    top, left, height, width, flipped = torch.stack([*box, flip.float()]).long().tolist()
+    views = torch.empty(len(images), 3, size, size, dtype=images.dtype)
+
+    def cut(i: int) -> None:
+        view = _resize(images[i : i + 1, :, top[i] : top[i] + height[i], left[i] : left[i] + width[i]], size, size)[0]
+        views[i] = view.flip(2) if flipped[i] else view
+
+    _each(len(images), cut)
+    return views.float()
+
+
+def _central(images: Tensor, sizes: Tensor, resized: Tensor, size: int) -> Tensor:
+    """The central square of every image after it was resized to `resized` (height, width): float32 [B,3,size,size]."""
+    start = ((resized - size) / 2).round().long().tolist()
+    own, wanted = sizes.tolist(), resized.tolist()
+    pixels = torch.empty(len(images), 3, size, size)
+
+    def cut(i: int) -> None:
+        image, (top, left) = images[i : i + 1, :, : own[i][0], : own[i][1]], start[i]
+        if own[i] != wanted[i]:  # not rounded: an exported encoder computes it like this
+            image = _resize(image.float(), *wanted[i]).clamp_(0, 255)
+        pixels[i] = image[0, :, top : top + size, left : left + size]
+
+    _each(len(images), cut)
+    return pixels
+
+
+def _resize(image: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(image, (height, width), mode="bilinear", antialias=True)
+
+
+def _blur(views: Tensor, sigma: Tensor) -> None:
+    """What `gaussian` does, in place, of the views [B,3,size,size] whose sigma is not 0."""
+    chosen, size = sigma.nonzero()[:, 0], views.shape[2]
+    if not len(chosen):
+        return
+    radius = min(size - 1, _RADIUS)
+    kernel = _gaussian_taps(sigma[chosen], radius).repeat_interleave(3, 0)
+    x = F.pad(views[chosen].view(1, -1, size, size), [radius] * 4, mode="reflect")
+    x = F.conv2d(x, kernel[:, None, :, None], groups=len(kernel))
+    views[chosen] = F.conv2d(x, kernel[:, None, None, :], groups=len(kernel)).view(-1, 3, size, size)
+
+
+def _each(count: int, work: Callable[[int], None]) -> None:
+    """work(0), work(1), ... on as many threads as torch has; all release the GIL."""
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def part(first: int) -> None:
+        with torch.inference_mode(inference):  # a mode is a thread's own
+            for i in range(first, count, threads):
+                work(i)
+
+    if threads == 1:
+        part(0)
+    else:
+        for _ in _pool(threads).map(part, range(threads)):
+            pass
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="simsiam-views")
+
+
+# --- colour ---------------------------------------------------------------------------------------------------------
 
 
 def colour_matrix(mean: Tensor, settings: ViewSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -191,6 +191,34 @@ def embed(
 
 
 @app.command()
+def search(
+    embeddings: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that `simsiam embed` wrote.", show_default=False)
+    ],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="Image files, or ids of stored images.", show_default=False)
+    ],
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours of each.")] = 10,
+    index: Annotated[
+        bool | None, typer.Option("--index/--exact", help="Default: compare all, up to a million; an index beyond.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find the stored images that are most alike to an image."""
+    console = _console()
+    from simsiam.search import search as find
+
+    found = find(embeddings, images, k, index=index, device=device, progress=console.say)
+    if as_json:
+        _print_json(found)
+        return
+    for result in found:
+        rows = [[each["id"], f"{each['score']:.3f}"] for each in result["neighbours"]]
+        console.results(result["query"], ["most alike", "cosine"], rows)
+
+
+@app.command()
 def export(
     run: Run,
     to: Annotated[Target, typer.Option(help="Software that is to read the file.", show_default=False)],

@@ -24,7 +24,7 @@ from simsiam.config import UserError
 from simsiam.data.decode import DecodeError, decode, in_order
 from simsiam.data.imageset import ImageSet
 
-FORMAT = 1
+FORMAT = 2
 """Part of every cache's key: raise it when the files or what `decode` returns change."""
 
 _HELD_OUT = 1000

@@ -1,0 +1,188 @@
+"""Stored embeddings -> the images most alike: exact up to a million vectors, through an index beyond."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from simsiam.compute import pick_device, set_threads
+from simsiam.config import UserError
+from simsiam.embed import ITEMS, META, VECTORS, ImageEncoder
+from simsiam.neighbours import top_k
+from simsiam.runs import atomic, read_json, write_json
+
+EXACT = 1_000_000
+"""Vectors up to which every one is compared: a second or two on a laptop. Beyond, an index is made once and kept."""
+RECALL = 0.95
+"""Of the true 10 nearest, the share that the index must find, measured on stored vectors."""
+
+INDEX, INDEX_META = "index.usearch", "index.json"
+_PROBES = 256
+_WIDEST = 4096
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A folder that `simsiam embed` wrote."""
+
+    folder: Path
+    vectors: NDArray[np.float32]
+    """[N,D], memory-mapped."""
+    ids: list[str]
+    meta: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_embeddings(folder: str | Path) -> Embeddings:
+    """Raises UserError where the folder is not one of `simsiam embed`, is not complete, or its files do not agree."""
+    import pyarrow.parquet as pq
+
+    folder = Path(folder)
+    if not (folder / META).exists():
+        half = (
+            " Its writing was interrupted: run the same `simsiam embed` again." if (folder / VECTORS).exists() else ""
+        )
+        raise UserError(f"{folder} holds no embeddings.{half or ' Make them: simsiam embed RUN DATA -o DIR.'}")
+    meta = read_json(folder / META)
+    try:
+        vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+        ids = pq.read_table(folder / ITEMS, columns=["id"])["id"].to_pylist()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"Cannot read the embeddings in {folder}: {' '.join(str(error).split())}") from None
+    if not len(vectors) == len(ids) == meta.get("vectors") or vectors.shape[1:] != (meta.get("dim"),):
+        raise UserError(f"The files of {folder} do not belong together: run `simsiam embed` again, or copy all three.")
+    return Embeddings(folder, vectors, ids, meta)
+
+
+def search(
+    folder: str | Path,
+    queries: Sequence[str | Path],
+    k: int = 10,
+    *,
+    index: bool | None = None,
+    device: str = "auto",
+    progress: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """The k stored images most alike to each query, by cosine similarity.
+
+    Args:
+        folder: embeddings, as `simsiam embed` writes them.
+        queries: image files, which the run that made the embeddings embeds; or ids of stored images, which are then left
+            out of their own neighbours. A file counts before an id of the same name.
+        index: True or False to use an index or to compare all; None: an index beyond a million vectors.
+        progress: told in words what takes long.
+    Returns [{"query", "neighbours": [{"id", "score"}, ...]}, ...], best first; the score is 1 for the same direction.
+    Raises UserError for a query that is neither, for a run that is gone or has other weights by now.
+    """
+    set_threads()
+    if k < 1:
+        raise UserError(f"-k is {k}: it must be at least 1.")
+    stored = read_embeddings(folder)
+    if not queries:
+        raise UserError("Name at least one image to search for.")
+    rows = {id_: row for row, id_ in enumerate(stored.ids)}
+    names = [os.fspath(query) for query in queries]
+    files = [name for name in names if os.path.isfile(name)]
+    for name in names:
+        if name not in rows and name not in files:
+            raise UserError(f"{name} is neither an image file nor an id in {folder}.")
+    vectors = np.empty((len(names), stored.vectors.shape[1]), np.float32)
+    if files:
+        embedded = dict(zip(files, _encoder(stored, device).embed(files), strict=True))
+    for i, name in enumerate(names):
+        vectors[i] = embedded[name] if name in files else stored.vectors[rows[name]]
+
+    most = min(k + 1, len(stored))  # one more: a stored query finds itself
+    if index or (index is None and len(stored) > EXACT):
+        scores, found = _by_index(stored, vectors, most, progress)
+    else:
+        where = pick_device(device)
+        near = top_k(vectors, stored.vectors, most, device=where)
+        scores, found = (each.numpy() for each in near)
+    results = []
+    for name, best, which in zip(names, scores, found, strict=True):
+        own = None if name in files else rows[name]
+        pairs = [
+            (stored.ids[row], score) for row, score in zip(which.tolist(), best.tolist(), strict=True) if row != own
+        ]
+        results.append(
+            {"query": name, "neighbours": [{"id": id_, "score": round(score, 6)} for id_, score in pairs[:k]]}
+        )
+    return results
+
+
+def _encoder(stored: Embeddings, device: str) -> ImageEncoder:
+    run = Path(stored.meta["run"])
+    if not run.exists():
+        raise UserError(f"The run that made {stored.folder} is gone from {run}: put it back, or search by stored ids.")
+    encoder = ImageEncoder(os.fspath(run), device).open()
+    if encoder.meta_["sha256"] != stored.meta.get("encoder"):
+        raise UserError(f"{run} has other weights than those that made {stored.folder}: run `simsiam embed` again.")
+    return encoder
+
+
+# --- the index ------------------------------------------------------------------------------------------------------
+
+
+def _by_index(
+    stored: Embeddings, queries: NDArray[np.float32], k: int, progress: Callable[[str], None] | None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    index, about = open_index(stored, progress)
+    index.expansion_search = max(about["expansion"], k)
+    found = index.search(queries, k)
+    return 1 - np.atleast_2d(found.distances), np.atleast_2d(found.keys).astype(np.int64)
+
+
+def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None) -> tuple[Any, dict[str, Any]]:
+    """The usearch index (HNSW, cosine, float16) of the embeddings, made and kept beside them where there is none yet.
+
+    Its search is widened until `RECALL` is reached on stored vectors, compared with the exact neighbours. Returns it with
+    {"vectors", "encoder", "fingerprint", "expansion", "recall_at_10"}. Raises UserError where usearch is not installed.
+    """
+    try:
+        from usearch.index import Index
+    except ImportError:
+        raise UserError("An index needs usearch: pip install 'simsiam[index]'. Or search exactly: --exact.") from None
+    tell = progress or (lambda text: None)
+    path, description = stored.folder / INDEX, stored.folder / INDEX_META
+    key = {name: stored.meta.get(name) for name in ("vectors", "encoder", "fingerprint")}
+    if path.exists() and description.exists():
+        about = read_json(description)
+        if all(about.get(name) == value for name, value in key.items()):
+            return Index.restore(str(path), view=True), about
+    tell(f"Making an index of {len(stored):,} vectors, once ...")
+    index = Index(ndim=stored.vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=128)
+    index.add(np.arange(len(stored), dtype=np.uint64), stored.vectors, threads=torch.get_num_threads())
+    expansion, recall = _widen(index, stored)
+    about = {**key, "expansion": expansion, "recall_at_10": round(recall, 4)}
+    with atomic(path) as temporary:
+        index.save(str(temporary))
+    write_json(description, about)
+    tell(f"It finds {100 * recall:.1f} % of the true 10 nearest (measured).")
+    return index, about
+
+
+def _widen(index: Any, stored: Embeddings) -> tuple[int, float]:
+    """The smallest width of the search, by doubling, that reaches `RECALL`, and the recall there."""
+    rows = np.random.default_rng(0).permutation(len(stored))[:_PROBES]
+    probes = np.ascontiguousarray(stored.vectors[np.sort(rows)])
+    k = min(10, len(stored))
+    truth = top_k(probes, stored.vectors, k)[1].numpy()
+    expansion = 64
+    while True:
+        index.expansion_search = expansion
+        found = np.atleast_2d(index.search(probes, k, threads=torch.get_num_threads()).keys)
+        hits = [len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]
+        recall = sum(hits) / truth.size
+        if recall >= RECALL or expansion >= _WIDEST:
+            return expansion, recall
+        expansion *= 2

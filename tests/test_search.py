@@ -1,0 +1,112 @@
+"""Searching stored embeddings: exact, through an index, from files and by id."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import simsiam
+from simsiam.config import UserError
+from simsiam.embed import embed_to
+from simsiam.search import RECALL, open_index, read_embeddings, search
+from test_train import SMALL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def stored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's embeddings of the photos."""
+    folder = tmp_path_factory.mktemp("search")
+    simsiam.train(photos, folder / "run", epochs=1, **SMALL)
+    embed_to(folder / "run", photos, folder / "vectors")
+    return folder / "vectors"
+
+
+def made(folder: Path, vectors: np.ndarray) -> Path:
+    """Embeddings of no images."""
+    folder.mkdir()
+    np.save(folder / "vectors.npy", vectors.astype(np.float32))
+    pq.write_table(pa.table({"id": [f"image-{i}" for i in range(len(vectors))]}), folder / "items.parquet")
+    meta = {"vectors": len(vectors), "dim": vectors.shape[1], "run": "gone", "encoder": "x", "fingerprint": "y"}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def test_the_nearest_are_those_of_a_literal_search(stored: Path) -> None:
+    data = read_embeddings(stored)
+    unit = data.vectors / np.linalg.norm(data.vectors, axis=1, keepdims=True)
+    for row in (0, 17, len(data) - 1):
+        similarity = unit @ unit[row]
+        similarity[row] = -2
+        best = np.argsort(-similarity)[:5]
+        (found,) = search(stored, [data.ids[row]], k=5)
+        assert [each["score"] for each in found["neighbours"]] == pytest.approx(similarity[best].tolist(), abs=1e-5)
+        assert data.ids[row] not in [each["id"] for each in found["neighbours"]]
+
+
+def test_a_file_finds_itself(stored: Path, photos: Path) -> None:
+    ids = read_embeddings(stored).ids[:3]
+    found = search(stored, [photos / id_ for id_ in ids], k=1)
+    for id_, result in zip(ids, found, strict=True):
+        assert result["query"] == str(photos / id_)
+        assert result["neighbours"][0]["score"] > 0.99 and len(result["neighbours"]) == 1
+        assert result["neighbours"][0]["id"] == id_
+
+
+def test_the_index_has_the_recall_that_it_says_and_is_kept(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(50, 32))
+    folder = made(tmp_path / "vectors", centres[rng.integers(50, size=4000)] + 0.5 * rng.normal(size=(4000, 32)))
+    told: list[str] = []
+    queries = [f"image-{i}" for i in range(0, 4000, 40)]
+    near = search(folder, queries, k=10, index=True, progress=told.append)
+    exact = search(folder, queries, k=10, index=False)
+    hits = [
+        len({each["id"] for each in a["neighbours"]} & {each["id"] for each in b["neighbours"]})
+        for a, b in zip(near, exact, strict=True)
+    ]
+    assert sum(hits) / (10 * len(queries)) > RECALL - 0.03
+    assert read_embeddings(folder) and json.loads((folder / "index.json").read_text())["recall_at_10"] >= RECALL
+    assert len(told) == 2 and "%" in told[1]
+    assert search(folder, queries, k=10, index=True, progress=told.append) == near and len(told) == 2
+    # Other vectors make it anew.
+    shutil.rmtree(folder)
+    made(folder, rng.normal(size=(100, 32)))
+    assert len(search(folder, ["image-3"], k=200, index=True, progress=told.append)[0]["neighbours"]) == 99
+    assert open_index(read_embeddings(folder))[1]["vectors"] == 100
+
+
+def test_mistakes_are_one_clear_line(stored: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="neither an image file nor an id"):
+        search(stored, ["nowhere.jpg"])
+    with pytest.raises(UserError, match="simsiam embed RUN DATA"):
+        search(tmp_path, ["a.jpg"])
+    lost = made(tmp_path / "lost", np.eye(4))
+    assert search(lost, ["image-1"], k=2)[0]["neighbours"][0]["score"] == 0
+    picture = Path(__file__).parents[1] / "docs" / "results" / "demo.png"
+    with pytest.raises(UserError, match="is gone"):
+        search(lost, [picture])
+    np.save(lost / "vectors.npy", np.eye(3, dtype=np.float32))
+    with pytest.raises(UserError, match="do not belong together"):
+        search(lost, ["image-1"])
+    (lost / "meta.json").unlink()
+    with pytest.raises(UserError, match="interrupted"):
+        search(lost, ["image-1"])
+
+
+def test_the_command_prints_a_table_or_json(stored: Path) -> None:
+    id_ = read_embeddings(stored).ids[0]
+    command = [sys.executable, "-m", "simsiam", "search", str(stored), id_, "-k", "3"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert shown.returncode == 0 and shown.stdout == "" and "most alike" in shown.stderr
+    found = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300).stdout)
+    assert found[0]["query"] == id_ and len(found[0]["neighbours"]) == 3

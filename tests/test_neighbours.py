@@ -38,6 +38,16 @@ def test_brute_force(monkeypatch: pytest.MonkeyPatch, bank_block: int, block: in
     np.testing.assert_allclose(scores.numpy(), np.take_along_axis(truth, order, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("count", [1600, 1601, 3007])
+@pytest.mark.parametrize("distinct", [10_000, 5])
+def test_long_rows_go_by_the_maxima_of_groups(count: int, distinct: int) -> None:
+    """The same values as a plain topk, with many ties too, each at the index where it stands."""
+    values = torch.from_numpy(np.random.default_rng(count).integers(distinct, size=(9, count))).float()
+    found, where = neighbours._largest(values, 20)
+    assert torch.equal(found, values.topk(20, dim=1).values) and torch.equal(found, values.gather(1, where))
+    assert all(len(set(row)) == 20 for row in where.tolist())
+
+
 @pytest.mark.parametrize("bank_block", [1 << 25, 9 * 8])
 @pytest.mark.parametrize("block", [512, 7])
 def test_exclude_self_keeps_duplicates(monkeypatch: pytest.MonkeyPatch, bank_block: int, block: int) -> None:

@@ -52,13 +52,28 @@ def top_k(
             similarity = torch.mm(query, part.T, out=buffer[: len(query)])
             if exclude_self:
                 similarity.diagonal(start - first).fill_(-torch.inf)
-            best, which = (found.cpu() for found in similarity.topk(min(k, len(part)), dim=1))
+            best, which = (found.cpu() for found in _largest(similarity, min(k, len(part))))
             which += first
             if first:  # the best of the bank's earlier blocks compete
                 best, order = torch.cat([scores[rows], best], 1).topk(k, dim=1)
                 which = torch.cat([indices[rows], which], 1).gather(1, order)
             scores[rows, : best.shape[1]], indices[rows, : best.shape[1]] = best, which
     return scores.clamp_(-1, 1), indices  # rounding goes a little past 1
+
+
+def _largest(values: Tensor, k: int, group: int = 16) -> tuple[Tensor, Tensor]:
+    """`values.topk(k, dim=1)`, [Q,N] -> [Q,k] twice; where rows are long, by way of the maxima of groups of columns: the k
+    groups with the largest hold the k largest values. That reads the rows once and sorts a tenth of them."""
+    count = values.shape[1] // group
+    if count < 4 * k:
+        return values.topk(k, dim=1)
+    maxima = values[:, : count * group].view(-1, group, count).amax(1)  # column c is in group c % count
+    groups = maxima.topk(k, dim=1, sorted=False).indices
+    columns = (groups[:, None] + count * torch.arange(group, device=values.device)[:, None]).flatten(1)
+    rest = torch.arange(count * group, values.shape[1], device=values.device).expand(len(values), -1)
+    columns = torch.cat([columns, rest], 1)
+    best, which = values.gather(1, columns).topk(k, dim=1)
+    return best, columns.gather(1, which)
 
 
 def unit_rows(rows: Tensor | np.ndarray, device: torch.device | None = None) -> Tensor:

@@ -181,7 +181,7 @@ def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     """[B,3,h,w] with values 0..255 -> (x / 255 - mean) / std, float32 in channels_last."""
     scale = 1 / (255 * torch.tensor(std, device=pixels.device))[:, None, None]
     shift = (torch.tensor(mean, device=pixels.device) / torch.tensor(std, device=pixels.device))[:, None, None]
-    return (pixels.float() * scale - shift).contiguous(memory_format=torch.channels_last)
+    return torch.addcmul(-shift, pixels.float(), scale).contiguous(memory_format=torch.channels_last)
 
 
 def draw_geometry(sizes: Tensor, settings: ViewSettings, generator: torch.Generator) -> tuple[Box, Tensor, Tensor]:
@@ -309,6 +309,9 @@ def _cut(images: Tensor, box: Box, flip: Tensor, size: int) -> Tensor:
 def _central(images: Tensor, sizes: Tensor, resized: Tensor, size: int) -> Tensor:
     """The central square of every image after it was resized to `resized` (height, width): float32 [B,3,size,size]."""
     start = ((resized - size) / 2).round().long().tolist()
+    if torch.equal(resized, sizes) and (sizes == sizes[0]).all():
+        top, left = start[0]
+        return images[:, :, top : top + size, left : left + size].float()
     own, wanted = sizes.tolist(), resized.tolist()
     pixels = torch.empty(len(images), 3, size, size)
 

@@ -65,7 +65,7 @@ def _largest(values: Tensor, k: int, group: int = 16) -> tuple[Tensor, Tensor]:
     """`values.topk(k, dim=1)`, [Q,N] -> [Q,k] twice; where rows are long, by way of the maxima of groups of columns: the k
     groups with the largest hold the k largest values. That reads the rows once and sorts a tenth of them."""
     count = values.shape[1] // group
-    if count < 4 * k:
+    if count <= 4 * k:
         return values.topk(k, dim=1)
     maxima = values[:, : count * group].view(-1, group, count).amax(1)  # column c is in group c % count
     groups = maxima.topk(k, dim=1, sorted=False).indices

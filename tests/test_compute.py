@@ -8,12 +8,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from simsiam import compute
-from simsiam.compute import Compute, cpu_quota, describe, generator, pick_device, probe_precision, set_threads
+from simsiam.compute import Compute, Pace, cpu_quota, describe, generator, pick_device, probe_precision, set_threads
 from simsiam.config import UserError
 
 CPU = torch.device("cpu")
@@ -86,6 +87,67 @@ def test_threads_follow_the_quota_unless_told_otherwise(monkeypatch: pytest.Monk
         assert set_threads() == torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+class Machine:
+    """Steps of 0.1 s on two threads, 0.2 s on one; 6 s on two while somebody else is busy."""
+
+    def __init__(self, pace: Pace) -> None:
+        self.pace, self.clock, self.said = pace, 0.0, list[str]()
+
+    def run(self, seconds: float, busy: bool) -> tuple[int, float]:
+        """Steps done, and the share of them on two threads."""
+        end, steps, on_two = self.clock + seconds, 0, 0
+        while self.clock < end:
+            two = torch.get_num_threads() == 2
+            took = (6.0 if busy else 0.1) if two else 0.2
+            self.clock, steps, on_two = self.clock + took, steps + 1, on_two + two
+            if line := self.pace.took(took):
+                self.said.append(line)
+        return steps, on_two / steps
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_run_gives_way_and_comes_back() -> None:
+    machine = Machine(Pace(2, 2, 0.1, 0.2, adapts=True))
+    assert machine.run(60, busy=False) == (pytest.approx(600, abs=1), 1.0) and not machine.said
+    steps, _ = machine.run(600, busy=True)
+    assert steps > 0.85 * 600 / 0.2, "three slow steps and a few trials, no more"
+    assert len(machine.said) == 1 and "a step takes 6.0 s on 2 threads" in machine.said[0]
+    machine.run(Pace.LONGEST_WAIT, busy=False)
+    assert machine.run(60, busy=False)[1] == 1.0 and len(machine.said) == 1
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_one_slow_step_is_nothing() -> None:
+    pace = Pace(2, 2, 0.1, 0.2, adapts=True)
+    for took in [0.1, 9.0, 9.0, 0.1] * 5:
+        assert pace.took(took) is None
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_run_that_must_repeat_exactly_only_says_so() -> None:
+    machine = Machine(Pace(2, 2, 0.1, 0.2, adapts=False))
+    machine.run(60, busy=True)
+    assert torch.get_num_threads() == 2
+    assert len(machine.said) == 1 and "resume it with OMP_NUM_THREADS=1" in machine.said[0]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_run_that_begins_on_half_tries_all_later() -> None:
+    torch.set_num_threads(1)
+    machine = Machine(Pace(2, 1, 1.0, 0.2, adapts=True))
+    machine.run(40, busy=False)
+    assert torch.get_num_threads() == 2 and not machine.said
 
 
 def test_autocast_is_the_precision() -> None:

@@ -65,14 +65,83 @@ def cpu_quota() -> int:
     return cores
 
 
-def set_threads() -> int:
-    """Gives torch the cores of the quota, unless OMP_NUM_THREADS says otherwise. Returns the number."""
+def set_threads(asked: int | None = None) -> int:
+    """Gives torch the cores of the quota, or less where less is asked for, unless OMP_NUM_THREADS says otherwise.
+    Returns the number."""
     import torch
 
     _keep_memory()
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cpu_quota():
-        torch.set_num_threads(cpu_quota())
+    if "OMP_NUM_THREADS" not in os.environ:
+        most = min(torch.get_num_threads(), cpu_quota())
+        torch.set_num_threads(most if asked is None else max(1, min(most, asked)))
     return torch.get_num_threads()
+
+
+class Pace:
+    """Keeps a run on a CPU from crawling while other programs use the cores.
+
+    A step is a thousand parallel regions, and each waits for its last thread. Where another program holds a core, that
+    thread waits for its turn every time: measured on 2 cores beside one busy process, a step of 0.13 s takes 13 s on two
+    threads and 0.23 s on one. So where steps take far longer on all threads than they would on half of them, half it is,
+    and all are tried again from time to time.
+
+    Args:
+        full: threads where nothing else runs.
+        threads: those at the start: full, or half of them where that was found to be faster.
+        full_seconds, half_seconds: a step on all and on half of them, measured at the start.
+        adapts: False where the last bits of the weights must not depend on what else runs; then it only says so, once.
+    """
+
+    PATIENCE = 3
+    """Slow steps in a row before something is done."""
+    FIRST_WAIT, LONGEST_WAIT, WORTH = 20.0, 600.0, 20.0
+    """Seconds until all threads are tried again; doubled when that was in vain, and at least so many slow steps."""
+
+    def __init__(self, full: int, threads: int, full_seconds: float, half_seconds: float, adapts: bool) -> None:
+        self.full, self.half_seconds, self.adapts = full, half_seconds, adapts
+        self.threads, self.warned = threads, threads < full
+        self._slow, self._trial, self._since = 0, False, 0.0
+        self._wait = self._until_worth(self.FIRST_WAIT, full_seconds)
+
+    def took(self, seconds: float) -> str | None:
+        """Is told what a step took; sets the threads of the next. Returns a line for the user where there is one to say."""
+        import torch
+
+        few = self.full // 2
+        if self.threads < self.full:
+            if not self.adapts:
+                return None
+            self._since += seconds
+            if self._since > self._wait:
+                self.threads, self._trial, self._slow = self.full, True, 0
+        elif seconds <= 1.5 * self.half_seconds:
+            self._slow = 0
+            self._trial = False
+        else:
+            self._slow += 1
+            if self._slow >= (1 if self._trial else self.PATIENCE):
+                return self._give_way(seconds, few)
+        if self.adapts and torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        return None
+
+    def _until_worth(self, wait: float, seconds: float) -> float:
+        return min(max(wait, self.WORTH * seconds), self.LONGEST_WAIT)
+
+    def _give_way(self, seconds: float, few: int) -> str | None:
+        import torch
+
+        said, self.warned, self._slow = self.warned, True, 0
+        crawl = f"Other programs use the cores: a step takes {seconds:.1f} s on {self.full} threads"
+        less = f"{self.half_seconds:.1f} s on {few}"
+        if not self.adapts:
+            again = f"OMP_NUM_THREADS={few}"
+            hint = f"{crawl}, and {less}. Stop them; or stop this run, and resume it with {again} before the command."
+            return None if said else hint
+        self._wait = self._until_worth(2 * self._wait if self._trial else self.FIRST_WAIT, seconds)
+        self.threads, self._trial, self._since = few, False, 0.0
+        torch.set_num_threads(few)
+        return None if said else f"{crawl}, {less}: it goes on with {few}, and tries {self.full} again later."
 
 
 def _keep_memory() -> None:

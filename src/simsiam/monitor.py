@@ -48,7 +48,7 @@ class Monitor:
         labels = cache.labels
         self.labelled = labels is not None and len(self.queries) > 0 and bool((labels[self.queries] >= 0).any())
 
-    def look(self, method: nn.Module) -> dict[str, Any]:
+    def look(self, method: nn.Module, knn: bool = True) -> dict[str, Any]:
         """Figures of the method as it stands, none where its output is not finite; its mode is put back.
 
         Draws nothing from the training's random numbers.
@@ -56,7 +56,7 @@ class Monitor:
         training = method.training
         method.eval()
         figures = self._two_views(method)
-        if figures and self.labelled:
+        if figures and self.labelled and knn:
             figures["knn"] = self.knn(method.encoder)  # type: ignore[arg-type]
         method.train(training)
         return figures

@@ -60,6 +60,8 @@ class TrainSettings:
     cosine: Literal["step", "epoch"] = "step"
     """The learning rate changes every step, or every epoch as in the paper."""
     precision: Precision = "auto"
+    threads: int | None = None
+    """Of the CPU; None: all cores, or half of them where that is faster at the start because others use the machine."""
     on_collapse: Literal["stop", "continue"] = "stop"
     init: str | None = None
     """A run whose weights training starts from: all of them where the method fits, else the encoder's."""
@@ -72,6 +74,8 @@ class TrainSettings:
             raise ValueError("epochs and budget cannot both be set: choose one.")
         if self.epochs is not None and self.epochs <= 0:
             raise ValueError(f"epochs is {self.epochs:g}: it must be above 0.")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads is {self.threads}: it must be at least 1.")
         if self.batch_size < 2:
             raise ValueError(f"batch_size is {self.batch_size}: BN needs at least 2 images.")
         if self.lr <= 0 or not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.warmup_epochs < 0:

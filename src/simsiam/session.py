@@ -17,7 +17,7 @@ from torch import Tensor
 
 from simsiam import ranks
 from simsiam.collapse import Guard, Verdict, judge
-from simsiam.compute import Compute
+from simsiam.compute import Compute, Pace
 from simsiam.config import UserError
 from simsiam.console import Listener
 from simsiam.data.loader import Loader
@@ -47,6 +47,8 @@ class Session:
     listener: Listener
     fingerprint: str
     """Of the data: a run is resumed on the same images only."""
+    pace: Pace | None = None
+    """None where the threads are the user's own choice, or the device is no CPU."""
     step: int = 0
     seconds: float = 0.0
     """Spent in the loop so far, looks and checkpoints included."""
@@ -97,8 +99,11 @@ class Session:
             self.save()
         self._flushed = self._looked = self._saved = time.perf_counter()
 
-    def stepped(self, loss: Tensor, std: Tensor) -> None:
-        """Counts a step; nothing here waits for the device."""
+    def stepped(self, loss: Tensor, std: Tensor, took: float) -> None:
+        """Counts a step, which took so many seconds; nothing here waits for the device."""
+        line = self.pace.took(took) if self.pace is not None else None
+        if line is not None:
+            self.listener.say(line)
         self.step += 1
         self._losses.append(loss.detach())
         self._stds.append(std.detach())
@@ -160,7 +165,7 @@ class Session:
     def look(self, known: Mapping[str, float] | None = None) -> None:
         """Measures the held-out images; `known` figures take the place of measured ones."""
         start = time.perf_counter()
-        figures = {**self.monitor.look(self.method), **(known or {})}
+        figures = {**self.monitor.look(self.method, knn="knn" not in (known or {})), **(known or {})}
         if self.step:
             std, rank = figures.get("std_z", math.nan), figures.get("effective_rank")
             loss, most = self.latest.get("loss", math.nan), figures.get("most_rank", 0)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import shlex
 import sys
 import time
 import types
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from simsiam import evaluate, methods, ranks
 from simsiam.assess import Rows, keep_samples, side_by_side
-from simsiam.compute import Compute, describe, generator, pick_device, probe_precision, set_threads
+from simsiam.compute import Compute, Pace, describe, generator, pick_device, probe_precision, set_threads
 from simsiam.config import Interrupted, Table, UserError, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
@@ -68,9 +69,13 @@ def train(
     Under torchrun every process calls it with the same arguments: they share each batch, and rank 0 alone writes and
     shows. `batch_size` stays that of all together.
     """
-    with ranks.joined(pick_device(device)) as where:
-        listener = (listener if ranks.main() else None) or Listener()
-        return _train(data, out, recipe, overrides, size, resume, where, workers, listener, settings)
+    threads = set_threads()
+    try:
+        with ranks.joined(pick_device(device)) as where:
+            listener = (listener if ranks.main() else None) or Listener()
+            return _train(data, out, recipe, overrides, size, resume, where, workers, listener, settings)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train(
@@ -85,7 +90,6 @@ def _train(
     listener: Listener,
     settings: Table,
 ) -> dict[str, Any]:
-    set_threads()
     asked = gather(data, recipe, overrides, settings)
     if resume:
         run = _resumable(out)
@@ -116,16 +120,21 @@ def _train(
     _check_parts(plan.train.batch_size)
     method = build_method(plan, len(rows)) if resume else _initial(plan, len(rows), listener)
     loader = Loader(cache, rows, plan.train.batch_size, where, plan.seed)
-    probed = _probe(method, plan, loader, where)
-    precision, step_seconds, why = ranks.same(lambda: probed)
-    compute = Compute(where, precision)
+    own = _probe(method, plan, loader, where)
+    probed = ranks.same(lambda: own)
+    compute, step_seconds = Compute(where, probed.precision), probed.step_seconds
+    torch.set_num_threads(probed.threads)
     if not resume:
-        reasons.append(("train.precision", compute.precision, why))
+        reasons.append(("train.precision", compute.precision, probed.why))
+        if probed.threads < probed.full:
+            reasons.append(("train.threads", str(probed.threads), f"faster than {probed.full}: others use the cores"))
         if plan.train.epochs is None and plan.train.budget is None:
             epochs, why = default_epochs(facts, step_seconds * loader.steps_per_epoch)
             reasons.append(("train.epochs", f"{epochs:g}", why))
             plan = replace(plan, train=replace(plan.train, epochs=epochs))
         plan = replace(plan, train=replace(plan.train, precision=compute.precision))
+        if probed.half_seconds and plan.train.epochs is not None:  # same weights after a resume: the same threads
+            plan = replace(plan, train=replace(plan.train, threads=probed.threads))
     if ranks.main():
         run.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -144,8 +153,22 @@ def _train(
         settings_.cosine == "epoch",
     )
     monitor = Monitor(cache, rows, held_out, plan.views, prepare, compute)
+    pace = None
+    if probed.half_seconds:
+        adapts = plan.train.epochs is None and plan.train.threads is None
+        pace = Pace(probed.full, probed.threads, probed.full_seconds, probed.half_seconds, adapts)
     s = Session(
-        run, plan, method, optimizer(method, plan), schedule, loader, compute, monitor, listener, cache.fingerprint
+        run,
+        plan,
+        method,
+        optimizer(method, plan),
+        schedule,
+        loader,
+        compute,
+        monitor,
+        listener,
+        cache.fingerprint,
+        pace,
     )
     s.open(resume)
     try:
@@ -173,6 +196,7 @@ def fit(s: Session, stopped: list[str]) -> None:
         if s.step % per_epoch == 0:  # a run that is resumed within an epoch has what this did in its state
             hook(s.method, "before_epoch", epoch)
         for batch in s.loader.epoch(epoch, s.step % per_epoch):
+            began = time.perf_counter()
             rate = s.schedule.rate(s.step, s.seconds)
             for group in s.optimizer.param_groups:
                 group["lr"] = s.schedule.peak if group.get("fixed_lr") else rate
@@ -185,7 +209,7 @@ def fit(s: Session, stopped: list[str]) -> None:
             s.optimizer.step()
             hook(s.method, "after_step", s.schedule.progress(s.step, s.seconds))
 
-            s.stepped(loss, stats["std"])
+            s.stepped(loss, stats["std"], time.perf_counter() - began)
             if ranks.main() and (s.due or stopped):
                 s.flush(rate)
             guarded = s.agree(stopped)
@@ -249,10 +273,24 @@ def optimizer(method: Any, recipe: Recipe) -> torch.optim.Optimizer:
 # --- before the loop ------------------------------------------------------------------------------------------------
 
 
-def _probe(
-    method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch.device
-) -> tuple[Literal["bf16", "fp32"], float, str]:
-    """Picks the precision by measuring; returns it with the seconds of a step. The method is left as it was."""
+@dataclass(frozen=True)
+class _Probed:
+    """What a few steps at the start have shown."""
+
+    precision: Literal["bf16", "fp32"]
+    step_seconds: float
+    why: str
+    """The reason for the precision."""
+    threads: int
+    full: int
+    """Threads where nothing else runs; `threads` is half of them where that was faster."""
+    full_seconds: float = 0.0
+    half_seconds: float = 0.0
+    """A step on all and on half of them; 0 where that was not tried."""
+
+
+def _probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch.device) -> _Probed:
+    """Picks precision and threads by measuring. The method is left as it was; so are the threads."""
     copied = copy.deepcopy(method)
     batch = next(iter(loader.epoch(0)))
     seconds: dict[str, float] = {}
@@ -270,12 +308,27 @@ def _probe(
         taken = time.perf_counter() - start
         seconds[compute.precision] = min(taken, seconds.get(compute.precision, taken))
 
+    full = set_threads(recipe.train.threads)
+    # Half of the threads first: beside another program, all of them may take a minute for what takes a second.
+    halves = device.type == "cpu" and full > 1 and "OMP_NUM_THREADS" not in os.environ
+    if halves:
+        torch.set_num_threads(full // 2)
     wanted = recipe.train.precision
     precision, why = probe_precision(device, step) if wanted == "auto" else (wanted, "asked for")
     compute = Compute(device, precision)
     for _ in range(0 if precision in seconds else 3):
         step(compute)
-    return precision, seconds[precision], why
+    half_seconds = seconds[precision]
+    if not halves:
+        return _Probed(precision, half_seconds, why, full, full)
+    torch.set_num_threads(full)
+    del seconds[precision]
+    step(compute)
+    if seconds[precision] < 2 * half_seconds:
+        step(compute)
+    full_seconds = seconds[precision]
+    threads = full if recipe.train.threads or full_seconds < 1.2 * half_seconds else full // 2
+    return _Probed(precision, min(half_seconds, full_seconds), why, threads, full, full_seconds, half_seconds)
 
 
 def _check_parts(batch_size: int) -> None:

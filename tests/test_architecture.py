@@ -20,7 +20,7 @@ ROOMS = {
     2: ("methods", "embed"),
     3: ("search",),
     4: ("evaluate", "recipe", "monitor", "assess"),
-    5: ("session", "train", "show", "export", "released"),
+    5: ("session", "probe", "train", "show", "export", "released"),
     6: ("reproduce", "plan"),
     7: ("cli", "catalogue", "__main__", "__init__"),
 }

@@ -105,8 +105,9 @@ class Session:
         if line is not None:
             self.listener.say(line)
         self.step += 1
-        self._losses.append(loss.detach())
-        self._stds.append(std.detach())
+        if ranks.main():
+            self._losses.append(loss.detach())
+            self._stds.append(std.detach())
         self.seconds = time.perf_counter() - self._origin
 
     def agree(self, stopped: list[str]) -> bool:

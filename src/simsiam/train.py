@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import os
 import shlex
 import sys
 import time
 import types
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from simsiam import evaluate, methods, ranks
 from simsiam.assess import Rows, keep_samples, side_by_side
-from simsiam.compute import Compute, Pace, describe, generator, pick_device, probe_precision, set_threads
+from simsiam.compute import Compute, Pace, describe, generator, pick_device, set_threads
 from simsiam.config import Interrupted, Table, UserError, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
@@ -30,6 +28,7 @@ from simsiam.embed import Preprocessing, read_encoder, save_encoder, untrained
 from simsiam.encoders import Encoder, build
 from simsiam.monitor import Monitor, draw
 from simsiam.optim import LARS, Schedule
+from simsiam.probe import probe
 from simsiam.recipe import Recipe, default_epochs, gather, look_at, read, resolve
 from simsiam.runs import ENVIRONMENT, HEALTHY, RECIPE, SUMMARY, Checkpoints, read_json, write_json, write_text
 from simsiam.session import Session, finite, method_tensors, signals
@@ -120,7 +119,7 @@ def _train(
     _check_parts(plan.train.batch_size)
     method = build_method(plan, len(rows)) if resume else _initial(plan, len(rows), listener)
     loader = Loader(cache, rows, plan.train.batch_size, where, plan.seed)
-    own = _probe(method, plan, loader, where)
+    own = probe(method, plan, loader, where)
     probed = ranks.same(lambda: own)
     compute, step_seconds = Compute(where, probed.precision), probed.step_seconds
     torch.set_num_threads(probed.threads)
@@ -273,64 +272,6 @@ def optimizer(method: Any, recipe: Recipe) -> torch.optim.Optimizer:
 # --- before the loop ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Probed:
-    """What a few steps at the start have shown."""
-
-    precision: Literal["bf16", "fp32"]
-    step_seconds: float
-    why: str
-    """The reason for the precision."""
-    threads: int
-    full: int
-    """Threads where nothing else runs; `threads` is half of them where that was faster."""
-    full_seconds: float = 0.0
-    half_seconds: float = 0.0
-    """A step on all and on half of them; 0 where that was not tried."""
-
-
-def _probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch.device) -> _Probed:
-    """Picks precision and threads by measuring. The method is left as it was; so are the threads."""
-    copied = copy.deepcopy(method)
-    batch = next(iter(loader.epoch(0)))
-    seconds: dict[str, float] = {}
-
-    def step(compute: Compute) -> None:
-        compute.place(copied)
-        start = time.perf_counter()
-        draws = generator(device, recipe.seed)
-        views = [random_view(batch.images, view, draws, batch.sizes) for view in recipe.views.each()]
-        with compute.autocast():
-            loss, _ = copied(views, batch.index)
-        loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken = time.perf_counter() - start
-        seconds[compute.precision] = min(taken, seconds.get(compute.precision, taken))
-
-    full = set_threads(recipe.train.threads)
-    # Half of the threads first: beside another program, all of them may take a minute for what takes a second.
-    halves = device.type == "cpu" and full > 1 and "OMP_NUM_THREADS" not in os.environ
-    if halves:
-        torch.set_num_threads(full // 2)
-    wanted = recipe.train.precision
-    precision, why = probe_precision(device, step) if wanted == "auto" else (wanted, "asked for")
-    compute = Compute(device, precision)
-    for _ in range(0 if precision in seconds else 3):
-        step(compute)
-    half_seconds = seconds[precision]
-    if not halves:
-        return _Probed(precision, half_seconds, why, full, full)
-    torch.set_num_threads(full)
-    del seconds[precision]
-    step(compute)
-    if seconds[precision] < 2 * half_seconds:
-        step(compute)
-    full_seconds = seconds[precision]
-    threads = full if recipe.train.threads or full_seconds < 1.2 * half_seconds else full // 2
-    return _Probed(precision, min(half_seconds, full_seconds), why, threads, full, full_seconds, half_seconds)
-
-
 def _check_parts(batch_size: int) -> None:
     """Raises UserError where a batch cannot be shared evenly among the processes."""
     if batch_size % ranks.count() or batch_size < 2 * ranks.count():
@@ -397,6 +338,12 @@ def _command() -> dict[str, str]:
     return {"command": shlex.join(["simsiam", *sys.argv[1:]])} if Path(sys.argv[0]).name == "simsiam" else {}
 
 
+def _workers() -> str:
+    threads, processes = torch.get_num_threads(), ranks.count()
+    text = f"{threads} thread{'s' if threads > 1 else ''}"
+    return text if processes == 1 else f"{processes} processes, {text} each"
+
+
 def _facts(s: Session, cache: Cache, rows: int, held_out: int, step_seconds: float) -> list[tuple[str, str]]:
     recipe, encoder = s.recipe, cast(Encoder, s.method.encoder)
     parameters = sum(p.numel() for p in encoder.parameters())
@@ -413,7 +360,7 @@ def _facts(s: Session, cache: Cache, rows: int, held_out: int, step_seconds: flo
         ("method", f"{recipe.method}, batch {recipe.train.batch_size}, base lr {recipe.train.lr:g}"),
         ("encoder", f"{recipe.encoder.name}, {parameters / 1e6:.2g} M parameters, {encoder.dim} features"),
         ("views", f"{recipe.views.size} px in training, {recipe.eval.size} px in use"),
-        ("compute", f"{s.compute.device}, {s.compute.precision}, {torch.get_num_threads()} threads"),
+        ("compute", f"{s.compute.device}, {s.compute.precision}, {_workers()}"),
         ("length", f"{length}, about {show_duration(max(left - s.seconds, 0))}"),
         ("run", str(s.run)),
     ]

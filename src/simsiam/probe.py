@@ -1,0 +1,74 @@
+"""A few steps before the first one: precision and threads, by measuring."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from simsiam.compute import Compute, generator, probe_precision, set_threads
+from simsiam.data.loader import Loader
+from simsiam.data.views import random_view
+from simsiam.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a few steps at the start have shown."""
+
+    precision: Literal["bf16", "fp32"]
+    step_seconds: float
+    why: str
+    """The reason for the precision."""
+    threads: int
+    full: int
+    """Threads where nothing else runs; `threads` is half of them where that was faster."""
+    full_seconds: float = 0.0
+    half_seconds: float = 0.0
+    """A step on all and on half of them; 0 where that was not tried."""
+
+
+def probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch.device) -> Probed:
+    """Picks precision and threads by measuring. The method is left as it was; so are the threads."""
+    copied = copy.deepcopy(method)
+    batch = next(iter(loader.epoch(0)))
+    seconds: dict[str, float] = {}
+
+    def step(compute: Compute) -> None:
+        compute.place(copied)
+        start = time.perf_counter()
+        draws = generator(device, recipe.seed)
+        views = [random_view(batch.images, view, draws, batch.sizes) for view in recipe.views.each()]
+        with compute.autocast():
+            loss, _ = copied(views, batch.index)
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken = time.perf_counter() - start
+        seconds[compute.precision] = min(taken, seconds.get(compute.precision, taken))
+
+    full = set_threads(recipe.train.threads)
+    # Half of the threads first: beside another program, all of them may take a minute for what takes a second.
+    halves = device.type == "cpu" and full > 1 and "OMP_NUM_THREADS" not in os.environ
+    if halves:
+        torch.set_num_threads(full // 2)
+    wanted = recipe.train.precision
+    precision, why = probe_precision(device, step) if wanted == "auto" else (wanted, "asked for")
+    compute = Compute(device, precision)
+    for _ in range(0 if precision in seconds else 3):
+        step(compute)
+    half_seconds = seconds[precision]
+    if not halves:
+        return Probed(precision, half_seconds, why, full, full)
+    torch.set_num_threads(full)
+    del seconds[precision]
+    step(compute)
+    if seconds[precision] < 2 * half_seconds:
+        step(compute)
+    full_seconds = seconds[precision]
+    threads = full if recipe.train.threads or full_seconds < 1.2 * half_seconds else full // 2
+    return Probed(precision, min(half_seconds, full_seconds), why, threads, full, full_seconds, half_seconds)

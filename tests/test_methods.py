@@ -220,7 +220,10 @@ def test_an_unknown_method_is_hinted_at() -> None:
 def test_it_learns_the_demo_set(name: str, tmp_path: Path) -> None:
     """A net and views so small that one core takes a dozen steps a second; the demo recipe's own settings else."""
     small = ["encoder.width=8", "views.size=16", "eval.size=16"]
-    summary = simsiam.train("demo", tmp_path / "run", recipe="demo", method=name, epochs=5, overrides=small)
+    # The guard may not stop it: some dip early, and on a busy machine more looks fall into the dip.
+    summary = simsiam.train(
+        "demo", tmp_path / "run", recipe="demo", method=name, epochs=5, overrides=small, on_collapse="continue"
+    )
     knn = summary["knn"]
     assert summary["verdict"] == "healthy", summary["evidence"]
     assert knn["trained"] > knn["untrained"] + 5, knn

@@ -66,7 +66,8 @@ def test_an_experiment_leaves_table_and_curves(finished: tuple[Path, dict[str, A
     assert rows["with stop-gradient"]["published"] == 67.7 and rows["without stop-gradient"]["expect"] == "collapse"
     for each in rows.values():
         assert each["n"] == 2 and 0 <= each["linear"] <= 100 and each["linear_std"] is not None
-        assert each["runs"][0]["loss"] != each["runs"][1]["loss"]  # another seed is another run
+        first, second = ([run[key] for key in ("loss", "std", "effective_rank", "knn")] for run in each["runs"])
+        assert first != second  # another seed is another run
     table = (folder / "table.md").read_text()
     assert "| with stop-gradient | 67.7 |" in table and "0.1, collapses" in table
     assert json.loads((folder / "result.json").read_text())["rows"] == result["rows"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 from typing import Any
 
 import numpy as np
@@ -411,7 +409,7 @@ def test_a_loss_in_float64_is_that_in_float32_and_its_gradient_that_of_its_diffe
     assert torch.autograd.gradcheck(LOSSES[name], (a.requires_grad_(), b.requires_grad_()), rtol=1e-3, atol=1e-6)
 
 
-# --- heads and ranks --------------------------------------------------------------------------------------------------
+# --- heads -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_mlp_has_bias_only_where_no_bn_follows() -> None:
@@ -422,36 +420,3 @@ def test_an_mlp_has_bias_only_where_no_bn_follows() -> None:
     assert not network[-1].affine
     plain = mlp([4, 5, 6], hidden_norm=False)
     assert [type(layer).__name__ for layer in plain] == ["Linear", "ReLU", "Linear"] and plain[0].bias is not None
-
-
-def _rank(number: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=number, world_size=2)
-    z1, z2 = vectors(0, B, D).requires_grad_(), vectors(1, B, D).requires_grad_()
-    half = slice(number * B // 2, (number + 1) * B // 2)
-    contrastive = simclr.nt_xent(z1[half], z2[half], z1[half], z2[half], 0.2)
-    redundancy = barlow.barlow_twins(z1[half], z2[half], 0.005)
-    code = swav.sinkhorn(z1[half].detach(), 0.5, 3)
-    (contrastive + redundancy / 2).backward()
-    torch.save(
-        {"losses": [contrastive.item(), redundancy.item()], "grad": z1.grad, "code": code}, f"{folder}/{number}.pt"
-    )
-    torch.distributed.destroy_process_group()
-
-
-def test_two_ranks_see_each_others_rows(tmp_path: Any) -> None:
-    """Losses and codes over two processes are those of one process with the whole batch, gradients too."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
-    found = [torch.load(tmp_path / f"{number}.pt") for number in range(2)]
-    z1, z2 = vectors(0, B, D).requires_grad_(), vectors(1, B, D).requires_grad_()
-    contrastive = simclr.nt_xent(z1, z2, z1, z2, 0.2)
-    redundancy = barlow.barlow_twins(z1, z2, 0.005)
-    (2 * contrastive + redundancy).backward()  # the ranks' losses summed: each has its own queries, and all of C
-    assert sum(each["losses"][0] for each in found) / 2 == pytest.approx(contrastive.item(), rel=1e-5)
-    assert [each["losses"][1] for each in found] == [pytest.approx(redundancy.item(), rel=1e-5)] * 2
-    torch.testing.assert_close(torch.cat([each["code"] for each in found]), swav.sinkhorn(z1.detach(), 0.5, 3))
-    torch.testing.assert_close(found[0]["grad"] + found[1]["grad"], z1.grad, rtol=1e-4, atol=1e-6)

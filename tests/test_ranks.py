@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from simsiam import methods, ranks
 from simsiam.encoders import EncoderSpec, build
+from simsiam.methods import barlow, simclr, swav
 from simsiam.runs import ENVIRONMENT, Checkpoints, read_json, read_metrics
 from simsiam.train import hook
 
 RANKS = 2
 BATCH, IMAGES, STEPS = 8, 16, 4
+ROWS, WIDTH = 12, 6
 SMALL: dict[str, dict[str, Any]] = {
     "barlow": {"dim": 16, "projector_hidden": 16},
     "byol": {"dim": 16, "hidden": 16},
@@ -82,19 +84,37 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+def vectors(seed: int) -> Tensor:
+    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def _losses(number: int) -> dict[str, Any]:
+    z1, z2 = vectors(0).requires_grad_(), vectors(1).requires_grad_()
+    half = slice(number * ROWS // 2, (number + 1) * ROWS // 2)
+    contrastive = simclr.nt_xent(z1[half], z2[half], z1[half], z2[half], 0.2)
+    redundancy = barlow.barlow_twins(z1[half], z2[half], 0.005)
+    code = swav.sinkhorn(z1[half].detach(), 0.5, 3)
+    (contrastive + redundancy / 2).backward()
+    return {"losses": [contrastive.item(), redundancy.item()], "grad": z1.grad, "code": code}
+
+
 def _work(number: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(number), "WORLD_SIZE": str(RANKS)}
+    threads = len(os.listdir("/proc/self/task"))
     with ranks.joined(torch.device("cpu")):
         assert ranks.several() and ranks.rank() == number and ranks.main() == (number == 0)
         assert ranks.same(lambda: f"from {number}") == "from 0"
         assert ranks.agree(float(number + 5), number == 1, False) == (5.0, (True, False))
-        torch.save([trained(name, **settings) for name, settings in CASES], f"{folder}/{number}.pt")
+        states = [trained(name, **settings) for name, settings in CASES]
+        torch.save({"states": states, "losses": _losses(number)}, f"{folder}/{number}.pt")
+    # A thread of the group that is left would abort the process where it meets the end of the interpreter.
+    assert len(os.listdir("/proc/self/task")) == threads
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Tensor]]]:
-    """The states of every case on each of two ranks."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks has: the states of every case, losses and codes of its half of a batch."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(_work, args=(free_port(), str(folder)), nprocs=RANKS)
     return [torch.load(folder / f"{number}.pt") for number in range(RANKS)]
@@ -107,9 +127,9 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{n}-{'-'.join(s)}".strip("-") for n, s in CASES])
-def test_two_ranks_end_where_one_process_does(number: int, shared: list[list[dict[str, Tensor]]]) -> None:
+def test_two_ranks_end_where_one_process_does(number: int, shared: list[dict[str, Any]]) -> None:
     """BN over the whole batch, gathered negatives, codes, clusters and memories: all in float64."""
-    first, second = (states[number] for states in shared)
+    first, second = (rank["states"][number] for rank in shared)
     name, settings = CASES[number]
     sync_bn = methods.get(name).Method.sync_bn
     for key in first:
@@ -119,6 +139,19 @@ def test_two_ranks_end_where_one_process_does(number: int, shared: list[list[dic
         alone = trained(name, **settings)
         for key in alone:
             torch.testing.assert_close(alone[key], first[key], rtol=1e-6, atol=1e-9, msg=key)
+
+
+def test_two_ranks_see_each_others_rows(shared: list[dict[str, Any]]) -> None:
+    """Losses and codes over two processes are those of one process with the whole batch, gradients too."""
+    found = [rank["losses"] for rank in shared]
+    z1, z2 = vectors(0).requires_grad_(), vectors(1).requires_grad_()
+    contrastive = simclr.nt_xent(z1, z2, z1, z2, 0.2)
+    redundancy = barlow.barlow_twins(z1, z2, 0.005)
+    (2 * contrastive + redundancy).backward()  # the ranks' losses summed: each has its own queries, and all of C
+    assert sum(each["losses"][0] for each in found) / 2 == pytest.approx(contrastive.item(), rel=1e-5)
+    assert [each["losses"][1] for each in found] == [pytest.approx(redundancy.item(), rel=1e-5)] * 2
+    torch.testing.assert_close(torch.cat([each["code"] for each in found]), swav.sinkhorn(z1.detach(), 0.5, 3))
+    torch.testing.assert_close(found[0]["grad"] + found[1]["grad"], z1.grad, rtol=1e-4, atol=1e-6)
 
 
 # --- whole runs, as torchrun starts them ----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from simsiam.compute import launched
 from simsiam.config import Interrupted, UserError
 
 if TYPE_CHECKING:
@@ -120,10 +121,9 @@ def train(
         precision=None if precision is None else precision.value,
         on_collapse=None if on_collapse is None else on_collapse.value,
     )
-    from simsiam import ranks
     from simsiam.show.report import write_report
 
-    if ranks.main():
+    if not launched():
         page = write_report(Path(summary["run"]))
         _training_table(console, summary)
         console.say(f"Report   {page}")
@@ -431,14 +431,13 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        process = os.environ.get("RANK", "0")  # of those that torchrun started
-        _last_line(f"Error: {error}" if process == "0" else f"Error in process {process}: {error}")
+        _last_line(f"Error in process {launched()}: {error}" if launched() else f"Error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         _last_line("Interrupted.")
         sys.exit(1)
     except Interrupted as error:
-        if os.environ.get("RANK", "0") == "0":
+        if not launched():  # one process says it for all
             _last_line(str(error))
         sys.exit(1)
 

@@ -39,6 +39,11 @@ class Compute:
         return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def launched() -> int | None:
+    """This process's number, from 0 on, where torchrun started it beside others. Known without importing torch."""
+    return int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ else None
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """'auto', 'cpu', 'cuda', 'cuda:1', 'mps' -> device. Raises UserError where it is not there."""
     import torch
@@ -105,43 +110,43 @@ class Pace:
 
     def took(self, seconds: float) -> str | None:
         """Is told what a step took; sets the threads of the next. Returns a line for the user where there is one to say."""
-        import torch
-
-        few = self.full // 2
         if self.threads < self.full:
-            if not self.adapts:
-                return None
             self._since += seconds
-            if self._since > self._wait:
-                self.threads, self._trial, self._slow = self.full, True, 0
-        elif seconds <= 1.5 * self.half_seconds:
-            self._slow = 0
+            if self.adapts and self._since > self._wait:
+                self._trial = True
+                self._use(self.full)
+            return None
+        if seconds <= 1.5 * self.half_seconds:
+            self._slow, self._trial = 0, False
+            return None
+        self._slow += 1
+        if self._slow < (1 if self._trial else self.PATIENCE):
+            return None
+        return self._give_way(seconds)
+
+    def _give_way(self, seconds: float) -> str | None:
+        said, self.warned = self.warned, True
+        few = self.full // 2
+        crawl = f"Other programs use the cores: a step takes {seconds:.1f} s on {self.full} threads"
+        less = f"{self.half_seconds:.1f} s on {few}"
+        if self.adapts:
+            self._wait = self._until_worth(2 * self._wait if self._trial else self.FIRST_WAIT, seconds)
             self._trial = False
+            self._use(few)
+            line = f"{crawl}, {less}: it goes on with {few}, and tries {self.full} again later."
         else:
-            self._slow += 1
-            if self._slow >= (1 if self._trial else self.PATIENCE):
-                return self._give_way(seconds, few)
-        if self.adapts and torch.get_num_threads() != self.threads:
-            torch.set_num_threads(self.threads)
-        return None
+            again = f"OMP_NUM_THREADS={few}"
+            line = f"{crawl}, and {less}. Stop them; or stop this run, and resume it with {again} before the command."
+        return None if said else line
 
     def _until_worth(self, wait: float, seconds: float) -> float:
         return min(max(wait, self.WORTH * seconds), self.LONGEST_WAIT)
 
-    def _give_way(self, seconds: float, few: int) -> str | None:
+    def _use(self, threads: int) -> None:
         import torch
 
-        said, self.warned, self._slow = self.warned, True, 0
-        crawl = f"Other programs use the cores: a step takes {seconds:.1f} s on {self.full} threads"
-        less = f"{self.half_seconds:.1f} s on {few}"
-        if not self.adapts:
-            again = f"OMP_NUM_THREADS={few}"
-            hint = f"{crawl}, and {less}. Stop them; or stop this run, and resume it with {again} before the command."
-            return None if said else hint
-        self._wait = self._until_worth(2 * self._wait if self._trial else self.FIRST_WAIT, seconds)
-        self.threads, self._trial, self._since = few, False, 0.0
-        torch.set_num_threads(few)
-        return None if said else f"{crawl}, {less}: it goes on with {few}, and tries {self.full} again later."
+        self.threads, self._slow, self._since = threads, 0, 0.0
+        torch.set_num_threads(threads)
 
 
 def _keep_memory() -> None:

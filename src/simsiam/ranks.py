@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from simsiam.compute import launched
 from simsiam.config import UserError
 
 T = TypeVar("T")
@@ -30,7 +33,7 @@ def several() -> bool:
 
 def rank() -> int:
     """This process's number, from 0 on, before it has joined the others too."""
-    return dist.get_rank() if several() else int(os.environ["RANK"]) if started() else 0
+    return dist.get_rank() if several() else launched() or 0
 
 
 def count() -> int:
@@ -48,18 +51,13 @@ def own_key() -> tuple[int, ...]:
     return (rank(),) if several() else ()
 
 
-def started() -> bool:
-    """Whether torchrun started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[torch.device]:
     """Joins the processes that torchrun started, where it did, and yields this one's device.
 
     Raises UserError where a machine has fewer GPUs than processes.
     """
-    if not started() or several():
+    if launched() is None or several():
         yield device
         return
     backend = "gloo"
@@ -72,6 +70,9 @@ def joined(device: torch.device) -> Iterator[torch.device]:
             )
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
+    # DDP imports this, and its default arguments then keep the group that they find, for good: threads which outlive
+    # the interpreter and, now and then, abort the process at its end. Before there is a group they find none.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(backend, timeout=_PATIENCE)
     try:
         yield device
@@ -123,13 +124,40 @@ def gather(z: Tensor) -> Tensor:
     from. In one process, z itself."""
     if not several():
         return z
-    if z.requires_grad and torch.is_grad_enabled():
-        from torch.distributed.nn.functional import all_gather
+    return cast(Tensor, _Gather.apply(z))
 
-        return torch.cat(all_gather(z))
-    parts = [torch.empty_like(z, memory_format=torch.contiguous_format) for _ in range(count())]
-    dist.all_gather(parts, z.detach().contiguous())
-    return torch.cat(parts)
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over the ranks, which gradients flow through; in one process, x itself."""
+    return cast(Tensor, _Total.apply(x)) if several() else x
+
+
+# torch.distributed.nn.functional has these two; it is deprecated.
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.rows = len(z)
+        parts = [torch.empty_like(z, memory_format=torch.contiguous_format) for _ in range(count())]
+        dist.all_gather(parts, z.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        summed = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        summed = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return cast(Tensor, _Total.apply(gradient))
 
 
 def all_ranks(values: Iterable[Tensor], reduce: Literal["sum", "max"] = "sum") -> None:
@@ -154,10 +182,12 @@ def parallel(method: nn.Module) -> nn.Module:
     device = next(method.parameters()).device
     if getattr(method, "sync_bn", True):
         _synchronise(method, device)
-    # BN's running statistics and everything else a method remembers are made equal by the methods themselves.
-    return nn.parallel.DistributedDataParallel(
-        method, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers; older ones know no other
+        # BN's running statistics and everything else a method remembers are made equal by the methods themselves.
+        return nn.parallel.DistributedDataParallel(
+            method, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False
+        )
 
 
 def _synchronise(module: nn.Module, device: torch.device) -> None:
@@ -177,14 +207,12 @@ class _CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        from torch.distributed.nn.functional import all_reduce
-
         x = input if input.dtype == torch.float64 else input.float()
         axes = [axis for axis in range(x.ndim) if axis != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         rows = x.numel() // x.shape[1] * count()  # parts of a batch are equal
-        mean = all_reduce(x.sum(axes)) / rows
-        variance = all_reduce((x - mean.view(shape)).square().sum(axes)) / rows
+        mean = total(x.sum(axes)) / rows
+        variance = total((x - mean.view(shape)).square().sum(axes)) / rows
         if self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked += 1

@@ -15,8 +15,8 @@ import pytest
 
 import simsiam
 from simsiam.config import UserError
-from simsiam.embed import embed_to
-from simsiam.search import RECALL, open_index, read_embeddings, search
+from simsiam.embed import embed_to, read_embeddings
+from simsiam.search import RECALL, open_index, search
 from test_train import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -333,10 +333,49 @@ def write_embedding(
     write_json(out / META, {**meta, "classes": list(names) or None, "vectors": len(vectors)})
 
 
-def _known(out: Path, sha256: str) -> dict[str, NDArray[np.float32]]:
-    """Pixels' hash -> vector of what this encoder has embedded into `out` before."""
+@dataclass(frozen=True)
+class Embeddings:
+    """A folder that `embed_to` wrote."""
+
+    folder: Path
+    vectors: NDArray[np.float32]
+    """[N,D], memory-mapped."""
+    items: dict[str, list[Any]]
+    """The columns that were asked for, N values each."""
+    meta: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def ids(self) -> list[str]:
+        return self.items["id"]
+
+
+def read_embeddings(folder: str | Path, columns: Sequence[str] = ("id",)) -> Embeddings:
+    """Raises UserError where the folder is not one of `simsiam embed`, is not complete, or its files do not agree."""
     import pyarrow.parquet as pq
 
+    folder = Path(folder)
+    if not (folder / META).exists():
+        half = (
+            " Its writing was interrupted: run the same `simsiam embed` again." if (folder / VECTORS).exists() else ""
+        )
+        raise UserError(f"{folder} holds no embeddings.{half or ' Make them: simsiam embed RUN DATA -o DIR.'}")
+    meta = read_json(folder / META)
+    try:
+        vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
+        table = pq.read_table(folder / ITEMS, columns=list(columns))
+        items = {name: table[name].to_pylist() for name in columns}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"Cannot read the embeddings in {folder}: {' '.join(str(error).split())}") from None
+    if not len(vectors) == len(table) == meta.get("vectors") or vectors.shape[1:] != (meta.get("dim"),):
+        raise UserError(f"The files of {folder} do not belong together: run `simsiam embed` again, or copy all three.")
+    return Embeddings(folder, vectors, items, meta)
+
+
+def _known(out: Path, sha256: str) -> dict[str, NDArray[np.float32]]:
+    """Pixels' hash -> vector of what this encoder has embedded into `out` before."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return {}
     if not (out / META).exists() and not (out / VECTORS).exists():
@@ -346,11 +385,10 @@ def _known(out: Path, sha256: str) -> dict[str, NDArray[np.float32]]:
     if read_json(out / META).get("encoder") != sha256:
         raise UserError(f"{out} holds embeddings of another encoder: choose another -o, or delete it.")
     try:
-        digests = pq.read_table(out / ITEMS, columns=["pixels"])["pixels"].to_pylist()
-        vectors = np.load(out / VECTORS, allow_pickle=False)
-    except (OSError, ValueError, KeyError):
+        stored = read_embeddings(out, ["pixels"])
+    except UserError:  # damaged: everything is embedded anew
         return {}
-    return dict(zip(digests, vectors, strict=True)) if len(digests) == len(vectors) else {}
+    return dict(zip(stored.items["pixels"], stored.vectors, strict=True))
 
 
 def _digest(cache: Cache, row: int) -> str:

@@ -33,7 +33,7 @@ class Probed:
 
 
 def probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch.device) -> Probed:
-    """Picks precision and threads by measuring. The method is left as it was; so are the threads."""
+    """Picks precision and threads by measuring. The method is left as it was; torch has all threads."""
     copied = copy.deepcopy(method)
     batch = next(iter(loader.epoch(0)))
     seconds: dict[str, float] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from simsiam.compute import pick_device, set_threads
 from simsiam.config import UserError
-from simsiam.embed import ITEMS, META, VECTORS, ImageEncoder
+from simsiam.embed import Embeddings, ImageEncoder, read_embeddings
 from simsiam.neighbours import top_k
 from simsiam.runs import atomic, read_json, write_json
 
@@ -26,41 +25,6 @@ RECALL = 0.95
 INDEX, INDEX_META = "index.usearch", "index.json"
 _PROBES = 256
 _WIDEST = 4096
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """A folder that `simsiam embed` wrote."""
-
-    folder: Path
-    vectors: NDArray[np.float32]
-    """[N,D], memory-mapped."""
-    ids: list[str]
-    meta: dict[str, Any]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def read_embeddings(folder: str | Path) -> Embeddings:
-    """Raises UserError where the folder is not one of `simsiam embed`, is not complete, or its files do not agree."""
-    import pyarrow.parquet as pq
-
-    folder = Path(folder)
-    if not (folder / META).exists():
-        half = (
-            " Its writing was interrupted: run the same `simsiam embed` again." if (folder / VECTORS).exists() else ""
-        )
-        raise UserError(f"{folder} holds no embeddings.{half or ' Make them: simsiam embed RUN DATA -o DIR.'}")
-    meta = read_json(folder / META)
-    try:
-        vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
-        ids = pq.read_table(folder / ITEMS, columns=["id"])["id"].to_pylist()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"Cannot read the embeddings in {folder}: {' '.join(str(error).split())}") from None
-    if not len(vectors) == len(ids) == meta.get("vectors") or vectors.shape[1:] != (meta.get("dim"),):
-        raise UserError(f"The files of {folder} do not belong together: run `simsiam embed` again, or copy all three.")
-    return Embeddings(folder, vectors, ids, meta)
 
 
 def search(
@@ -92,31 +56,26 @@ def search(
     rows = {id_: row for row, id_ in enumerate(stored.ids)}
     names = [os.fspath(query) for query in queries]
     files = [name for name in names if os.path.isfile(name)]
+    own = {name: rows[name] for name in set(names).difference(files) if name in rows}
     for name in names:
-        if name not in rows and name not in files:
+        if name not in own and name not in files:
             raise UserError(f"{name} is neither an image file nor an id in {folder}.")
-    vectors = np.empty((len(names), stored.vectors.shape[1]), np.float32)
-    if files:
-        embedded = dict(zip(files, _encoder(stored, device).embed(files), strict=True))
-    for i, name in enumerate(names):
-        vectors[i] = embedded[name] if name in files else stored.vectors[rows[name]]
+    embedded = dict(zip(files, _encoder(stored, device).embed(files), strict=True)) if files else {}
+    vectors = np.stack([stored.vectors[own[name]] if name in own else embedded[name] for name in names])
 
     most = min(k + 1, len(stored))  # one more: a stored query finds itself
     if index or (index is None and len(stored) > EXACT):
         scores, found = _by_index(stored, vectors, most, progress)
     else:
-        where = pick_device(device)
-        near = top_k(vectors, stored.vectors, most, device=where)
-        scores, found = (each.numpy() for each in near)
+        scores, found = (each.numpy() for each in top_k(vectors, stored.vectors, most, device=pick_device(device)))
     results = []
     for name, best, which in zip(names, scores, found, strict=True):
-        own = None if name in files else rows[name]
-        pairs = [
-            (stored.ids[row], score) for row, score in zip(which.tolist(), best.tolist(), strict=True) if row != own
+        near = [
+            {"id": stored.ids[row], "score": round(score, 6)}
+            for row, score in zip(which.tolist(), best.tolist(), strict=True)
+            if row != own.get(name)
         ]
-        results.append(
-            {"query": name, "neighbours": [{"id": id_, "score": round(score, 6)} for id_, score in pairs[:k]]}
-        )
+        results.append({"query": name, "neighbours": near[:k]})
     return results
 
 

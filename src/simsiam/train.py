@@ -338,7 +338,7 @@ def _command() -> dict[str, str]:
     return {"command": shlex.join(["simsiam", *sys.argv[1:]])} if Path(sys.argv[0]).name == "simsiam" else {}
 
 
-def _workers() -> str:
+def _threads() -> str:
     threads, processes = torch.get_num_threads(), ranks.count()
     text = f"{threads} thread{'s' if threads > 1 else ''}"
     return text if processes == 1 else f"{processes} processes, {text} each"
@@ -360,7 +360,7 @@ def _facts(s: Session, cache: Cache, rows: int, held_out: int, step_seconds: flo
         ("method", f"{recipe.method}, batch {recipe.train.batch_size}, base lr {recipe.train.lr:g}"),
         ("encoder", f"{recipe.encoder.name}, {parameters / 1e6:.2g} M parameters, {encoder.dim} features"),
         ("views", f"{recipe.views.size} px in training, {recipe.eval.size} px in use"),
-        ("compute", f"{s.compute.device}, {s.compute.precision}, {_workers()}"),
+        ("compute", f"{s.compute.device}, {s.compute.precision}, {_threads()}"),
         ("length", f"{length}, about {show_duration(max(left - s.seconds, 0))}"),
         ("run", str(s.run)),
     ]

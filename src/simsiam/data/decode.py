@@ -172,6 +172,6 @@ def _reduce(pixels: np.ndarray, short_side: int) -> np.ndarray:
     if short <= short_side:
         return pixels
     size = (round(box_h * short_side / short), round(box_w * short_side / short))
-    # Pillow's antialiased bicubic resize, to a level or two, and five times as fast; one thread each.
+    # Pillow's antialiased bicubic resize, to a few levels, and three to five times as fast; one thread each.
     planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     return F.interpolate(planes, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()

@@ -264,8 +264,8 @@ def gaussian(sigma: Tensor, size: int) -> Tensor:
 
     The kernel spans 23 pixels, or less where the view is smaller.
     """
-    radius = min(size - 1, _RADIUS)
-    weight = _gaussian_taps(sigma, radius)
+    weight = _gaussian_taps(sigma, size)
+    radius = weight.shape[1] // 2
     source = torch.arange(size, device=sigma.device)[:, None] + torch.arange(-radius, radius + 1, device=sigma.device)
     source = source.abs()
     source = torch.where(source > size - 1, 2 * (size - 1) - source, source)
@@ -274,8 +274,9 @@ def gaussian(sigma: Tensor, size: int) -> Tensor:
     return kernel.scatter_add_(2, source.expand(batch, -1, -1), weight[:, None].expand(-1, size, -1))
 
 
-def _gaussian_taps(sigma: Tensor, radius: int) -> Tensor:
-    """Weights [B,2*radius+1] that sum to 1; sigma 0 leaves a pixel as it is."""
+def _gaussian_taps(sigma: Tensor, size: int) -> Tensor:
+    """Weights [B,2*radius+1] that sum to 1, for views of this size; sigma 0 leaves a pixel as it is."""
+    radius = min(size - 1, _RADIUS)
     offset = torch.arange(-radius, radius + 1, device=sigma.device)
     weight = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2)
     return weight / weight.sum(1, keepdim=True)
@@ -334,9 +335,8 @@ def _blur(views: Tensor, sigma: Tensor) -> None:
     chosen, size = sigma.nonzero()[:, 0], views.shape[2]
     if not len(chosen):
         return
-    radius = min(size - 1, _RADIUS)
-    kernel = _gaussian_taps(sigma[chosen], radius).repeat_interleave(3, 0)
-    x = F.pad(views[chosen].view(1, -1, size, size), [radius] * 4, mode="reflect")
+    kernel = _gaussian_taps(sigma[chosen], size).repeat_interleave(3, 0)
+    x = F.pad(views[chosen].view(1, -1, size, size), [kernel.shape[1] // 2] * 4, mode="reflect")
     x = F.conv2d(x, kernel[:, None, :, None], groups=len(kernel))
     views[chosen] = F.conv2d(x, kernel[:, None, None, :], groups=len(kernel)).view(-1, 3, size, size)
 

@@ -127,21 +127,22 @@ class Method(Siamese):
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         raw = [self.projector(self.encoder(x)) for x in views]
         z = [unit(each) for each in raw]
+        assigned = self.assigned[:, index]
+        known = (assigned >= 0).sum(1)
+        all_ranks([known])  # of the whole batch: the ranks' gradients are averaged
         losses = [
-            self._cross_entropy(similarities(each, prototypes), targets[index])
+            self._cross_entropy(similarities(each, prototypes), targets, clustered)
             for each in z
-            for prototypes, targets in zip(self.prototypes, self.assigned, strict=True)
+            for prototypes, targets, clustered in zip(self.prototypes, assigned, known, strict=True)
         ]
         with torch.no_grad():
             self._remember(z[:2], index)
             std = (normalised_std(raw[0]) + normalised_std(raw[1])) / 2
         return torch.stack(losses).mean(), {"std": std}
 
-    def _cross_entropy(self, scores: Tensor, targets: Tensor) -> Tensor:
-        """Mean over the images that have a cluster; 0 where none has."""
+    def _cross_entropy(self, scores: Tensor, targets: Tensor, known: Tensor) -> Tensor:
+        """Mean over the `known` images that have a cluster; 0 where none has."""
         total = F.cross_entropy(wide(scores) / self.settings.temperature, targets, reduction="sum")
-        known = (targets >= 0).sum()
-        all_ranks([known])  # of the whole batch: the ranks' gradients are averaged
         return total * count() / known.clamp(min=1)
 
     def _remember(self, z: list[Tensor], index: Tensor) -> None:

@@ -49,7 +49,7 @@ from training import limit, photo_folder
 
 import simsiam
 from simsiam.compute import cpu_quota, describe, generator, pick_device, set_threads
-from simsiam.data.cache import build_cache
+from simsiam.data.cache import build_cache, open_cache
 from simsiam.data.decode import decode, in_order
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
@@ -160,6 +160,7 @@ def ours(bench: Bench, size: int, precision: str = "auto") -> float:
     overrides = [f"method.{each}" for each in method.split()] + [f"train.{each}" for each in train.split()]
     overrides += [f"encoder.name={task.encoder}", "views.scale=[0.2, 1.0]", "views.blur_p=0.5"]
     device = bench.arguments.device
+    build_cache(open_images(task.folder), decoded_side(size))  # decoding has a section of its own
     summary = simsiam.train(str(task.folder), run, recipe="thin", size=size, device=device, overrides=overrides)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
@@ -288,14 +289,16 @@ def decode_once(bench: Bench, folder: Path, size: int, with_views: bool) -> floa
     draws, count, seconds = generator(bench.device, 0), 0, 0.0
     while seconds < bench.arguments.seconds:
         start = time.perf_counter()
-        cache = build_cache(open_images(folder), short_side, directory)
-        rows = np.arange(len(cache))
-        batches = Loader(cache, rows, min(bench.arguments.batch, len(cache)), bench.device, 0).epoch(0)
-        for batch in batches if with_views else ():
-            for _ in range(2):
-                random_view(batch.images, ViewSettings(size=size), draws, batch.sizes)
+        if with_views:
+            cache = open_cache(open_images(folder), short_side, directory)
+            loader = Loader(cache, np.arange(len(cache)), min(bench.arguments.batch, len(cache)), bench.device, 0)
+            for batch in loader.epoch(0):
+                for _ in range(2):
+                    random_view(batch.images, ViewSettings(size=size), draws, batch.sizes)
+            count += loader.steps_per_epoch * loader.batch_size
+        else:
+            count += len(build_cache(open_images(folder), short_side, directory))
         seconds += time.perf_counter() - start
-        count += len(cache)
         shutil.rmtree(directory)
     return count / seconds
 

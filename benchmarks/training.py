@@ -30,7 +30,7 @@ from simsiam.data.cache import build_cache
 from simsiam.data.demo import photograph_files
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
-from simsiam.data.views import random_view
+from simsiam.data.views import ViewSettings, random_view
 from simsiam.embed import preprocessing
 from simsiam.recipe import read
 from simsiam.runs import read_metrics
@@ -53,6 +53,7 @@ def photo_folder(folder: Path, count: int = 2000) -> Path:
 def end_to_end(data: str, run: Path, size: int, seconds: float, device: str) -> float:
     """images/s of `simsiam.train` for so many seconds, from the third line of figures on: as for the limit, the first steps
     only warm up."""
+    build_cache(open_images(data), preprocessing(size, ViewSettings.mean, ViewSettings.std).short_side)
     simsiam.train(data, run, size=size, budget=f"{seconds:g}s", device=device, on_collapse="continue")
     lines = [line for line in read_metrics(run) if line["kind"] == "train"][1:]
     assert len(lines) > 2, "too short a run: raise --seconds"

@@ -1,14 +1,16 @@
-"""The cache: the same pixels as decoding, built once, whole or not there."""
+"""The cache: the same pixels as decoding, each image decoded once, whatever happens in between."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 
 from simsiam.config import UserError
 from simsiam.data import cache as cache_module
-from simsiam.data.cache import build_cache
+from simsiam.data.cache import META, PIXELS, REASONS, RECORDS, build_cache, open_cache
 from simsiam.data.decode import decode
 from simsiam.data.sources import ImageSet, open_images
 from test_decode import encode, scene, write_nasty_folder
@@ -45,20 +47,22 @@ def refuse(*_: object) -> bytes:
 
 
 @pytest.mark.parametrize("short_side", [None, 32])
-def test_rows_are_the_good_images_and_batches_their_pixels(tmp_path: Path, short_side: int | None) -> None:
+def test_batches_are_the_pixels_of_the_good_images(tmp_path: Path, short_side: int | None) -> None:
     good, bad = write_nasty_folder(tmp_path / "data")
     (tmp_path / "data/wide.png").write_bytes(encode(scene(40, 150)))
     images = open_images(tmp_path / "data")
     calls: list[tuple[int, int, int]] = []
     cache = build_cache(images, short_side, tmp_path / "cache", workers=2, progress=lambda *a: calls.append(a))
-    assert cache.ids == sorted([*good, "wide.png"]) and cache.uniform is None
+    every = np.arange(len(cache))
+    assert [cache.ids[row] for row in cache.decoded(every)] == sorted([*good, "wide.png"])
+    assert cache.uniform(every) is None and len(cache.missing(every)) == 0
     assert {path for path, _ in cache.bad} == set(bad) and all(bad[path] in reason for path, reason in cache.bad)
     assert [call[0] for call in calls] == list(range(1, len(images) + 1)) and calls[-1] == (
         len(images),
         len(images),
         len(bad),
     )
-    rows = np.random.default_rng(0).permutation(len(cache))
+    rows = np.random.default_rng(0).permutation(cache.decoded(every))
     batch, sizes = cache.batch(rows)
     assert batch.dtype == torch.uint8 and sizes.dtype == torch.int32
     assert batch.shape == (len(rows), 3, int(sizes[:, 0].max()), int(sizes[:, 1].max()))
@@ -66,93 +70,142 @@ def test_rows_are_the_good_images_and_batches_their_pixels(tmp_path: Path, short
         expected = decode((tmp_path / "data" / cache.ids[row]).read_bytes(), short_side)
         assert np.array_equal(image[:, :h, :w].permute(1, 2, 0).numpy(), expected)
         assert image[:, h:].sum() == 0 and image[:, :, w:].sum() == 0
-    assert cache.memory_bytes == (cache.directory / "images.bin").stat().st_size
+    with pytest.raises(AssertionError, match="has no pixels"):
+        cache.batch(every)
 
 
-def test_uniform_sizes_labels_and_splits_are_remapped(tmp_path: Path) -> None:
+def test_uniform_sizes_and_splits_without_bad_images(tmp_path: Path) -> None:
     whole = flat_set()
     images = flat_set(read=lambda i: b"" if i in (0, 7, 45) else whole.read(i))
     cache = build_cache(images, None, tmp_path)
-    kept = [i for i in range(50) if i not in (0, 7, 45)]
-    assert cache.ids == [f"{i}.png" for i in kept] and cache.uniform == (8, 8) and len(cache) == 47
-    assert cache.labels is not None and cache.labels.tolist() == [i % 4 for i in kept]
-    assert [cache.ids[i] for i in cache.test] == [f"{i}.png" for i in range(40, 50) if i != 45]
-    assert sorted([*cache.test, *cache.train]) == list(range(47))
-    batch, sizes = cache.batch(np.array([5, 5, 46]))
-    for image, i in zip(batch, (kept[5], kept[5], kept[46]), strict=True):
+    assert cache.uniform(np.arange(50)) == (8, 8) and len(cache) == 50
+    assert cache.labels is images.labels and cache.ids == images.ids
+    train, test = cache.split()
+    assert train.tolist() == [i for i in range(40) if i not in (0, 7)]
+    assert test.tolist() == [i for i in range(40, 50) if i != 45]
+    assert [part.tolist() for part in images.split()] == [list(range(40)), list(range(40, 50))]
+    batch, sizes = cache.batch(np.array([6, 6, 49]))
+    for image, i in zip(batch, (6, 6, 49), strict=True):
         assert np.array_equal(image.permute(1, 2, 0).numpy(), decode(whole.read(i)))
     assert sizes.tolist() == [[8, 8]] * 3
     batch.zero_()  # a batch is a copy: the cache stays as it is
-    assert cache.batch(np.array([5]))[0].any()
+    assert cache.batch(np.array([6]))[0].any()
+
+
+def test_an_image_is_decoded_when_it_is_asked_for_and_never_again(tmp_path: Path) -> None:
+    whole, read = flat_set(), []
+    images = flat_set(read=lambda i: (read.append(i), b"" if i == 7 else whole.read(i))[1])
+    cache = open_cache(images, 8, tmp_path, workers=1)
+    assert read == [] and len(cache.missing(np.arange(50))) == 50 and cache.uniform(np.arange(50)) is None
+    asked = np.array([30, 7, 2, 30])
+    assert cache.usable(asked).tolist() == [True, False, True, True]
+    assert read == [2, 7, 30] and cache.decoded(np.arange(50)).tolist() == [2, 30]
+    assert cache.bad == [("7.png", "empty file (0 bytes)")] and cache.seconds_left(np.arange(50)) > 0
+    again = open_cache(images, 8, tmp_path, workers=1)  # what a later run finds
+    assert again.usable(asked).tolist() == [True, False, True, True] and again.bad == cache.bad
+    for row, image in zip((30, 1, 2), again.batch(np.array([30, 1, 2]))[0], strict=True):  # 1: on its way
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), decode(whole.read(row), 8))
+    assert read == [2, 7, 30, 1]
+    assert cache.usable(np.array([1])).all() and read == [
+        2,
+        7,
+        30,
+        1,
+        1,
+    ]  # it had not looked again; nor is it stored twice
+    assert len((cache.directory / RECORDS).read_bytes()) == 4 * 24
 
 
 def test_reused_until_something_changes(tmp_path: Path) -> None:
     first = build_cache(flat_set(), 8, tmp_path)
     again = build_cache(flat_set(read=refuse), 8, tmp_path)
-    assert again.directory == first.directory and torch.equal(again.batch(again.train)[0], first.batch(first.train)[0])
-    assert build_cache(flat_set(), 4, tmp_path).uniform == (4, 4)
+    every = np.arange(50)
+    assert again.directory == first.directory and torch.equal(again.batch(every)[0], first.batch(every)[0])
+    assert build_cache(flat_set(), 4, tmp_path).uniform(every) == (4, 4)
     assert build_cache(flat_set(fingerprint="other"), 8, tmp_path).directory != first.directory
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")) == []
 
 
-@pytest.mark.parametrize("damage", ["images.bin", "meta.json", "rows.npy", "sizes.npy"])
-def test_a_damaged_cache_is_built_again(tmp_path: Path, damage: str) -> None:
-    first = build_cache(flat_set(), 8, tmp_path)
-    pixels = first.batch(np.arange(50))[0]
+@pytest.mark.parametrize("damage", [PIXELS, RECORDS, REASONS, META])
+@pytest.mark.parametrize("cut", [1, 5, 30, 500, 10**9])
+def test_what_a_damaged_cache_has_lost_is_decoded_again(tmp_path: Path, damage: str, cut: int) -> None:
+    whole = flat_set()
+    images = flat_set(read=lambda i: b"" if i == 7 else whole.read(i))
+    rows = np.array([i for i in range(50) if i != 7])
+    first = build_cache(images, 8, tmp_path, workers=1)
+    pixels = first.batch(rows)[0]
     path = first.directory / damage
-    path.write_bytes(path.read_bytes()[:-5])
-    assert torch.equal(build_cache(flat_set(), 8, tmp_path).batch(np.arange(50))[0], pixels)
+    path.write_bytes(path.read_bytes()[:-cut])
+    for _ in range(2):  # and what was decoded again stays
+        half = open_cache(images, 8, tmp_path, workers=1)
+        assert torch.equal(half.batch(rows[::-3].copy())[0], pixels.flip(0)[::3])
+        found = build_cache(images, 8, tmp_path, workers=1)
+        assert torch.equal(found.batch(rows)[0], pixels)
+        assert [name for name, _ in found.bad] == ["7.png"]
     path.unlink()
-    assert torch.equal(build_cache(flat_set(), 8, tmp_path).batch(np.arange(50))[0], pixels)
-    assert [p.name for p in tmp_path.iterdir()] == [first.directory.name]
-
-
-def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
-    def stop(done: int, total: int, bad: int) -> None:
-        if done == 20:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_cache(flat_set(), 8, tmp_path, progress=stop)
-    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(build_cache(images, 8, tmp_path).batch(rows)[0], pixels)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="POSIX only")
-def test_a_killed_build_is_no_cache_and_is_swept_away_later(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_what_it_had_decoded(tmp_path: Path) -> None:
     code = f"""
 import os, signal
-from simsiam.data.cache import build_cache
+from simsiam.data import cache
 from test_cache import flat_set
+cache._TOGETHER = 8
 def die(done, total, bad):
     if done == 20: os.kill(os.getpid(), signal.SIGKILL)
-build_cache(flat_set(), 8, {str(tmp_path)!r}, progress=die)
+cache.build_cache(flat_set(), 8, {str(tmp_path)!r}, progress=die)
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    assert left.name.endswith(".tmp")
-    assert len(build_cache(flat_set(), 8, tmp_path)) == 50
-    assert left.exists()  # it might be another process at work
-    for path in [*left.iterdir(), left]:
-        os.utime(path, (time.time() - 7200,) * 2)
-    build_cache(flat_set(), 4, tmp_path)
-    assert not left.exists()
+    whole = flat_set()
+    cache = open_cache(flat_set(read=lambda i: refuse() if i < 16 else whole.read(i)), 8, tmp_path)
+    assert cache.decoded(np.arange(50)).tolist() == list(range(16))
+    pixels = cache.batch(np.arange(50))[0]
+    assert all(np.array_equal(p.permute(1, 2, 0).numpy(), decode(whole.read(i))) for i, p in enumerate(pixels))
 
 
-def test_two_builds_at_once(tmp_path: Path) -> None:
-    """Both wait for each other in the middle, so both build and both publish."""
-    barrier, caches = threading.Barrier(2, timeout=30), []
+def fill(place: Path, number: int) -> None:
+    """Asks for all images of two sizes, in an order of this process's own, a few at a time."""
+    images = mixed_set()
+    cache = open_cache(images, None, place, workers=1)
+    order = np.random.default_rng(number).permutation(60)
+    for start in range(0, 60, 4):
+        assert cache.usable(order[start : start + 4]).all()
 
-    def build() -> None:
-        caches.append(build_cache(flat_set(), 8, tmp_path, progress=lambda i, *_: i == 25 and barrier.wait()))  # type: ignore[arg-type]
 
-    threads = [threading.Thread(target=build) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(caches) == 2 and torch.equal(*(cache.batch(np.arange(50))[0] for cache in caches))
-    assert [p.name for p in tmp_path.iterdir()] == [caches[0].directory.name]
+def mixed_set() -> ImageSet:
+    small, large = flat_set(30, 8), flat_set(30, 12)
+    return flat_set(60, read=lambda i: (small if i < 30 else large).read(i % 30), ids=[str(i) for i in range(60)])
+
+
+def test_processes_fill_it_together(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=fill, args=(tmp_path, number)) for number in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    images = mixed_set()
+    cache = open_cache(dataclasses.replace(images, read=refuse), None, tmp_path)
+    for row in range(60):
+        (image,), ((h, w),) = cache.batch(np.array([row]))
+        assert np.array_equal(image[:, :h, :w].permute(1, 2, 0).numpy(), decode(images.read(row)))
+    assert (cache.directory / PIXELS).stat().st_size == 3 * 30 * (64 + 144)
+
+
+def test_threads_fill_it_together(tmp_path: Path) -> None:
+    images = mixed_set()
+    cache = open_cache(images, None, tmp_path, workers=2)
+    orders = [np.random.default_rng(number).permutation(60).reshape(-1, 5) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        batches = list(pool.map(lambda order: [cache.batch(rows) for rows in order], orders))
+    for order, got in zip(orders, batches, strict=True):
+        for rows, (pixels, sizes) in zip(order, got, strict=True):
+            for row, image, (h, w) in zip(rows, pixels, sizes.tolist(), strict=True):
+                assert np.array_equal(image[:, :h, :w].permute(1, 2, 0).numpy(), decode(images.read(row)))
+    assert (cache.directory / PIXELS).stat().st_size == 3 * 30 * (64 + 144)
 
 
 def test_reading_errors_are_bad_files(tmp_path: Path) -> None:
@@ -194,16 +247,32 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pixels go to /dev/full, where every write fails as on a full disk."""
-    real = open
+    """From the second write on, the pixels go to /dev/full, where every write fails as on a full disk."""
+    real, opened = open, []
 
     def full(path: object, *arguments: object, **options: object) -> object:
-        return real("/dev/full" if str(path).endswith("images.bin") else path, *arguments, **options)  # type: ignore[call-overload]
+        opened.append(path)
+        late = [str(path) for path in opened].count(str(path)) > 1 and str(path).endswith(PIXELS)
+        return real("/dev/full" if late else path, *arguments, **options)  # type: ignore[call-overload]
 
+    cache = open_cache(flat_set(200, 64), 64, tmp_path)
     monkeypatch.setattr(cache_module, "open", full, raising=False)
+    assert cache.usable(np.arange(10)).all()
     with pytest.raises(UserError, match=r"is full: the cache of flat needs about \S+ GB.*SIMSIAM_CACHE"):
-        build_cache(flat_set(200, 64), 64, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        cache.usable(np.arange(200))
+    monkeypatch.undo()
+    again = build_cache(flat_set(200, 64), 64, tmp_path)  # there is room now
+    assert torch.equal(
+        again.batch(np.arange(200))[0], build_cache(flat_set(200, 64), 64, tmp_path / "b").batch(np.arange(200))[0]
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_full_cache_in_a_folder_that_cannot_be_written_is_read(tmp_path: Path) -> None:
+    cache = build_cache(flat_set(), 8, tmp_path)
+    for path in (cache.directory, tmp_path):
+        path.chmod(0o555)
+    assert len(build_cache(flat_set(read=refuse), 8, tmp_path).batch(np.arange(50))[0]) == 50
 
 
 def test_cifar10_prefix_matches_a_plain_decode(tmp_path: Path) -> None:
@@ -211,7 +280,7 @@ def test_cifar10_prefix_matches_a_plain_decode(tmp_path: Path) -> None:
         pytest.skip(f"no CIFAR-10 at {CIFAR}")
     images = open_images(CIFAR / "test.parquet")
     cache = build_cache(images, 32, tmp_path)
-    assert len(cache) == 10_000 and cache.uniform == (32, 32) and not cache.bad
+    assert len(cache) == 10_000 and cache.uniform(np.arange(10_000)) == (32, 32) and not cache.bad
     mean = cache.batch(np.arange(10_000))[0].double().mean(dim=(0, 2, 3)) / 255
     assert np.allclose(mean, [0.494, 0.485, 0.450], atol=6e-4)  # the data's README
     start = time.perf_counter()

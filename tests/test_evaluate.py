@@ -188,6 +188,14 @@ def vote(features: Features, k: int, T: float) -> float:
     return 100 * right / len(test)
 
 
+@pytest.mark.parametrize(
+    ("counts", "k"), [((5000,) * 10, 200), ((1000, 1000, 40), 200), ((999, 999, 5000), 20), ((3,), 20)]
+)
+def test_k_is_200_where_a_class_has_a_thousand_images(counts: tuple[int, ...], k: int) -> None:
+    labels = torch.cat([torch.full((count,), i) for i, count in enumerate(counts)])
+    assert knn.usual_k(torch.cat([labels, torch.full((5000,), -1)])) == k
+
+
 @pytest.mark.parametrize(("k", "T"), [(1, 0.1), (20, 0.1), (200, 0.1), (200, 1.0), (1000, 0.02)])
 def test_knn_is_the_naive_vote(k: int, T: float) -> None:
     features = clusters(n=220, m=60, noise=2.0)

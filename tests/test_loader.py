@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from simsiam.config import UserError
 from simsiam.data import loader as loader_module
-from simsiam.data.cache import Cache, build_cache
+from simsiam.data.cache import Cache, build_cache, open_cache
 from simsiam.data.loader import Batch, Loader
 from simsiam.data.sources import open_images
 from test_decode import encode
@@ -81,7 +83,7 @@ def test_batches_are_the_rows_in_that_order_and_the_last_incomplete_one_is_dropp
         assert batch.images.dtype == torch.uint8
         images, sizes = loader.cache.batch(loader.rows[batch.index.numpy()])
         assert torch.equal(batch.images, images)
-        if loader.cache.uniform:
+        if loader.cache.uniform(loader.rows):
             assert batch.sizes is None
         else:
             assert batch.sizes is not None and torch.equal(batch.sizes, sizes) and len(sizes.unique()) > 2
@@ -100,6 +102,54 @@ def test_a_batch_of_one_size_from_a_mixed_set_has_no_padding(mixed: Cache) -> No
     rows = np.flatnonzero(mixed.heights == 9)
     batch = next(iter(Loader(mixed, rows, BATCH, CPU, seed=0).epoch(0)))
     assert batch.sizes is None and batch.images.shape == (BATCH, 3, 9, 12)
+
+
+@pytest.mark.parametrize("sizes", [[(9, 12)], [(9, 12), (7, 10), (16, 8)]])
+@pytest.mark.parametrize("bad", [0, 12, 40])
+@pytest.mark.parametrize("device", ["cpu", "reading ahead"])
+def test_decoding_on_the_way_gives_the_batches_of_a_set_that_was_decoded_before(
+    tmp_path: Path, sizes: list[tuple[int, int]], bad: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bad images take no place; the order begins again where they leave too few."""
+    images = make_cache(tmp_path, sizes).images
+    read = images.read
+    images = dataclasses.replace(images, read=lambda i: b"" if i * bad % COUNT < bad else read(i), fingerprint="bad")
+    rows = np.arange(2, COUNT)
+    whole = Loader(build_cache(images, None, tmp_path / "whole"), rows, BATCH, CPU, seed=2)
+    good = [i for i in range(len(rows)) if whole.cache.heights[rows[i]] > 0]
+    assert len(rows) - len(good) >= bad - 2
+    if device != "cpu":
+        monkeypatch.setattr(Loader, "_reads_ahead", lambda self: True)
+    for start in range(4):
+        growing = Loader(open_cache(images, None, tmp_path / f"growing-{start}"), rows, BATCH, CPU, seed=2)
+        for epoch in range(2):
+            expected = list(whole.epoch(epoch, start))
+            order = [i for i in whole.order(epoch).tolist() if i in set(good)] * COUNT
+            assert torch.cat([b.index for b in expected]).tolist() == order[start * BATCH : len(rows) // BATCH * BATCH]
+            assert all(same(a, b) for a, b in zip(expected, growing.epoch(epoch, start), strict=True))
+        assert (growing._images is None) == (whole._images is None) == (whole.cache.uniform(rows) is None)
+
+
+def test_training_does_not_wait_for_the_set(tmp_path: Path) -> None:
+    images, read = make_cache(tmp_path, [(9, 12), (7, 10)]).images, []
+    spied = dataclasses.replace(images, read=lambda i: (read.append(i), images.read(i))[1])
+    loader = Loader(open_cache(spied, None, tmp_path / "new"), np.arange(COUNT), BATCH, CPU, seed=0)
+    batches = loader.epoch(0)
+    next(batches)
+    assert sorted(read) == sorted(loader.order(0)[:BATCH].tolist())
+    list(batches)
+    assert len(read) == len(set(read)) == COUNT // BATCH * BATCH
+    list(loader.epoch(1))
+    assert len(read) == len(set(read))
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_too_few_images_that_can_be_decoded_are_a_mistake_of_the_users(tmp_path: Path, good: int) -> None:
+    images = make_cache(tmp_path, [(9, 12)]).images
+    broken = dataclasses.replace(images, read=lambda i: images.read(i) if i < good else b"", fingerprint="broken")
+    loader = Loader(open_cache(broken, None, tmp_path / "new"), np.arange(COUNT), BATCH, CPU, seed=0)
+    with pytest.raises(UserError, match=f"has {good} usable images? to train on"):
+        list(loader.epoch(0))
 
 
 def test_an_epoch_goes_on_at_any_step(loader: Loader) -> None:

@@ -21,12 +21,19 @@ def test_the_figures_fit_together(photos: Path, tmp_path: Path, monkeypatch: pyt
     found = plan(photos, seconds=3, epochs=4.0, **SMALL)
     assert time.perf_counter() - start < 60 and not list(tmp_path.iterdir()), "it writes nothing"
     assert found["images"] == 97 and found["batch_size"] == 16 and found["epochs"] == 4
-    assert found["seconds"] == pytest.approx(4 * found["seconds_per_epoch"], abs=0.3)
+    assert found["seconds"] == pytest.approx(4 * found["seconds_per_epoch"] + found["decode_seconds"], abs=0.3)
     # The broken file costs time but is no image of the cache's.
     assert found["decode_seconds"] == pytest.approx(97 / found["decode_images_per_second"], abs=0.06)
     assert sum(found["shares"].values()) == pytest.approx(1, abs=0.01) and found["bottleneck"] in found["shares"]
     assert found["images_per_second"] < found["views_images_per_second"]
     assert list(found["fits"]) == ["64"] and found["memory_available"] > found["fits"]["64"]
+
+
+def test_a_budget_is_for_decoding_and_training_together(photos: Path) -> None:
+    found = plan(photos, seconds=1, budget="1m", **SMALL)
+    assert found["seconds"] == pytest.approx(60, abs=1)
+    left = 60 - found["decode_seconds"]
+    assert found["epochs"] * found["seconds_per_epoch"] == pytest.approx(left, rel=0.5)  # an epoch is shown to a tenth
 
 
 def test_memory_grows_with_the_batch_and_the_views(photos: Path) -> None:

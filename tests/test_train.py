@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,13 +41,14 @@ SMALL = {
 class Recorder(Listener):
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.facts: dict[str, str] = {}
         self.reasons: list[tuple[str, str, str]] = []
 
     def say(self, text: str) -> None:
         self.lines.append(text)
 
     def plan(self, facts, reasons) -> None:  # type: ignore[no-untyped-def]
-        self.reasons = list(reasons)
+        self.facts, self.reasons = dict(facts), list(reasons)
 
 
 def command(*arguments: object) -> list[str]:
@@ -97,7 +99,7 @@ def test_config_runs_again_to_the_same_weights(photos: Path, tmp_path: Path) -> 
 def test_labels_have_no_part_in_training(photos: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat"
     flat.mkdir()
-    for path in sorted(photos.rglob("*.png")):
+    for path in sorted(path for path in photos.rglob("*") if path.is_file()):
         (flat / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
     simsiam.train(photos, tmp_path / "labelled", epochs=1, **SMALL)
     summary = simsiam.train(flat, tmp_path / "flat-run", epochs=1, **SMALL)
@@ -138,6 +140,32 @@ def test_a_signal_saves_and_resume_gives_the_same_weights(
     assert steps == sorted(set(steps)), "a resumed run must not write a step twice"
     last = [[line["loss"] for line in read_metrics(r) if line["kind"] == "train"] for r in (tmp_path / "whole", run)]
     assert last[0] == last[1]
+
+
+def test_a_set_that_is_decoded_while_it_trains_gives_the_same_weights(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run finds an empty cache, the second a full one; the third is stopped in its first epoch and loses it."""
+    for name in ("SAMPLE", "_BANK", "_QUERIES"):
+        monkeypatch.setattr(sys.modules["simsiam.monitor"], name, 4)
+    monkeypatch.setattr(sys.modules["simsiam.train"], "BN_IMAGES", 4)
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
+    first, second, third = Recorder(), Recorder(), Recorder()
+    summary = simsiam.train(photos, tmp_path / "first", epochs=3, listener=first, **SMALL)
+    waited = int(first.facts["decoding"].split()[0])
+    assert waited > 87 - 16 - 4 - 4 - 4  # a batch and what is watched: nothing else is waited for
+    assert first.lines[-1].startswith("1 bad file was left out") and summary["images"] + summary["held_out"] == 96
+    simsiam.train(photos, tmp_path / "second", epochs=3, listener=second, **SMALL)
+    assert "decoding" not in second.facts
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(Interrupted, match="stopped at step 1,"):
+        simsiam.train(photos, tmp_path / "third", epochs=3, listener=Stop(signal.SIGTERM, 1), **SMALL)
+    shutil.rmtree(tmp_path / "cache")
+    assert simsiam.train(out=tmp_path / "third", resume=True, listener=third)["steps"] == summary["steps"]
+    expected = weights(tmp_path / "first")
+    for name in ("second", "third"):
+        found = weights(tmp_path / name)
+        assert all(torch.equal(expected[key], found[key]) for key in expected), name
 
 
 def test_kill_9_at_any_moment_loses_nothing(photos: Path, tmp_path: Path) -> None:

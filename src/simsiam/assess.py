@@ -18,7 +18,7 @@ from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings, plain_pixels, random_view
-from simsiam.embed import Preprocessing, embed_rows, pixel_rows, read_encoder, untrained, write_embedding
+from simsiam.embed import BN_IMAGES, Preprocessing, embed_rows, pixel_rows, read_encoder, untrained, write_embedding
 from simsiam.encoders import Encoder
 from simsiam.evaluate import Features
 from simsiam.evaluate.linear import sgd_probe
@@ -77,6 +77,7 @@ def evaluate_run(
     baselines: bool = True,
     device: str = "auto",
     seed: int = 0,
+    k: int | None = None,
     workers: int | None = None,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
@@ -87,6 +88,7 @@ def evaluate_run(
             training holds out is the test part.
         names: evaluations, by name; None for all.
         baselines: False leaves out raw pixels and the untrained encoder.
+        k: neighbours of kNN; None: 200, or 20 where classes have fewer than 1,000 images.
         sgd: the paper's linear protocol too, as "linear_sgd": LARS, 90 epochs of random crops and flips.
     Returns {"knn": {"trained", "untrained", "pixels", settings...}, "linear", "fewshot", "collapse"}, None where there
     are no labels. Raises UserError where `run` has no encoder.
@@ -105,10 +107,13 @@ def evaluate_run(
     train, test = cache.split()
     if len(train) < 2:
         raise UserError(f"{own} has {len(train)} usable image: an evaluation needs more.")
-    before = untrained(encoder.spec, meta["seed"], prepare, cache, train, compute) if baselines else None
+    before = None
+    if baselines:
+        before = untrained(encoder.spec, meta["seed"], prepare, cache, draw(train, BN_IMAGES), compute)
     kinds = side_by_side(encoder, before, prepare, cache, train, test, compute, listener)
     listener.close()
-    compared = evaluate.compare(names or evaluate.names(), kinds, seed=seed)
+    settings = {} if k is None else {"knn": {"k": k}}
+    compared = evaluate.compare(names or evaluate.names(), kinds, seed=seed, settings=settings)
     result: dict[str, Any] = {"run": str(run), "data": own, **compared}
     collapse = compared.get("collapse")
     if collapse is not None:

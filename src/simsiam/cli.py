@@ -145,6 +145,10 @@ def evaluate(
     sgd: Annotated[
         bool, typer.Option("--sgd", help="The paper's linear protocol: LARS, 90 epochs, crops and flips.")
     ] = False,
+    k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Neighbours of kNN; default: 200, or 20 where classes have fewer than 1,000 images."),
+    ] = None,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of splits and draws.")] = 0,
     workers: Workers = None,
@@ -156,7 +160,9 @@ def evaluate(
     from simsiam.show.report import write_report
 
     chosen = None if only is None else [name.strip() for name in only.split(",")]
-    result = evaluate_run(run, data, names=chosen, sgd=sgd, device=device, seed=seed, workers=workers, listener=console)
+    result = evaluate_run(
+        run, data, names=chosen, sgd=sgd, k=k, device=device, seed=seed, workers=workers, listener=console
+    )
     console.close()
     _evaluation_table(console, result)
     if data is None:
@@ -542,7 +548,7 @@ def _plan_table(console: Console, found: dict[str, Any]) -> None:
             "training",
             f"{found['images_per_second']:,.0f} images/s, {show_duration(found['seconds_per_epoch'])} an epoch",
         ],
-        ["time to finish", f"{found['epochs']:g} epochs, {show_duration(found['seconds'] + found['decode_seconds'])}"],
+        ["time to finish", f"{found['epochs']:g} epochs, {show_duration(found['seconds'])}"],
         ["bottleneck", f"{found['bottleneck']} ({shares})"],
         ["epochs that fit into", lengths],
         ["memory", f"about {memory(found['memory_bytes'])} of {memory(found['memory_available'])}"],

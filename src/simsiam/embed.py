@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 VECTORS, ITEMS, META = "vectors.npy", "items.parquet", "meta.json"
 Progress = Callable[[int, int], None]
 
+BN_IMAGES = 1024
 _BATCH = 256
 _PIXEL_SIDE = 32  # larger pixels would make the baseline slower, not better
 _SMALL = 64
@@ -96,7 +97,7 @@ def pixel_rows(prepare: Preprocessing, cache: Cache, rows: NDArray[np.int64]) ->
 def untrained(
     spec: EncoderSpec, seed: int, prepare: Preprocessing, cache: Cache, rows: NDArray[np.int64], compute: Compute
 ) -> Encoder:
-    """The encoder as it was before training, with BN statistics measured on the given rows.
+    """The encoder as it was before training, with BN statistics measured on the given rows (`BN_IMAGES` are enough).
 
     With the initial statistics (mean 0, variance 1) its activations would drift from layer to layer, which would make
     the baseline weaker than it is.
@@ -109,7 +110,7 @@ def untrained(
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
     encoder.train()
-    embed_rows(encoder, prepare, cache, rows[: 4 * _BATCH], compute)
+    embed_rows(encoder, prepare, cache, rows, compute)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return encoder.eval()
@@ -276,15 +277,16 @@ def embed_to(
     out = Path(out)
     known = _known(out, encoder.meta_["sha256"])
     cache = build_cache(open_images(data), encoder.preprocessing_.short_side, workers=workers, progress=decoding)
-    digests = [_digest(cache, row) for row in range(len(cache))]
-    new = np.array([row for row, digest in enumerate(digests) if digest not in known], dtype=np.int64)
-    vectors = np.empty((len(cache), encoder.dim), np.float32)
-    for row, digest in enumerate(digests):
+    rows = cache.decoded(np.arange(len(cache)))
+    digests = [_digest(cache, row) for row in rows]
+    new = np.array([i for i, digest in enumerate(digests) if digest not in known], dtype=np.int64)
+    vectors = np.empty((len(rows), encoder.dim), np.float32)
+    for i, digest in enumerate(digests):
         if digest in known:
-            vectors[row] = known[digest]
+            vectors[i] = known[digest]
     if len(new):
         vectors[new] = embed_rows(
-            encoder.encoder_, encoder.preprocessing_, cache, new, encoder.compute_, progress
+            encoder.encoder_, encoder.preprocessing_, cache, rows[new], encoder.compute_, progress
         ).numpy()
     meta = {
         "format": 1,
@@ -295,7 +297,7 @@ def embed_to(
         "data": str(data),
         "fingerprint": cache.fingerprint,
     }
-    write_embedding(out, vectors, cache, np.arange(len(cache)), meta, digests)
+    write_embedding(out, vectors, cache, rows, meta, digests)
     bad = [{"path": path, "reason": reason} for path, reason in cache.bad]
     return {"vectors": len(vectors), "dim": encoder.dim, "new": len(new), "bad_files": bad}
 

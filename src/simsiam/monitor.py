@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import alignment, effective_rank, normalised_std, retrieval
 from simsiam.compute import Compute, generator
-from simsiam.data.cache import Cache
+from simsiam.data.cache import Cache, Progress
 from simsiam.data.views import ViewSettings, random_view
 from simsiam.embed import Preprocessing, embed_rows, pixel_rows
 from simsiam.evaluate.knn import accuracy
@@ -29,6 +29,7 @@ class Monitor:
 
     Args:
         train, held_out: int64, the cache rows that are trained on and those that are not.
+        progress: of decoding the few images that it needs, as `Cache.usable` calls it.
     """
 
     def __init__(
@@ -39,13 +40,16 @@ class Monitor:
         views: ViewSettings,
         prepare: Preprocessing,
         compute: Compute,
+        progress: Progress | None = None,
     ) -> None:
         self.cache, self.views, self.prepare, self.compute = cache, views, prepare, compute
         # A set too small to hold any out is watched on what it trains on: better than blind.
-        self.sample = draw(held_out if len(held_out) >= 16 else train, SAMPLE)
-        self.count = len(self.sample)
-        self.bank, self.queries = draw(train, _BANK), draw(held_out, _QUERIES)
+        parts = draw(held_out if len(held_out) >= 16 else train, SAMPLE), draw(train, _BANK), draw(held_out, _QUERIES)
         labels = cache.labels
+        asked = parts if labels is not None else parts[:1]
+        cache.usable(np.concatenate(asked), progress)
+        self.sample, self.bank, self.queries = (cache.decoded(part) for part in parts)
+        self.count = len(self.sample)
         self.labelled = labels is not None and len(self.queries) > 0 and bool((labels[self.queries] >= 0).any())
 
     def look(self, method: nn.Module, knn: bool = True) -> dict[str, Any]:
@@ -61,12 +65,12 @@ class Monitor:
         method.train(training)
         return figures
 
-    def baselines(self, untrained: nn.Module) -> dict[str, float]:
+    def baselines(self, untrained: Callable[[], nn.Module]) -> dict[str, float]:
         """kNN accuracy on this sample of the untrained encoder and of raw pixels: what training has to beat."""
         if not self.labelled:
             return {}
         pixels = [pixel_rows(self.prepare, self.cache, rows) for rows in (self.bank, self.queries)]
-        return {"knn": self.knn(untrained), "knn_pixels": self._vote(*pixels)}
+        return {"knn": self.knn(untrained()), "knn_pixels": self._vote(*pixels)}
 
     def knn(self, encoder: Callable[[Tensor], Tensor]) -> float:
         """kNN accuracy in percent on this sample."""

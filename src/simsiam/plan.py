@@ -39,7 +39,8 @@ def plan(
 ) -> dict[str, Any]:
     """Measures decoding, views and steps on the real images for about `seconds`; writes nothing.
 
-    The arguments are those of `train`. Returns rates in images/s, times in seconds, sizes in bytes:
+    The arguments are those of `train`. Returns rates in images/s, times in seconds ("seconds": of all, decoding included),
+    sizes in bytes:
     {"images", "method", "encoder", "batch_size", "precision", "decode_images_per_second", "decode_seconds", "cache_bytes",
     "views_images_per_second", "images_per_second", "seconds_per_epoch", "epochs", "seconds", "bottleneck", "memory_bytes",
     "memory_available", "fits": {batch size: bytes}, "epochs_in": {"10m": ..., "1h": ..., "8h": ...}}.
@@ -61,8 +62,9 @@ def plan(
     epochs, _ = default_epochs(facts, epoch_seconds)
     if wanted.train.epochs is not None:
         epochs = wanted.train.epochs
-    total = epochs * epoch_seconds if wanted.train.seconds is None else wanted.train.seconds
     decode_seconds = len(images) / decode_rate
+    if wanted.train.seconds is not None:  # the budget's clock runs while the first epoch decodes
+        epochs = round(max(0.0, wanted.train.seconds - decode_seconds) / epoch_seconds, 1)
     parts = {"decoding": decode_seconds, "views": epochs * per_epoch * views_seconds}
     parts["model"] = epochs * per_epoch * step_seconds
     average = sum(len(image.reshape(-1)) for image in pixels) / len(pixels)
@@ -81,8 +83,8 @@ def plan(
         "views_images_per_second": round(wanted.train.batch_size / views_seconds, 1),
         "images_per_second": round(wanted.train.batch_size / (views_seconds + step_seconds), 1),
         "seconds_per_epoch": round(epoch_seconds, 1),
-        "epochs": epochs if wanted.train.seconds is None else round(total / epoch_seconds, 1),
-        "seconds": round(total, 1),
+        "epochs": epochs,
+        "seconds": round(decode_seconds + epochs * epoch_seconds, 1),
         "bottleneck": max(parts, key=lambda name: parts[name]),
         "shares": {name: round(value / sum(parts.values()), 3) for name, value in parts.items()},
         "memory_bytes": memory["fixed"] + each * wanted.train.batch_size,

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class Session:
     """Of these, those without looks and checkpoints."""
     latest: dict[str, Any] = field(default_factory=dict)
     """The newest loss, std and effective rank."""
+    looked_at: int = -1
+    """The step of the last look."""
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.run)
@@ -88,13 +90,12 @@ class Session:
                 raise UserError("train.tensorboard needs TensorBoard: pip install 'simsiam[tensorboard]'.") from None
             self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.step)
 
-    def begin(self, untrained: torch.nn.Module | None) -> None:
+    def begin(self, untrained: Callable[[], torch.nn.Module]) -> None:
         """Starts the clock; a new run is first looked at and saved, so that there is a healthy state from the start."""
         now = time.perf_counter()
         self._origin = now - self.seconds
         self._look_seconds = 0.0
         if self.step == 0 and ranks.main():
-            assert untrained is not None
             self.look(self.monitor.baselines(untrained))
             self.save()
         self._flushed = self._looked = self._saved = time.perf_counter()
@@ -175,7 +176,7 @@ class Session:
         line = {"step": self.step, "seconds": round(self.seconds, 3), **figures, "verdict": self.verdict.name}
         self.record("monitor", line)
         self.listener.monitor(line)
-        self._look_seconds = time.perf_counter() - start
+        self.looked_at, self._look_seconds = self.step, time.perf_counter() - start
 
     @property
     def verdict(self) -> Verdict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import shlex
 import sys
@@ -20,11 +21,11 @@ from simsiam.assess import Rows, keep_samples, side_by_side
 from simsiam.compute import Compute, Pace, describe, generator, pick_device, set_threads
 from simsiam.config import Interrupted, Table, UserError, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
-from simsiam.data.cache import Cache, build_cache
+from simsiam.data.cache import Cache, build_cache, open_cache
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.data.views import random_view
-from simsiam.embed import Preprocessing, read_encoder, save_encoder, untrained
+from simsiam.embed import BN_IMAGES, Preprocessing, read_encoder, save_encoder, untrained
 from simsiam.encoders import Encoder, build
 from simsiam.monitor import Monitor, draw
 from simsiam.optim import LARS, Schedule
@@ -105,16 +106,17 @@ def _train(
         run = ranks.same(lambda: _new_run(out, asked))
 
     images = open_images(asked["data"])
-    facts = look_at(images, where.type)
+    rows, held_out = images.split()
+    if len(rows) < 2:
+        raise UserError(f"{asked['data']} has {len(rows)} images to train on: at least 2 are needed.")
+    facts = replace(look_at(images, where.type), images=len(rows))
     plan, reasons = (read(asked), []) if resume else resolve(asked, facts, size)
     prepare = plan.prepare
-    cache = ranks.first(lambda: build_cache(images, plan.short_side, workers=workers, progress=listener.decoding))
-    rows, held_out = cache.split()
-    if len(rows) < 2:
-        raise UserError(f"{plan.data} has {len(rows)} usable image to train on: at least 2 are needed.")
-    if not resume:
-        facts = replace(facts, images=len(rows))
-        plan, reasons = resolve(asked, facts, size)
+    # All at once where all ranks have to know which images are bad, and where a method looks at every one beforehand.
+    if ranks.several() or hasattr(methods.get(plan.method).Method, "before_training"):
+        cache = ranks.first(lambda: build_cache(images, plan.short_side, workers=workers, progress=listener.decoding))
+    else:
+        cache = open_cache(images, plan.short_side, workers=workers)
 
     _check_parts(plan.train.batch_size)
     method = build_method(plan, len(rows)) if resume else _initial(plan, len(rows), listener)
@@ -151,7 +153,7 @@ def _train(
         settings_.warmup_epochs,
         settings_.cosine == "epoch",
     )
-    monitor = Monitor(cache, rows, held_out, plan.views, prepare, compute)
+    monitor = Monitor(cache, rows, held_out, plan.views, prepare, compute, listener.decoding)
     pace = None
     if probed.half_seconds:
         adapts = plan.train.epochs is None and plan.train.threads is None
@@ -172,11 +174,16 @@ def _train(
     s.open(resume)
     try:
         listener.plan(_facts(s, cache, len(rows), len(held_out), step_seconds), reasons)
-        before = untrained(plan.encoder, plan.seed, prepare, cache, rows, compute) if ranks.main() else None
+
+        @functools.cache
+        def before() -> Encoder:
+            some = draw(rows, BN_IMAGES)
+            return untrained(plan.encoder, plan.seed, prepare, cache, some[cache.usable(some)], compute)
+
         with signals() as stopped:
             s.begin(before)
             fit(s, stopped)
-        return ranks.same(lambda: _finish(s, before, cache, rows, held_out, prepare))
+        return ranks.same(lambda: _finish(s, before(), cache, rows, held_out, prepare))
     finally:
         listener.close()
         s.close()
@@ -350,13 +357,16 @@ def _facts(s: Session, cache: Cache, rows: int, held_out: int, step_seconds: flo
     left = (
         recipe.train.seconds
         if recipe.train.epochs is None
-        else recipe.train.epochs * s.loader.steps_per_epoch * step_seconds
+        else recipe.train.epochs * s.loader.steps_per_epoch * step_seconds + cache.seconds_left(s.loader.rows)
     )
     assert left is not None
     length = f"{recipe.train.epochs:g} epochs" if recipe.train.epochs else "as many epochs as fit"
-    bad = f", {len(cache.bad):,} bad files left out (`simsiam check` names them)" if cache.bad else ""
+    bad = f", {len(cache.bad):,} of them bad files so far" if cache.bad else ""
+    waiting = len(cache.missing(s.loader.rows))
+    later = [("decoding", f"{waiting:,} images, once, while the first epoch trains")] if waiting else []
     facts = [
         ("data", f"{recipe.data}: {rows:,} images to train on, {held_out:,} held out for monitoring{bad}"),
+        *later,
         ("method", f"{recipe.method}, batch {recipe.train.batch_size}, base lr {recipe.train.lr:g}"),
         ("encoder", f"{recipe.encoder.name}, {parameters / 1e6:.2g} M parameters, {encoder.dim} features"),
         ("views", f"{recipe.views.size} px in training, {recipe.eval.size} px in use"),
@@ -371,12 +381,15 @@ def _facts(s: Session, cache: Cache, rows: int, held_out: int, step_seconds: flo
 
 
 def _finish(
-    s: Session, before: Encoder | None, cache: Cache, rows: Rows, held_out: Rows, prepare: Preprocessing
+    s: Session, before: Encoder, cache: Cache, rows: Rows, held_out: Rows, prepare: Preprocessing
 ) -> dict[str, Any]:
     """The last look, the encoder, samples to look at, the figures; `summary.json` comes last and means: finished."""
-    assert before is not None
-    s.look()
+    if s.looked_at != s.step:
+        s.look()
     s.save()
+    # A run that ended within its first epoch has not seen all images: they need not be decoded for this.
+    cache.usable(draw(held_out, _QUERIES), s.listener.decoding)
+    rows, held_out = cache.decoded(rows), cache.decoded(held_out)
     s.method.eval()
     encoder = cast(Encoder, s.method.encoder)
     plan, verdict = s.recipe, s.verdict
@@ -417,6 +430,9 @@ def _finish(
         "knn": knn,
     }
     write_json(s.run / SUMMARY, summary)
+    if cache.bad:
+        were = "file was" if len(cache.bad) == 1 else "files were"
+        s.listener.say(f"{len(cache.bad):,} bad {were} left out; {s.run / SUMMARY} names them.")
     return summary
 
 

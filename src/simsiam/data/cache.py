@@ -1,4 +1,4 @@
-"""Decode once: a data set's images as one memory-mapped uint8 file that every later run opens at once."""
+"""Decode once: a data set's images in one memory-mapped uint8 file, which fills as they are asked for."""
 
 from __future__ import annotations
 
@@ -9,103 +9,251 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
-import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from simsiam.config import UserError
-from simsiam.data.decode import DecodeError, decode, in_order
+from simsiam.data.decode import DecodeError, decode, default_workers, in_order
 from simsiam.data.imageset import ImageSet
+from simsiam.runs import write_json
 
-FORMAT = 2
+FORMAT = 3
 """Part of every cache's key: raise it when the files or what `decode` returns change."""
 
-_HELD_OUT = 1000
-_ABANDONED_SECONDS = 3600
+PIXELS, RECORDS, REASONS, META = "images.bin", "records.bin", "bad.jsonl", "meta.json"
+_RECORD = np.dtype([("row", "<i8"), ("offset", "<i8"), ("height", "<i4"), ("width", "<i4")])
+_BAD = -1
+_TOGETHER, _TOGETHER_BYTES = 1024, 16 << 20
+"""Decoded images that are written at once, at most."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
 
+Progress = Callable[[int, int, int], None]
 
-@dataclass(frozen=True)
+
 class Cache:
-    """The images of a set that could be decoded, rows 0..N-1 in the set's order. Made by `build_cache`."""
+    """The images of a set, rows 0..N-1 in its order, each decoded when it is first asked for. Made by `open_cache`.
 
-    directory: Path
-    name: str
-    short_side: int | None
-    fingerprint: str
-    ids: Sequence[str]
-    labels: np.ndarray | None
-    """int64 [N], -1 where unknown."""
-    classes: tuple[str, ...] | None
-    test: np.ndarray
-    """int64, the rows of the set's own test split; empty where it has none."""
-    bad: list[tuple[str, str]]
-    """(id, reason) of every image left out."""
-    heights: np.ndarray
-    widths: np.ndarray
-    """int32 [N], pixels."""
-    offsets: np.ndarray
-    """int64 [N], where each image [3, H, W] starts in `images.bin`."""
+    The folder is valid at any time: pixels are on disk before the record that tells of them, so a killed process loses
+    what it was about to write and nothing else. Threads and processes may fill it together.
+    """
+
+    def __init__(self, images: ImageSet, short_side: int | None, directory: Path, workers: int | None) -> None:
+        self.images, self.short_side, self.directory = images, short_side, directory
+        self.workers = workers or default_workers()
+        self.name, self.ids, self.fingerprint = images.name, images.ids, images.fingerprint
+        self.labels, self.classes = images.labels, images.classes
+        self.heights, self.widths = np.zeros(len(images), np.int32), np.zeros(len(images), np.int32)
+        """int32 [N], pixels; 0: not decoded yet, -1: cannot be decoded."""
+        self._offsets = np.zeros(len(images), np.int64)
+        self._reasons: dict[int, str] = {}
+        self._sizes: set[tuple[int, int]] = set()
+        self._end = 0
+        """Where the next pixels go, bytes."""
+        self._read_bytes = {RECORDS: 0, REASONS: 0}
+        self._mapped = np.zeros(0, np.uint8)
+        self._decoded, self._decode_seconds = 0, 0.0
+        self._threads = threading.RLock()
+        self._processes = FileLock(directory / "lock", thread_local=False)
+        self._read()
 
     def __len__(self) -> int:
-        return len(self.ids)
-
-    @cached_property
-    def train(self) -> np.ndarray:
-        """int64, the rows that are not in `test`."""
-        return np.setdiff1d(np.arange(len(self)), self.test)
-
-    def split(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows to train on and those held out for monitoring, int64 each: a function of the data alone.
-
-        Held out is the data's own test split; where it has none, a tenth of the images, at most 1,000.
-        """
-        if len(self.test):
-            return self.train, self.test
-        order = np.random.default_rng(0).permutation(len(self))
-        few = min(len(self) // 10, _HELD_OUT)
-        return np.sort(order[few:]), np.sort(order[:few])
-
-    @cached_property
-    def uniform(self) -> tuple[int, int] | None:
-        """(H, W) where all images have one size, else None."""
-        same = (self.heights == self.heights[0]).all() and (self.widths == self.widths[0]).all()
-        return (int(self.heights[0]), int(self.widths[0])) if same else None
+        return len(self.images)
 
     @property
-    def memory_bytes(self) -> int:
-        """Bytes of all pixels, unpadded."""
-        return int((self.heights.astype(np.int64) * self.widths).sum()) * 3
+    def bad(self) -> list[tuple[str, str]]:
+        """(id, reason) of every image that was asked for and cannot be decoded, in the set's order."""
+        rows = np.flatnonzero(self.heights == _BAD).tolist()
+        return [(self.ids[row], self._reasons.get(row, "cannot be decoded")) for row in rows]
 
-    @cached_property
-    def _pixels(self) -> np.ndarray:
-        flat = np.asarray(np.memmap(self.directory / "images.bin", dtype=np.uint8, mode="r"))
-        return flat.reshape(len(self), 3, *self.uniform) if self.uniform else flat
+    def split(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows to train on and those held out (`ImageSet.split`), int64 each, without images known to be bad."""
+        train, held_out = self.images.split()
+        return train[self.heights[train] != _BAD], held_out[self.heights[held_out] != _BAD]
+
+    def missing(self, rows: np.ndarray) -> np.ndarray:
+        """Those of the rows, int64 [B], that were not asked for yet."""
+        return rows[self.heights[rows] == 0]
+
+    def decoded(self, rows: np.ndarray) -> np.ndarray:
+        """Those of the rows, int64 [B], whose pixels are there by now."""
+        return rows[self.heights[rows] > 0]
+
+    def uniform(self, rows: np.ndarray) -> tuple[int, int] | None:
+        """(H, W) where none of the rows is missing and all that are not bad have one size, else None."""
+        there = self.decoded(rows)
+        if not len(there) or len(self.missing(rows)):
+            return None
+        h, w = int(self.heights[there[0]]), int(self.widths[there[0]])
+        return (h, w) if (self.heights[there] == h).all() and (self.widths[there] == w).all() else None
+
+    def seconds_left(self, rows: np.ndarray) -> float:
+        """What decoding the missing ones of the rows will take, by the speed so far; 0 where none was decoded yet."""
+        return len(self.missing(rows)) * self._decode_seconds / max(self._decoded, 1)
+
+    def usable(self, rows: np.ndarray, progress: Progress | None = None) -> np.ndarray:
+        """bool [B]: which of the rows, int64 [B], can be decoded. The missing ones are decoded now, by `workers` threads.
+
+        progress: called as progress(done, total, bad) after every image that is decoded.
+
+        Raises UserError where the folder cannot be written or the disk is full.
+        """
+        missing = self.missing(rows)
+        if len(missing):
+            with _explained(self.directory.parent, self):
+                self._fill(np.unique(missing), progress)
+        able: np.ndarray = self.heights[rows] > 0
+        return able
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Copies the images of `rows` (int64 [B], B > 0) out of the memory map. Thread-safe.
+        """The pixels of the rows, int64 [B], B > 0, none of them bad: copied out of the memory map. Thread-safe.
 
         Returns uint8 [B, 3, H, W], zero-padded at the bottom and right to the batch's largest height and width, and
         int32 [B, 2] with each image's own (height, width).
         """
         rows = np.asarray(rows, dtype=np.int64)
-        heights, widths = self.heights[rows], self.widths[rows]
+        able = self.usable(rows)
+        assert able.all(), "a bad image has no pixels: ask usable() which are not"
+        heights, widths, starts = self.heights[rows], self.widths[rows], self._offsets[rows]
         sizes = torch.from_numpy(np.stack([heights, widths], axis=1))
-        if self.uniform:
-            return torch.from_numpy(np.take(self._pixels, rows, axis=0)), sizes  # take: the fastest of five ways
+        pixels = self._map()
+        if len(self._sizes) == 1:
+            shape = 3, int(heights[0]), int(widths[0])
+            each = int(np.prod(shape))
+            whole = pixels[: len(pixels) // each * each].reshape(-1, *shape)
+            return torch.from_numpy(np.take(whole, starts // each, axis=0)), sizes  # take: the fastest of five ways
         images = np.zeros((len(rows), 3, heights.max(), widths.max()), dtype=np.uint8)
-        starts = self.offsets[rows].tolist()
-        for image, start, h, w in zip(images, starts, heights.tolist(), widths.tolist(), strict=True):
-            image[:, :h, :w] = self._pixels[start : start + 3 * h * w].reshape(3, h, w)
+        for image, start, h, w in zip(images, starts.tolist(), heights.tolist(), widths.tolist(), strict=True):
+            image[:, :h, :w] = pixels[start : start + 3 * h * w].reshape(3, h, w)
         return torch.from_numpy(images), sizes
+
+    # --- the files ---
+
+    def _fill(self, rows: np.ndarray, progress: Progress | None) -> None:
+        """Decodes the rows, ascending."""
+        began, bad, size = time.perf_counter(), 0, 0
+        waiting: list[tuple[int, np.ndarray | str]] = []
+        # Full-size photographs are tens of MB each, so fewer are held at once.
+        chunk = min(16, -(-len(rows) // (4 * self.workers))) if self.short_side else 1
+        results = in_order(lambda i: self._load(int(rows[i])), len(rows), self.workers, chunk)
+        with contextlib.closing(results):
+            for done, (row, pixels) in enumerate(zip(rows.tolist(), results, strict=True), 1):
+                waiting.append((row, pixels))
+                bad += isinstance(pixels, str)
+                size += 0 if isinstance(pixels, str) else pixels.nbytes
+                if len(waiting) == _TOGETHER or size >= _TOGETHER_BYTES:
+                    self._append(waiting)
+                    waiting, size = [], 0
+                if progress is not None:
+                    progress(done, len(rows), bad)
+        self._append(waiting)
+        self._decoded += len(rows)
+        self._decode_seconds += time.perf_counter() - began
+
+    def _load(self, row: int) -> np.ndarray | str:
+        """uint8 [3, H, W], or why there are no pixels."""
+        try:
+            pixels = decode(self.images.read(row), self.short_side)
+        except DecodeError as error:
+            return str(error)
+        except Exception as error:  # the file vanished, is not ours to read, has a bad checksum, ...
+            return f"cannot be read: {error}"
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def _append(self, loaded: list[tuple[int, np.ndarray | str]]) -> None:
+        with self._threads, self._processes:
+            self._read()
+            records, reasons, end = [], [], self._end
+            with _written_from(self.directory / PIXELS, end) as file:
+                for row, pixels in loaded:
+                    if self.heights[row]:  # another thread or process was first
+                        continue
+                    if isinstance(pixels, str):
+                        records.append((row, 0, _BAD, _BAD))
+                        reasons.append(json.dumps({"row": row, "reason": pixels}) + "\n")
+                    else:
+                        records.append((row, end, *pixels.shape[1:]))
+                        end += file.write(pixels.data)
+            with _written_from(self.directory / REASONS, self._read_bytes[REASONS]) as file:
+                file.write("".join(reasons).encode())
+            with _written_from(self.directory / RECORDS, self._read_bytes[RECORDS]) as file:
+                file.write(np.array(records, _RECORD).tobytes())
+            self._read()
+
+    def _read(self) -> None:
+        """Takes in what was recorded since the last time, by this process or another.
+
+        A torn record, and one that tells of pixels which the disk does not have, ends what is believed.
+        """
+        lines = self._unread(REASONS)
+        lines = lines[: lines.rfind(b"\n") + 1]
+        content = self._unread(RECORDS)
+        records = np.frombuffer(content, _RECORD, len(content) // _RECORD.itemsize)
+        good = records["height"] > 0
+        ends = records["offset"] + 3 * records["height"].astype(np.int64) * records["width"]
+        on_disk = (self.directory / PIXELS).stat().st_size
+        sound = (records["row"] >= 0) & (records["row"] < len(self)) & (~good | (ends <= on_disk))
+        records = records[: len(records) if sound.all() else int(sound.argmin())]
+        good, ends = good[: len(records)], ends[: len(records)]
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: the reasons are lost, no more
+            self._reasons |= {line["row"]: line["reason"] for line in map(json.loads, lines.splitlines())}
+        self._read_bytes[REASONS] += len(lines)
+        self._read_bytes[RECORDS] += records.nbytes
+        self._end = max(self._end, int(ends[good].max(initial=0)))
+        both = np.unique(records["height"][good].astype(np.int64) << 32 | records["width"][good])
+        self._sizes |= {(int(size >> 32), int(size & 0xFFFFFFFF)) for size in both}
+        rows = records["row"]
+        self._offsets[rows], self.widths[rows] = records["offset"], records["width"]
+        self.heights[rows] = records["height"]  # last: from here on other threads take the row for decoded
+
+    def _unread(self, name: str) -> bytes:
+        with open(self.directory / name, "rb") as file:
+            file.seek(self._read_bytes[name])
+            return file.read()
+
+    def _map(self) -> np.ndarray:
+        with self._threads:
+            if len(self._mapped) < self._end:
+                self._mapped = np.asarray(np.memmap(self.directory / PIXELS, dtype=np.uint8, mode="r"))
+            return self._mapped
+
+
+def open_cache(
+    images: ImageSet, short_side: int | None, directory: str | Path | None = None, workers: int | None = None
+) -> Cache:
+    """The cache of `images` at `short_side` (pixels; see `decode`), with what earlier runs have decoded; a new one is empty.
+
+    It lives in a folder of its own under `directory`, or $SIMSIAM_CACHE, or ~/.cache/simsiam, found again by the set's
+    fingerprint.
+
+    Args:
+        workers: decoding threads; None: the cores there are, at most 16.
+
+    Raises UserError where the folder cannot be written.
+    """
+    base = Path(directory or os.environ.get("SIMSIAM_CACHE") or "~/.cache/simsiam").expanduser()
+    about: dict[str, Any] = {"format": FORMAT, "short_side": short_side, "fingerprint": images.fingerprint}
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    folder = base / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', images.name)[:40]}-{short_side or 'full'}-{key}"
+    with _explained(base):
+        if not _is_about(folder, about):
+            folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.nullcontext() if _is_about(folder, about) else FileLock(folder / "lock"):
+            if not _is_about(folder, about):
+                for name in (META, RECORDS, REASONS, PIXELS):
+                    (folder / name).unlink(missing_ok=True)
+                for name in (PIXELS, REASONS, RECORDS):
+                    (folder / name).touch()
+                write_json(folder / META, {**about, "name": images.name})
+        return Cache(images, short_side, folder, workers)
 
 
 def build_cache(
@@ -113,156 +261,59 @@ def build_cache(
     short_side: int | None,
     directory: str | Path | None = None,
     workers: int | None = None,
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Cache:
-    """Opens the cache of `images` at `short_side` (pixels; see `decode`), after building it where there is none yet.
-
-    It lives in a folder of its own under `directory`, or $SIMSIAM_CACHE, or ~/.cache/simsiam, found again by the set's
-    fingerprint. A build happens in a temporary folder that is renamed at its end, so a killed build leaves no cache,
-    and of two builds at once one wins. A bad image is left out and listed in `Cache.bad`.
-
-    Args:
-        workers: decoding threads; None: the cores there are, at most 16.
-        progress: called as progress(done, total, bad) after every image of a build.
+    """`open_cache`, with every image decoded that can be; the others are listed in `Cache.bad`.
 
     Raises UserError where no image can be decoded, the folder cannot be written or the disk is full.
     """
-    base = Path(directory or os.environ.get("SIMSIAM_CACHE") or "~/.cache/simsiam").expanduser()
-    key = hashlib.sha256(f"{FORMAT} {short_side} {images.fingerprint}".encode()).hexdigest()[:16]
-    final = base / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', images.name)[:40]}-{short_side or 'full'}-{key}"
-    cache = _open(final, images, short_side)
-    if cache is not None:
-        return cache
-    _remove_abandoned(base)
-    building = base / f"{final.name}.{uuid.uuid4().hex[:8]}.tmp"
-    written = [0, 0]  # images, bytes
+    cache = open_cache(images, short_side, directory, workers)
+    if not cache.usable(np.arange(len(cache)), progress).any():
+        first = "".join(f" ({path}: {reason})" for path, reason in cache.bad[:1])
+        shutil.rmtree(cache.directory, ignore_errors=True)
+        raise UserError(
+            f"None of the {len(cache)} images of {images.name} can be decoded{first}. `simsiam check` lists them."
+        )
+    return cache
+
+
+def _is_about(folder: Path, about: dict[str, Any]) -> bool:
     try:
-        building.mkdir(parents=True)
-        _write(building, images, short_side, workers, progress, written)
-        _publish(building, final, images, short_side)
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        there = all((folder / name).exists() for name in (PIXELS, REASONS, RECORDS))
+        return there and all(meta[key] == value for key, value in about.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextlib.contextmanager
+def _written_from(path: Path, start: int) -> Iterator[Any]:
+    """The file, to be written from byte `start` on, what stood there cut off; on the disk at the end."""
+    with open(path, "r+b") as file:
+        file.seek(start)
+        yield file
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _explained(base: Path, cache: Cache | None = None) -> Iterator[None]:
+    """Turns what a folder or a disk refuses into a UserError."""
+    try:
+        yield
     except OSError as error:
-        if error.errno in _FULL:
-            needed = written[1] / max(written[0], 1) * len(images)
+        if error.errno in _FULL and cache is not None:
+            there = cache.decoded(np.arange(len(cache)))
+            size = 3 * int((cache.heights[there].astype(np.int64) * cache.widths[there]).sum())
+            needed = f"about {size / len(there) * len(cache) / 1e9:.1f} GB" if len(there) else "more"
             raise UserError(
-                f"The disk of {base} is full: the cache of {images.name} needs about {needed / 1e9:.1f} GB. "
+                f"The disk of {base} is full: the cache of {cache.name} needs {needed}. "
                 "Set SIMSIAM_CACHE to a folder with room, or choose a smaller --size."
             ) from error
-        if error.errno in _REFUSED:
+        if error.errno in _FULL | _REFUSED:
             raise UserError(
                 f"Cannot write the image cache to {base} ({error.strerror}). "
                 "Set SIMSIAM_CACHE to a folder you can write to."
             ) from error
         raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    cache = _open(final, images, short_side)
-    assert cache is not None, final
-    return cache
-
-
-def _write(
-    folder: Path,
-    images: ImageSet,
-    short_side: int | None,
-    workers: int | None,
-    progress: Callable[[int, int, int], None] | None,
-    written: list[int],
-) -> None:
-    def load(i: int) -> np.ndarray | str:
-        try:
-            pixels = decode(images.read(i), short_side)
-        except DecodeError as error:
-            return str(error)
-        except Exception as error:  # the file vanished, is not ours to read, has a bad checksum, ...
-            return f"cannot be read: {error}"
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-    total, rows, sizes = len(images), [], []
-    bad: list[tuple[str, str]] = []
-    # Full-size photographs are tens of MB each, so fewer are held at once.
-    results = in_order(load, total, workers, chunk=16 if short_side else 1)
-    with contextlib.closing(results), open(folder / "images.bin", "wb") as file:
-        for i, pixels in enumerate(results):
-            if isinstance(pixels, str):
-                bad.append((images.ids[i], pixels))
-            else:
-                file.write(pixels.data)
-                rows.append(i)
-                sizes.append(pixels.shape[1:])
-                written[0] += 1
-                written[1] += pixels.nbytes
-            if progress is not None:
-                progress(i + 1, total, len(bad))
-        file.flush()
-        os.fsync(file.fileno())
-    if not rows:
-        first = f" ({bad[0][0]}: {bad[0][1]})" if bad else ""
-        raise UserError(
-            f"None of the {total} images of {images.name} can be decoded{first}. `simsiam check` lists them."
-        )
-    np.save(folder / "rows.npy", np.array(rows, dtype=np.int64))
-    np.save(folder / "sizes.npy", np.array(sizes, dtype=np.int32))
-    meta = {
-        "format": FORMAT,
-        "name": images.name,
-        "fingerprint": images.fingerprint,
-        "short_side": short_side,
-        "images": len(rows),
-        "bytes": written[1],
-        "bad": bad,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-def _publish(building: Path, final: Path, images: ImageSet, short_side: int | None) -> None:
-    try:
-        os.rename(building, final)
-    except OSError:
-        if _open(final, images, short_side) is not None:  # another process was first
-            return
-        broken = building.with_name(f"{final.name}.{uuid.uuid4().hex[:8]}.tmp")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(final, broken)
-        os.rename(building, final)
-        shutil.rmtree(broken, ignore_errors=True)
-
-
-def _open(folder: Path, images: ImageSet, short_side: int | None) -> Cache | None:
-    """The finished cache in `folder`; None where there is none, or not a whole one."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        rows, sizes = np.load(folder / "rows.npy"), np.load(folder / "sizes.npy")
-        whole = (
-            (meta["format"], meta["fingerprint"], meta["short_side"]) == (FORMAT, images.fingerprint, short_side)
-            and len(rows) == len(sizes) == meta["images"] > 0
-            and rows[-1] < len(images)
-            and (folder / "images.bin").stat().st_size == meta["bytes"]
-        )
-    except (OSError, ValueError, KeyError):
-        return None
-    if not whole:
-        return None
-    lengths = 3 * sizes.astype(np.int64).prod(axis=1)
-    return Cache(
-        directory=folder,
-        name=images.name,
-        short_side=short_side,
-        fingerprint=images.fingerprint,
-        ids=[images.ids[i] for i in rows.tolist()],
-        labels=None if images.labels is None else images.labels[rows],
-        classes=images.classes,
-        test=np.flatnonzero(np.isin(rows, images.test)),
-        bad=[(path, reason) for path, reason in meta["bad"]],
-        heights=np.ascontiguousarray(sizes[:, 0]),
-        widths=np.ascontiguousarray(sizes[:, 1]),
-        offsets=np.cumsum(lengths) - lengths,
-    )
-
-
-def _remove_abandoned(base: Path) -> None:
-    """Deletes what killed builds left: temporary folders that nobody has written to for an hour."""
-    for folder in base.glob("*.tmp"):
-        with contextlib.suppress(OSError):
-            newest = max(entry.stat().st_mtime for entry in [folder, *folder.iterdir()])
-            if time.time() - newest > _ABANDONED_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)

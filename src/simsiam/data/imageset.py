@@ -19,6 +19,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "cat
 _TRAIN = {"train", "training"}
 _TEST = {"test", "testing", "val", "valid", "validation"}
 _SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(sorted(_TRAIN | _TEST))})(?=[-_./\d]|$)", re.IGNORECASE)
+_HELD_OUT = 1000
 _ENOUGH = 0.95
 """A folder layout means classes or splits when at least this share of the images follows it."""
 
@@ -47,6 +48,17 @@ class ImageSet:
     def train(self) -> np.ndarray:
         """int64, the images that are not in `test`."""
         return np.setdiff1d(np.arange(len(self)), self.test)
+
+    def split(self) -> tuple[np.ndarray, np.ndarray]:
+        """The images to train on and those held out for monitoring, int64 each, whether they can be decoded or not.
+
+        Held out is the data's own test split; where it has none, a tenth of the images, at most 1,000.
+        """
+        if len(self.test):
+            return self.train, self.test
+        order = np.random.default_rng(0).permutation(len(self))
+        few = min(len(self) // 10, _HELD_OUT)
+        return np.sort(order[few:]), np.sort(order[:few])
 
 
 @dataclass(frozen=True)

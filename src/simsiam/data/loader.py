@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from simsiam import ranks
+from simsiam.config import UserError
 from simsiam.data.cache import Cache
 
 _RESIDENT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
@@ -31,8 +33,12 @@ class Batch:
 class Loader:
     """Batches of the given cache rows. A data set that is small lives on the device; a larger one is read ahead.
 
+    Images that nobody has decoded yet are decoded on their way into the first epoch's batches, so that training does not
+    wait for the set. The batches are the same as if all had been: a bad image takes no place, and where the others
+    are too few for an epoch's steps, its order begins again.
+
     Args:
-        rows: int64 [N], the cache rows to train on.
+        rows: int64 [N], the cache rows to train on, bad images included or not.
         batch_size: B; the last, incomplete batch of an epoch is dropped, as in the paper. Of several processes each gets
             its part of every batch, so B is a multiple of their number.
     """
@@ -42,25 +48,69 @@ class Loader:
         self.cache, self.rows, self.batch_size, self.device, self.seed = cache, rows, batch_size, device, seed
         self.steps_per_epoch = len(rows) // batch_size
         self._images: Tensor | None = None
-        if cache.uniform and cache.memory_bytes <= _RESIDENT_BYTES.get(device.type, 0):
-            self._images = cache.batch(rows)[0].to(device)
+        self._settle()
 
     def order(self, epoch: int) -> np.ndarray:
-        """The permutation of the training images for one epoch."""
+        """The permutation of the training images, bad ones included, for one epoch."""
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from step `start` of it on."""
-        order = self.order(epoch)
+        """The batches of one epoch from step `start` of it on.
+
+        Raises UserError where fewer than two images can be decoded, and what `Cache.usable` raises.
+        """
+        self._settle()
         part = self.batch_size // ranks.count()
-        starts = (i * self.batch_size + ranks.rank() * part for i in range(start, self.steps_per_epoch))
-        chunks = [order[i : i + part] for i in starts]
-        if self._images is None:
+        own = slice(ranks.rank() * part, (ranks.rank() + 1) * part)
+        chunks = (chunk[own] for chunk in itertools.islice(self._chunks(epoch), start, None))
+        if self._images is not None:
+            for chunk in chunks:
+                index = torch.from_numpy(chunk).to(self.device)
+                yield Batch(self._images[index], None, index)
+        elif self._reads_ahead():
             yield from self._read_ahead(chunks)
+        else:
+            yield from map(self._load, chunks)
+
+    def _chunks(self, epoch: int) -> Iterator[np.ndarray]:
+        """For each step the positions of its batch, int64 [B], of all ranks."""
+        order, at = self.order(epoch), 0
+        found = order[:0]
+        for _ in range(self.steps_per_epoch):
+            while len(found) < self.batch_size:
+                if at >= len(order):
+                    at = 0
+                    count = len(self.cache.decoded(self.rows))
+                    if count < 2:
+                        raise UserError(
+                            f"{self.cache.name} has {count} usable images to train on: at least 2 are needed."
+                        )
+                piece = order[at : at + self.batch_size]
+                found = np.concatenate([found, piece[self.cache.usable(self.rows[piece])]])
+                at += len(piece)
+            yield found[: self.batch_size]
+            found = found[self.batch_size :]
+
+    def _settle(self) -> None:
+        """Takes the images to the device, once all are decoded, where they are of one size and few."""
+        if self._images is not None:
             return
-        for chunk in chunks:
-            index = torch.from_numpy(chunk).to(self.device)
-            yield Batch(self._images[index], None, index)
+        left = self.cache.missing(self.rows)
+        if 0 < len(left) < self.batch_size:  # of the incomplete batch that an epoch leaves out
+            self.cache.usable(left)
+        size = self.cache.uniform(self.rows)
+        if size is None or len(self.rows) * 3 * size[0] * size[1] > _RESIDENT_BYTES.get(self.device.type, 0):
+            return
+        good = self.cache.usable(self.rows)
+        images = self.cache.batch(self.rows[good])[0]
+        if not good.all():  # a place for each position; nobody asks for a bad one's
+            images, there = images.new_zeros(len(self.rows), *images.shape[1:]), images
+            images[torch.from_numpy(good)] = there
+        self._images = images.to(self.device)
+
+    def _reads_ahead(self) -> bool:
+        """Not while images are decoded for a step on the CPU: each would wait for the other's cores, and take longer."""
+        return self.device.type != "cpu" or not len(self.cache.missing(self.rows))
 
     def _load(self, chunk: np.ndarray) -> Batch:
         images, sizes = self.cache.batch(self.rows[chunk])
@@ -73,7 +123,7 @@ class Loader:
             torch.from_numpy(chunk).to(self.device),
         )
 
-    def _read_ahead(self, chunks: list[np.ndarray]) -> Iterator[Batch]:
+    def _read_ahead(self, chunks: Iterator[np.ndarray]) -> Iterator[Batch]:
         """One thread reads the next batches from the memory map while this one trains."""
         ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_AHEAD)
         stop = threading.Event()

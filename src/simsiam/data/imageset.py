@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "cat
 _TRAIN = {"train", "training"}
 _TEST = {"test", "testing", "val", "valid", "validation"}
 _SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(sorted(_TRAIN | _TEST))})(?=[-_./\d]|$)", re.IGNORECASE)
+_JUNK = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|$))")
 _HELD_OUT = 1000
 _ENOUGH = 0.95
 """A folder layout means classes or splits when at least this share of the images follows it."""
@@ -61,8 +62,7 @@ class ImageSet:
         return np.sort(order[few:]), np.sort(order[:few])
 
 
-@dataclass(frozen=True)
-class File:
+class File(NamedTuple):
     """A file on disk as it was found; `mtime` in nanoseconds."""
 
     id: str
@@ -81,7 +81,7 @@ def fingerprint(files: Iterable[File]) -> str:
 
 def junk(path: str) -> bool:
     """Whether a part of the path is hidden, or what macOS adds to archives."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+    return _JUNK.search(path) is not None
 
 
 def one_line(error: BaseException) -> str:
@@ -94,30 +94,36 @@ def one_line(error: BaseException) -> str:
 
 def layout(paths: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None, np.ndarray]:
     """Labels, classes and test images that the folders in `paths` spell out: [split/]class/.../image."""
-    folders = [path.split("/")[:-1] for path in paths]
-    depth = _shared(folders)
-    tops = [parts[depth].lower() if len(parts) > depth else "" for parts in folders]
-    is_test = np.array([top in _TEST for top in tops])
-    is_train = np.array([top in _TRAIN for top in tops])
-    split = is_test.any() and is_train.any() and (is_test | is_train).mean() >= _ENOUGH
+    names = [path.rpartition("/")[0] for path in paths]
+    images = Counter(names)
+    # Millions of images lie in few folders: all that follows looks at a folder once.
+    parts = {name: name.split("/") if name else [] for name in images}
+    depth = _shared(parts.values())
+    tops = {name: folder[depth].lower() if len(folder) > depth else "" for name, folder in parts.items()}
+    tests = {name for name, top in tops.items() if top in _TEST}
+    trains = {name for name, top in tops.items() if top in _TRAIN}
+    split = tests and trains and sum(images[name] for name in tests | trains) >= _ENOUGH * len(paths)
     if not split:
-        is_test = np.zeros(len(paths), dtype=bool)
+        tests = set()
     start = depth + bool(split)
-    inner = [parts[start:] for parts in folders]
-    training = [parts for parts, held_out in zip(inner, is_test, strict=True) if not held_out]
-    level = _shared(training)
-    counts = Counter(parts[level] for parts in training if len(parts) > level)
-    test = np.flatnonzero(is_test)
+    inner = {name: folder[start:] for name, folder in parts.items()}
+    training = {name: inner[name] for name in inner if name not in tests}
+    level = _shared(training.values())
+    counts: Counter[str] = Counter()
+    for name, folder in training.items():
+        if len(folder) > level:
+            counts[folder[level]] += images[name]
+    test = np.flatnonzero([name in tests for name in names])
     # One image a folder is a way to store images, not a class.
-    if len(counts) < 2 or counts.total() < max(_ENOUGH * len(training), 2 * len(counts)):
+    if len(counts) < 2 or counts.total() < max(_ENOUGH * (len(paths) - len(test)), 2 * len(counts)):
         return None, None, test
     classes = tuple(sorted(counts))
     index = {label: i for i, label in enumerate(classes)}
-    labels = [index.get(parts[level], -1) if len(parts) > level else -1 for parts in inner]
-    return np.array(labels, dtype=np.int64), classes, test
+    label = {name: index.get(folder[level], -1) if len(folder) > level else -1 for name, folder in inner.items()}
+    return np.array([label[name] for name in names], dtype=np.int64), classes, test
 
 
-def _shared(folders: list[list[str]]) -> int:
+def _shared(folders: Collection[list[str]]) -> int:
     """How many leading folders all of them share."""
     low, high = min(folders), max(folders)
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))

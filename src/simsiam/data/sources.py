@@ -50,8 +50,9 @@ def open_images(data: str | Path | None = None) -> ImageSet:
 
 def _file(id: str, path: str | Path) -> File:
     status = os.stat(path)
-    # A name that is not UTF-8 must survive JSON, Parquet and the terminal.
-    id = os.fsencode(id).decode("utf-8", "backslashreplace").replace(os.sep, "/")
+    if not id.isascii():  # a name that is not UTF-8 must survive JSON, Parquet and the terminal
+        id = os.fsencode(id).decode("utf-8", "backslashreplace")
+    id = id.replace(os.sep, "/")
     return File(id, os.fspath(path), status.st_size, status.st_mtime_ns)
 
 

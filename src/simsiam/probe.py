@@ -6,6 +6,7 @@ import copy
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,9 @@ from simsiam.compute import Compute, generator, probe_precision, set_threads
 from simsiam.data.loader import Loader
 from simsiam.data.views import random_view
 from simsiam.recipe import Recipe
+
+_FEW = 64
+"""Images that the choice of a precision takes: all of a batch in float32 would set the memory of the whole run."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,14 @@ def probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch
     batch = next(iter(loader.epoch(0)))
     seconds: dict[str, float] = {}
 
-    def step(compute: Compute) -> None:
+    def step(compute: Compute, images: int | None = None) -> None:
         compute.place(copied)
         start = time.perf_counter()
         draws = generator(device, recipe.seed)
-        views = [random_view(batch.images, view, draws, batch.sizes) for view in recipe.views.each()]
+        sizes = None if batch.sizes is None else batch.sizes[:images]
+        views = [random_view(batch.images[:images], view, draws, sizes) for view in recipe.views.each()]
         with compute.autocast():
-            loss, _ = copied(views, batch.index)
+            loss, _ = copied(views, batch.index[:images])
         loss.backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -57,9 +62,10 @@ def probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch
     if halves:
         torch.set_num_threads(full // 2)
     wanted = recipe.train.precision
-    precision, why = probe_precision(device, step) if wanted == "auto" else (wanted, "asked for")
+    precision, why = probe_precision(device, partial(step, images=_FEW)) if wanted == "auto" else (wanted, "asked for")
     compute = Compute(device, precision)
-    for _ in range(0 if precision in seconds else 3):
+    seconds.clear()  # of few images
+    for _ in range(3):
         step(compute)
     half_seconds = seconds[precision]
     if not halves:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 import simsiam
 from simsiam.config import Interrupted, UserError, read_recipe
 from simsiam.console import Listener
+from simsiam.data.cache import Cache
 from simsiam.recipe import Facts, default_epochs, gather, read, resolve
 from simsiam.runs import Checkpoints, read_json, read_metrics
 from simsiam.session import method_tensors
@@ -166,6 +168,33 @@ def test_a_set_that_is_decoded_while_it_trains_gives_the_same_weights(
     for name in ("second", "third"):
         found = weights(tmp_path / name)
         assert all(torch.equal(expected[key], found[key]) for key in expected), name
+
+
+def test_a_disk_that_fills_up_in_the_first_epoch_loses_nothing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SAMPLE", "_BANK", "_QUERIES"):
+        monkeypatch.setattr(sys.modules["simsiam.monitor"], name, 4)
+    monkeypatch.setattr(sys.modules["simsiam.train"], "BN_IMAGES", 4)
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
+    append, calls = Cache._append, []
+
+    def full(self: Cache, loaded: Any) -> None:
+        calls.append(loaded)
+        if len(calls) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, loaded)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Cache, "_append", full)
+        with pytest.raises(UserError, match=r"is full.*The run is saved. Go on with: .*--resume -o"):
+            simsiam.train(photos, tmp_path / "run", epochs=2, **SMALL)
+    found = Checkpoints(tmp_path / "run").load()
+    assert found is not None and 0 < found[1]["step"] < 87 // 16
+    simsiam.train(out=tmp_path / "run", resume=True)
+    simsiam.train(photos, tmp_path / "whole", epochs=2, **SMALL)
+    a, b = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_kill_9_at_any_moment_loses_nothing(photos: Path, tmp_path: Path) -> None:

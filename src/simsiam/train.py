@@ -182,7 +182,12 @@ def _train(
 
         with signals() as stopped:
             s.begin(before)
-            fit(s, stopped)
+            try:
+                fit(s, stopped)
+            except UserError as error:  # the disk is full, ...: mended, the run goes on
+                if ranks.main():
+                    s.save()
+                raise UserError(f"{error} The run is saved. {_go_on(s)}") from error
         return ranks.same(lambda: _finish(s, before(), cache, rows, held_out, prepare))
     finally:
         listener.close()
@@ -222,13 +227,14 @@ def fit(s: Session, stopped: list[str]) -> None:
             if stopped:
                 if ranks.main():
                     s.save()
-                again = f"torchrun --nproc-per-node {ranks.count()} -m simsiam" if ranks.several() else "simsiam"
-                raise Interrupted(
-                    f"{stopped[0]}: stopped at step {s.step:,}, everything is saved. "
-                    f"Go on with: {again} train --resume -o {shlex.quote(str(s.run))}"
-                )
+                raise Interrupted(f"{stopped[0]}: stopped at step {s.step:,}, everything is saved. {_go_on(s)}")
             if s.over or guarded:
                 return
+
+
+def _go_on(s: Session) -> str:
+    again = f"torchrun --nproc-per-node {ranks.count()} -m simsiam" if ranks.several() else "simsiam"
+    return f"Go on with: {again} train --resume -o {shlex.quote(str(s.run))}"
 
 
 def _sweep(s: Session) -> Iterator[tuple[list[Tensor], Tensor]]:

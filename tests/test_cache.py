@@ -208,11 +208,15 @@ def test_threads_fill_it_together(tmp_path: Path) -> None:
     assert (cache.directory / PIXELS).stat().st_size == 3 * 30 * (64 + 144)
 
 
-def test_reading_errors_are_bad_files(tmp_path: Path) -> None:
-    write_nasty_folder(tmp_path / "data")
-    images = open_images(tmp_path / "data")
-    (tmp_path / "data/plain.jpg").unlink()
-    assert ("plain.jpg" in dict(build_cache(images, 16, tmp_path / "cache").bad)) is True
+def test_an_image_that_cannot_be_read_is_bad_until_the_next_run(tmp_path: Path) -> None:
+    """A network that fails for a minute must not leave images out for good."""
+    whole, gone = flat_set(), {3, 4}
+    images = flat_set(read=lambda i: (_ for _ in ()).throw(OSError("no answer")) if i in gone else whole.read(i))
+    cache = build_cache(images, 8, tmp_path)
+    assert cache.bad == [(f"{i}.png", "cannot be read: no answer") for i in (3, 4)]
+    gone.remove(3)
+    assert not cache.usable(np.array([3])).any()  # the same for all of a run
+    assert build_cache(images, 8, tmp_path).bad == [("4.png", "cannot be read: no answer")]
 
 
 def test_nothing_decodable(tmp_path: Path) -> None:

@@ -140,15 +140,17 @@ class Cache:
     def _fill(self, rows: np.ndarray, progress: Progress | None) -> None:
         """Decodes the rows, ascending."""
         began, bad, size = time.perf_counter(), 0, 0
-        waiting: list[tuple[int, np.ndarray | str]] = []
+        waiting: list[tuple[int, np.ndarray | Exception]] = []
         # Full-size photographs are tens of MB each, so fewer are held at once.
         chunk = min(16, -(-len(rows) // (4 * self.workers))) if self.short_side else 1
         results = in_order(lambda i: self._load(int(rows[i])), len(rows), self.workers, chunk)
         with contextlib.closing(results):
             for done, (row, pixels) in enumerate(zip(rows.tolist(), results, strict=True), 1):
                 waiting.append((row, pixels))
-                bad += isinstance(pixels, str)
-                size += 0 if isinstance(pixels, str) else pixels.nbytes
+                if isinstance(pixels, Exception):
+                    bad += 1
+                else:
+                    size += pixels.nbytes
                 if len(waiting) == _TOGETHER or size >= _TOGETHER_BYTES:
                     self._append(waiting)
                     waiting, size = [], 0
@@ -158,17 +160,15 @@ class Cache:
         self._decoded += len(rows)
         self._decode_seconds += time.perf_counter() - began
 
-    def _load(self, row: int) -> np.ndarray | str:
+    def _load(self, row: int) -> np.ndarray | Exception:
         """uint8 [3, H, W], or why there are no pixels."""
         try:
             pixels = decode(self.images.read(row), self.short_side)
-        except DecodeError as error:
-            return str(error)
-        except Exception as error:  # the file vanished, is not ours to read, has a bad checksum, ...
-            return f"cannot be read: {error}"
+        except Exception as error:  # also: the file vanished, is not ours to read, has a bad checksum, ...
+            return error
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
-    def _append(self, loaded: list[tuple[int, np.ndarray | str]]) -> None:
+    def _append(self, loaded: list[tuple[int, np.ndarray | Exception]]) -> None:
         with self._threads, self._processes:
             self._read()
             records, reasons, end = [], [], self._end
@@ -176,9 +176,11 @@ class Cache:
                 for row, pixels in loaded:
                     if self.heights[row]:  # another thread or process was first
                         continue
-                    if isinstance(pixels, str):
+                    if isinstance(pixels, DecodeError):
                         records.append((row, 0, _BAD, _BAD))
-                        reasons.append(json.dumps({"row": row, "reason": pixels}) + "\n")
+                        reasons.append(json.dumps({"row": row, "reason": str(pixels)}) + "\n")
+                    elif isinstance(pixels, Exception):  # of the disk or the network: the next run tries again
+                        self._reasons[row], self.heights[row] = f"cannot be read: {pixels}", _BAD
                     else:
                         records.append((row, end, *pixels.shape[1:]))
                         end += file.write(pixels.data)

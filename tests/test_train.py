@@ -144,14 +144,18 @@ def test_a_signal_saves_and_resume_gives_the_same_weights(
     assert last[0] == last[1]
 
 
-def test_a_set_that_is_decoded_while_it_trains_gives_the_same_weights(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first run finds an empty cache, the second a full one; the third is stopped in its first epoch and loses it."""
+@pytest.fixture
+def little_decoded_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache, and so few images watched that most are decoded while the first epoch trains."""
     for name in ("SAMPLE", "_BANK", "_QUERIES"):
         monkeypatch.setattr(sys.modules["simsiam.monitor"], name, 4)
     monkeypatch.setattr(sys.modules["simsiam.train"], "BN_IMAGES", 4)
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("little_decoded_before")
+def test_a_set_that_is_decoded_while_it_trains_gives_the_same_weights(photos: Path, tmp_path: Path) -> None:
+    """The first run finds an empty cache, the second a full one; the third is stopped in its first epoch and loses it."""
     first, second, third = Recorder(), Recorder(), Recorder()
     summary = simsiam.train(photos, tmp_path / "first", epochs=3, listener=first, **SMALL)
     waited = int(first.facts["decoding"].split()[0])
@@ -170,13 +174,10 @@ def test_a_set_that_is_decoded_while_it_trains_gives_the_same_weights(
         assert all(torch.equal(expected[key], found[key]) for key in expected), name
 
 
+@pytest.mark.usefixtures("little_decoded_before")
 def test_a_disk_that_fills_up_in_the_first_epoch_loses_nothing(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("SAMPLE", "_BANK", "_QUERIES"):
-        monkeypatch.setattr(sys.modules["simsiam.monitor"], name, 4)
-    monkeypatch.setattr(sys.modules["simsiam.train"], "BN_IMAGES", 4)
-    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
     append, calls = Cache._append, []
 
     def full(self: Cache, loaded: Any) -> None:

@@ -122,9 +122,7 @@ def agree(seconds: float, *flags: bool) -> tuple[float, tuple[bool, ...]]:
 def gather(z: Tensor) -> Tensor:
     """[B,...] of every rank, concatenated in rank order: [R B,...]; gradients flow back to the rank that each row came
     from. In one process, z itself."""
-    if not several():
-        return z
-    return cast(Tensor, _Gather.apply(z))
+    return cast(Tensor, _Gather.apply(z)) if several() else z
 
 
 def total(x: Tensor) -> Tensor:
@@ -143,9 +141,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        summed = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(summed)
-        return summed[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        return total(gradient)[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
 class _Total(torch.autograd.Function):
@@ -157,7 +153,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return cast(Tensor, _Total.apply(gradient))
+        return total(gradient)
 
 
 def all_ranks(values: Iterable[Tensor], reduce: Literal["sum", "max"] = "sum") -> None:

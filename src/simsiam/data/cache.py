@@ -184,8 +184,9 @@ class Cache:
                     else:
                         records.append((row, end, *pixels.shape[1:]))
                         end += file.write(pixels.data)
-            with _written_from(self.directory / REASONS, self._read_bytes[REASONS]) as file:
-                file.write("".join(reasons).encode())
+            if reasons:
+                with _written_from(self.directory / REASONS, self._read_bytes[REASONS]) as file:
+                    file.write("".join(reasons).encode())
             with _written_from(self.directory / RECORDS, self._read_bytes[RECORDS]) as file:
                 file.write(np.array(records, _RECORD).tobytes())
             self._read()
@@ -248,13 +249,12 @@ def open_cache(
     with _explained(base):
         if not _is_about(folder, about):
             folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.nullcontext() if _is_about(folder, about) else FileLock(folder / "lock"):
-            if not _is_about(folder, about):
-                for name in (META, RECORDS, REASONS, PIXELS):
-                    (folder / name).unlink(missing_ok=True)
-                for name in (PIXELS, REASONS, RECORDS):
-                    (folder / name).touch()
-                write_json(folder / META, {**about, "name": images.name})
+            with FileLock(folder / "lock"):
+                if not _is_about(folder, about):  # another process may have been first
+                    (folder / META).unlink(missing_ok=True)
+                    for name in (RECORDS, REASONS, PIXELS):
+                        (folder / name).write_bytes(b"")
+                    write_json(folder / META, {**about, "name": images.name})
         return Cache(images, short_side, folder, workers)
 
 

@@ -1,8 +1,8 @@
 """Weighted nearest neighbours: the training images that are most similar vote on the class.
 
 As InstDisc does it and as the paper monitors training (figure 2): cosine similarity, k = 200, votes weighted
-exp(similarity / T). T is 0.1 here, so k and T stand beside every figure. Two hundred neighbours fit CIFAR-10 and ImageNet;
-where a class has fewer than 1,000 images, they would reach far into the others, so k is 20 there unless it is given.
+exp(similarity / T). T is 0.1 here (other projects: 0.1, the authors: 0.2), so k and T stand beside every figure. Where a
+class has fewer than 1,000 images, 200 neighbours would reach far into the others: k is 20 there unless it is given.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ MODULES = {
 ROOMS = {
     0: ("config", "runs", "compute", "console", "ranks"),
     1: ("data", "encoders", "heads", "optim", "neighbours", "collapse", "recipes"),
-    2: ("methods", "embed"),
-    3: ("search",),
+    2: ("methods", "embed", "embeddings"),
+    3: ("search", "explore"),
     4: ("evaluate", "recipe", "monitor", "assess"),
     5: ("session", "probe", "train", "show", "export", "released"),
     6: ("reproduce", "plan"),

@@ -17,7 +17,8 @@ from sklearn.utils.validation import check_is_fitted
 
 import simsiam
 from simsiam.config import UserError
-from simsiam.embed import ImageEncoder, Preprocessing, embed_to, preprocessing, read_encoder
+from simsiam.embed import ImageEncoder, Preprocessing, preprocessing, read_encoder
+from simsiam.embeddings import embed_to
 from test_train import SMALL
 
 

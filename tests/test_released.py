@@ -22,7 +22,7 @@ import simsiam
 from simsiam import methods
 from simsiam.assess import evaluate_run
 from simsiam.config import UserError, read_recipe
-from simsiam.embed import embed_to
+from simsiam.embeddings import embed_to
 from simsiam.encoders import build
 from simsiam.export import export
 from simsiam.recipe import read

@@ -15,7 +15,7 @@ import pytest
 
 import simsiam
 from simsiam.config import UserError
-from simsiam.embed import embed_to, read_embeddings
+from simsiam.embeddings import embed_to, read_embeddings
 from simsiam.search import RECALL, open_index, search
 from test_train import SMALL
 

@@ -18,7 +18,8 @@ from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings, plain_pixels, random_view
-from simsiam.embed import BN_IMAGES, Preprocessing, embed_rows, pixel_rows, read_encoder, untrained, write_embedding
+from simsiam.embed import BN_IMAGES, Preprocessing, embed_rows, pixel_rows, read_encoder, untrained
+from simsiam.embeddings import write_embedding
 from simsiam.encoders import Encoder
 from simsiam.evaluate import Features
 from simsiam.evaluate.linear import sgd_probe

@@ -30,6 +30,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; e
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads that decode images; default: the cores there are.")]
 Run = Annotated[Path, typer.Argument(help="A run folder, as `simsiam train` writes it.", show_default=False)]
+Embedded = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A folder that `simsiam embed` wrote.", show_default=False)
+]
 _DATA = (
     "A folder of images (any depth, any mix), a Parquet file or folder, a tar, a zip, a shard pattern like "
     "'shard-{000..009}.tar', or a torchvision data set's name."
@@ -182,7 +185,7 @@ def embed(
 ) -> None:
     """Turn images into vectors: one row for each image, in plain files."""
     console = _console()
-    from simsiam.embed import embed_to
+    from simsiam.embeddings import embed_to
 
     result = embed_to(run, data, out, device, workers, console.decoding, console.embedding)
     console.close()
@@ -192,15 +195,15 @@ def embed(
         f"{result['vectors']:,} vectors of length {result['dim']} in {out}, {result['new']:,} of them new, "
         f"{len(result['bad_files']):,} bad files left out."
     )
+    console.say(f"Next     simsiam view {out}")
+    console.say(f"         simsiam duplicates {out}")
     if as_json:
         _print_json(result)
 
 
 @app.command()
 def search(
-    embeddings: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A folder that `simsiam embed` wrote.", show_default=False)
-    ],
+    embeddings: Embedded,
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE...", help="Image files, or ids of stored images.", show_default=False)
     ],
@@ -222,6 +225,68 @@ def search(
     for result in found:
         rows = [[each["id"], f"{each['score']:.3f}"] for each in result["neighbours"]]
         console.results(result["query"], ["most alike", "cosine"], rows)
+
+
+@app.command()
+def duplicates(
+    embeddings: Embedded,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=-1, max=1, help="Cosine similarity that decides alone. Default: measured on altered copies."),
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find images that are one picture: identical, saved anew, scaled, cropped a little or mirrored."""
+    console = _console()
+    from simsiam.explore import near_duplicates
+
+    found = near_duplicates(embeddings, threshold, device=device, progress=console.say)
+    _duplicates_table(console, found)
+    if as_json:
+        _print_json(found)
+
+
+@app.command()
+def clusters(
+    embeddings: Embedded,
+    count: Annotated[
+        int | None, typer.Option("--count", "-n", min=2, help="Clusters; default: 20, a tenth of the images at most.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of k-means.")] = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Sort the images into clusters, and name those that are like no other."""
+    console = _console()
+    from simsiam.explore import clusters as find
+
+    found = find(embeddings, count, seed=seed, device=device, progress=console.say)
+    _clusters_table(console, found)
+    if as_json:
+        _print_json(found)
+
+
+@app.command()
+def view(
+    embeddings: Embedded,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
+    device: Device = "auto",
+) -> None:
+    """Open a local web page to look through the images: map, search by image, clusters, duplicates."""
+    console = _console()
+    from simsiam.show.viewer import serve
+
+    def ready(address: str) -> None:
+        console.say(f"Look at  {address}   (Ctrl-C ends it)")
+        if browser:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    serve(embeddings, host=host, port=port, device=device, ready=ready)
 
 
 @app.command()
@@ -555,6 +620,52 @@ def _plan_table(console: Console, found: dict[str, Any]) -> None:
         ["batches that fit", fits or "none: choose a smaller encoder or size"],
     ]
     console.results(f"{found['images']:,} images", ["", ""], rows)
+
+
+def _duplicates_table(console: Console, found: dict[str, Any]) -> None:
+    groups = found["groups"]
+    measured = (
+        ""
+        if found["recall"] is None
+        else (
+            f", and {found['pixel_threshold']:.3f} between the pictures: "
+            f"{100 * found['recall']:.0f} % of altered copies pass both"
+        )
+    )
+    console.say(f"Alike means a similarity of {found['threshold']:.3f} or more{measured}.")
+    console.say(
+        f"{found['copies']:,} of {found['images']:,} images could go: they are copies of another, in {len(groups):,} groups."
+        if groups
+        else f"None of {found['images']:,} images is a copy of another."
+    )
+    for group in groups[:10]:
+        first, *others = group
+        console.say(f"\n  {first['id']}")
+        for other in others[:5]:
+            how = "the same pixels" if other["identical"] else f"{other['score']:.3f}"
+            console.say(f"    {other['id']}  {how}")
+        if len(others) > 5:
+            console.say(f"    ... and {len(others) - 5:,} more")
+    if len(groups) > 10:
+        console.say(f"\n  ... and {len(groups) - 10:,} more groups: --json lists all, `simsiam view` shows them.")
+
+
+def _clusters_table(console: Console, found: dict[str, Any]) -> None:
+    labelled = found["agreement"] is not None
+    rows = []
+    for each in found["clusters"]:
+        classes = list((each["classes"] or {}).items())[:2]
+        shares = [", ".join(f"{name} {100 * share:.0f} %" for name, share in classes)] if labelled else []
+        rows.append([str(each["cluster"]), f"{each['images']:,}", *shares, each["examples"][0]])
+    columns = ["cluster", "images", *(["classes"] if labelled else []), "nearest to the centre"]
+    console.results(f"{found['images']:,} images in {found['count']} clusters", columns, rows)
+    if labelled:
+        nmi, purity = found["agreement"]["nmi"], found["agreement"]["purity"]
+        console.say(
+            f"Agreement with the labels: purity {purity:.2f}, normalised mutual information {nmi:.2f} (1 is full)."
+        )
+    console.say("Like no other: " + ", ".join(each["id"] for each in found["odd"][:5]))
+    console.say(f"Written  {found['file']}: the cluster of every image")
 
 
 def _check_table(console: Console, found: dict[str, Any]) -> None:

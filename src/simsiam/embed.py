@@ -1,4 +1,4 @@
-"""A trained encoder in use: images in, one vector each out, in memory or as a folder of plain files."""
+"""A trained encoder in use: images in, one vector each out. On disk, in memory, inside scikit-learn."""
 
 from __future__ import annotations
 
@@ -19,15 +19,13 @@ from torch import Tensor
 from simsiam.compute import Compute, pick_device, probe_encoder, set_threads
 from simsiam.config import UserError, fill
 from simsiam.data.decode import DecodeError, decode
-from simsiam.data.sources import open_images
 from simsiam.data.views import plain_view
 from simsiam.encoders import Encoder, EncoderSpec, build, to_table
-from simsiam.runs import ENCODER, atomic, read_json, read_tensors, write_json, write_tensors
+from simsiam.runs import ENCODER, read_json, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
     from simsiam.data.cache import Cache
 
-VECTORS, ITEMS, META = "vectors.npy", "items.parquet", "meta.json"
 Progress = Callable[[int, int], None]
 
 BN_IMAGES = 1024
@@ -226,14 +224,19 @@ class ImageEncoder(BaseEstimator, TransformerMixin):
         return self.embed(images)
 
     def _embed(self, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-        batch = np.zeros((len(images), 3, height, width), np.uint8)
-        for row, image in zip(batch, images, strict=True):
-            row[:, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
-        sizes = torch.tensor([image.shape[:2] for image in images], device=self.compute_.device)
-        x = self.preprocessing_(torch.from_numpy(batch).to(self.compute_.device), sizes)
+        x = self.preprocessing_(*(part.to(self.compute_.device) for part in padded(images)))
         with torch.inference_mode(), self.compute_.autocast():
             return self.encoder_(x).float().cpu().numpy()
+
+
+def padded(images: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:
+    """Images uint8 [h,w,3] of any sizes as a batch, zero at the bottom and right: uint8 [B,3,H,W], and int64 [B,2] with
+    each one's (height, width)."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    batch = np.zeros((len(images), 3, height, width), np.uint8)
+    for row, image in zip(batch, images, strict=True):
+        row[:, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
+    return torch.from_numpy(batch), torch.tensor([image.shape[:2] for image in images])
 
 
 def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
@@ -250,150 +253,3 @@ def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
             )
         image = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
     return decode(image, short_side)
-
-
-# --- a folder of embeddings -----------------------------------------------------------------------------------------
-
-
-def embed_to(
-    run: str | Path,
-    data: str | Path,
-    out: str | Path,
-    device: str = "auto",
-    workers: int | None = None,
-    decoding: Callable[[int, int, int], None] | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Embeds a data set into a folder: `vectors.npy` [N,D] float32, `items.parquet`, `meta.json`.
-
-    A folder that this encoder already filled is brought up to date: an image whose pixels it has seen keeps its vector.
-
-    Returns {"vectors", "dim", "new", "bad_files"}: rows, length, how many were computed now, and the unreadable ones.
-    Raises UserError where `out` holds embeddings of another encoder, or something else.
-    """
-    from simsiam.data.cache import build_cache
-
-    encoder = ImageEncoder(os.fspath(run), device).open()
-    out = Path(out)
-    known = _known(out, encoder.meta_["sha256"])
-    cache = build_cache(open_images(data), encoder.preprocessing_.short_side, workers=workers, progress=decoding)
-    rows = cache.decoded(np.arange(len(cache)))
-    digests = [_digest(cache, row) for row in rows]
-    new = np.array([i for i, digest in enumerate(digests) if digest not in known], dtype=np.int64)
-    vectors = np.empty((len(rows), encoder.dim), np.float32)
-    for i, digest in enumerate(digests):
-        if digest in known:
-            vectors[i] = known[digest]
-    if len(new):
-        vectors[new] = embed_rows(
-            encoder.encoder_, encoder.preprocessing_, cache, rows[new], encoder.compute_, progress
-        ).numpy()
-    meta = {
-        "format": 1,
-        "run": os.fspath(run),
-        "encoder": encoder.meta_["sha256"],
-        "preprocessing": encoder.meta_["preprocessing"],
-        "dim": encoder.dim,
-        "data": str(data),
-        "fingerprint": cache.fingerprint,
-    }
-    write_embedding(out, vectors, cache, rows, meta, digests)
-    bad = [{"path": path, "reason": reason} for path, reason in cache.bad]
-    return {"vectors": len(vectors), "dim": encoder.dim, "new": len(new), "bad_files": bad}
-
-
-def write_embedding(
-    out: Path,
-    vectors: NDArray[np.float32],
-    cache: Cache,
-    rows: NDArray[np.int64],
-    meta: dict[str, Any],
-    digests: Sequence[str] | None = None,
-) -> None:
-    """The three files of an embedding; `items.parquet` has a row for every vector: id, label, class and pixels' hash."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    labels = None if cache.labels is None else [int(label) for label in cache.labels[rows]]
-    names = cache.classes or ()
-    columns = {
-        "id": pa.array([cache.ids[row] for row in rows], pa.string()),
-        "label": pa.array(
-            [None if labels is None or label < 0 else label for label in labels or [-1] * len(rows)], pa.int64()
-        ),
-        "class": pa.array([names[label] if label >= 0 else None for label in labels or [-1] * len(rows)], pa.string()),
-    }
-    if digests is not None:
-        columns["pixels"] = pa.array(digests, pa.string())
-    out.mkdir(parents=True, exist_ok=True)
-    # meta.json goes first and comes last: while it is missing, the other two are not trusted.
-    (out / META).unlink(missing_ok=True)
-    with atomic(out / VECTORS) as temporary, open(temporary, "wb") as file:
-        np.save(file, vectors)
-    with atomic(out / ITEMS) as temporary:
-        pq.write_table(pa.table(columns), temporary)
-    write_json(out / META, {**meta, "classes": list(names) or None, "vectors": len(vectors)})
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """A folder that `embed_to` wrote."""
-
-    folder: Path
-    vectors: NDArray[np.float32]
-    """[N,D], memory-mapped."""
-    items: dict[str, list[Any]]
-    """The columns that were asked for, N values each."""
-    meta: dict[str, Any]
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    @property
-    def ids(self) -> list[str]:
-        return self.items["id"]
-
-
-def read_embeddings(folder: str | Path, columns: Sequence[str] = ("id",)) -> Embeddings:
-    """Raises UserError where the folder is not one of `simsiam embed`, is not complete, or its files do not agree."""
-    import pyarrow.parquet as pq
-
-    folder = Path(folder)
-    if not (folder / META).exists():
-        half = (
-            " Its writing was interrupted: run the same `simsiam embed` again." if (folder / VECTORS).exists() else ""
-        )
-        raise UserError(f"{folder} holds no embeddings.{half or ' Make them: simsiam embed RUN DATA -o DIR.'}")
-    meta = read_json(folder / META)
-    try:
-        vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
-        table = pq.read_table(folder / ITEMS, columns=list(columns))
-        items = {name: table[name].to_pylist() for name in columns}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"Cannot read the embeddings in {folder}: {' '.join(str(error).split())}") from None
-    if not len(vectors) == len(table) == meta.get("vectors") or vectors.shape[1:] != (meta.get("dim"),):
-        raise UserError(f"The files of {folder} do not belong together: run `simsiam embed` again, or copy all three.")
-    return Embeddings(folder, vectors, items, meta)
-
-
-def _known(out: Path, sha256: str) -> dict[str, NDArray[np.float32]]:
-    """Pixels' hash -> vector of what this encoder has embedded into `out` before."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return {}
-    if not (out / META).exists() and not (out / VECTORS).exists():
-        raise UserError(f"{out} holds something else than embeddings: choose another -o.")
-    if not (out / META).exists():  # a killed write
-        return {}
-    if read_json(out / META).get("encoder") != sha256:
-        raise UserError(f"{out} holds embeddings of another encoder: choose another -o, or delete it.")
-    try:
-        stored = read_embeddings(out, ["pixels"])
-    except UserError:  # damaged: everything is embedded anew
-        return {}
-    return dict(zip(stored.items["pixels"], stored.vectors, strict=True))
-
-
-def _digest(cache: Cache, row: int) -> str:
-    images, _ = cache.batch(np.array([row]))
-    shape = f"{tuple(images.shape)}".encode()
-    return hashlib.blake2b(images.numpy().tobytes() + shape, digest_size=16).hexdigest()

@@ -13,18 +13,23 @@ from numpy.typing import NDArray
 
 from simsiam.compute import pick_device, set_threads
 from simsiam.config import UserError
-from simsiam.embed import Embeddings, ImageEncoder, read_embeddings
+from simsiam.embeddings import Embeddings, read_embeddings
 from simsiam.neighbours import top_k
 from simsiam.runs import atomic, read_json, write_json
 
 EXACT = 1_000_000
 """Vectors up to which every one is compared: a second at 512 dimensions on 2 cores. Beyond, an index is made and kept."""
+ALL_PAIRS = 100_000
+"""Images up to which each is compared with each: a minute at 512 dimensions on 2 cores."""
 RECALL = 0.95
 """Of the true 10 nearest, the share that the index must find, measured on stored vectors."""
 
 INDEX, INDEX_META = "index.usearch", "index.json"
 _PROBES = 256
+_QUERIES = 4096
 _WIDEST = 4096
+
+Vectors = NDArray[np.float32] | torch.Tensor
 
 
 def search(
@@ -60,14 +65,11 @@ def search(
     for name in names:
         if name not in own and name not in files:
             raise UserError(f"{name} is neither an image file nor an id in {folder}.")
-    embedded = dict(zip(files, _encoder(stored, device).embed(files), strict=True)) if files else {}
+    embedded = dict(zip(files, stored.encoder(device).embed(files), strict=True)) if files else {}
     vectors = np.stack([stored.vectors[own[name]] if name in own else embedded[name] for name in names])
 
-    most = min(k + 1, len(stored))  # one more: a stored query finds itself
-    if index or (index is None and len(stored) > EXACT):
-        scores, found = _by_index(stored, vectors, most, progress)
-    else:
-        scores, found = (each.numpy() for each in top_k(vectors, stored.vectors, most, device=pick_device(device)))
+    # One more: a stored query finds itself.
+    scores, found = by_vectors(stored, vectors, k + 1, index=index, device=device, progress=progress)
     results = []
     for name, best, which in zip(names, scores, found, strict=True):
         near = [
@@ -79,14 +81,56 @@ def search(
     return results
 
 
-def _encoder(stored: Embeddings, device: str) -> ImageEncoder:
-    run = Path(stored.meta["run"])
-    if not run.exists():
-        raise UserError(f"The run that made {stored.folder} is gone from {run}: put it back, or search by stored ids.")
-    encoder = ImageEncoder(os.fspath(run), device).open()
-    if encoder.meta_["sha256"] != stored.meta.get("encoder"):
-        raise UserError(f"{run} has other weights than those that made {stored.folder}: run `simsiam embed` again.")
-    return encoder
+def by_vectors(
+    stored: Embeddings,
+    queries: NDArray[np.float32],
+    k: int,
+    *,
+    index: bool | None = None,
+    device: str = "auto",
+    progress: Callable[[str], None] | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k stored vectors most alike to each query, [Q,D]: cosine similarities and rows, [Q,k] each, best first; `index`
+    as in `search`."""
+    k = min(k, len(stored))
+    if index or (index is None and len(stored) > EXACT):
+        return _by_index(stored, queries, k, progress)
+    scores, found = top_k(queries, stored.vectors, k, device=pick_device(device))
+    return scores.numpy(), found.numpy()
+
+
+def nearest(
+    vectors: Vectors,
+    k: int,
+    queries: Vectors | None = None,
+    *,
+    device: str = "auto",
+    index: Callable[[], tuple[Any, dict[str, Any]]] | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k nearest of every vector among the others, itself left out: cosine similarities and rows, [N,k] each.
+
+    Args:
+        vectors: float [N,D].
+        queries: float [N,D], what to look for in place of the vectors: row i is another form of vector i.
+        index: gives an index of the vectors where there are more than `ALL_PAIRS`; None: one is made for the purpose.
+    """
+    queries = vectors if queries is None else queries
+    if len(vectors) <= ALL_PAIRS:
+        exact, which = top_k(queries, vectors, k, exclude_self=True, device=pick_device(device))
+        return exact.numpy(), which.numpy()
+    made, about = make_index(vectors) if index is None else index()
+    made.expansion_search = max(about["expansion"], k + 1)
+    scores, found = np.empty((len(vectors), k), np.float32), np.empty((len(vectors), k), np.int64)
+    for start in range(0, len(vectors), _QUERIES):
+        rows = np.arange(start, min(start + _QUERIES, len(vectors)))
+        near = made.search(np.asarray(queries[rows], np.float32), k + 1, threads=torch.get_num_threads())
+        keys = near.keys.astype(np.int64)
+        # Itself is not always the first: equal vectors come in any order, and an index may miss it.
+        own = keys == rows[:, None]
+        own[~own.any(1), -1] = True
+        scores[rows] = 1 - near.distances[~own].reshape(len(rows), k)
+        found[rows] = keys[~own].reshape(len(rows), k)
+    return scores, found
 
 
 # --- the index ------------------------------------------------------------------------------------------------------
@@ -107,35 +151,46 @@ def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None
     Its search is widened until `RECALL` is reached on stored vectors, compared with the exact neighbours. Returns it with
     {"vectors", "encoder", "fingerprint", "expansion", "recall_at_10"}. Raises UserError where usearch is not installed.
     """
-    try:
-        from usearch.index import Index
-    except ImportError:
-        raise UserError("An index needs usearch: pip install 'simsiam[index]'. Or search exactly: --exact.") from None
     tell = progress or (lambda text: None)
     path, description = stored.folder / INDEX, stored.folder / INDEX_META
     key = {name: stored.meta.get(name) for name in ("vectors", "encoder", "fingerprint")}
     if path.exists() and description.exists():
         about = read_json(description)
         if all(about.get(name) == value for name, value in key.items()):
-            return Index.restore(str(path), view=True), about
+            return _usearch().restore(str(path), view=True), about
     tell(f"Making an index of {len(stored):,} vectors, once ...")
-    index = Index(ndim=stored.vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=128)
-    index.add(np.arange(len(stored), dtype=np.uint64), stored.vectors, threads=torch.get_num_threads())
-    expansion, recall = _widen(index, stored)
-    about = {**key, "expansion": expansion, "recall_at_10": round(recall, 4)}
+    index, measured = make_index(stored.vectors)
+    about = {**key, **measured}
     with atomic(path) as temporary:
         index.save(str(temporary))
     write_json(description, about)
-    tell(f"It finds {100 * recall:.1f} % of the true 10 nearest (measured).")
+    tell(f"It finds {100 * about['recall_at_10']:.1f} % of the true 10 nearest (measured).")
     return index, about
 
 
-def _widen(index: Any, stored: Embeddings) -> tuple[int, float]:
+def make_index(vectors: Vectors) -> tuple[Any, dict[str, Any]]:
+    """A usearch index (HNSW, cosine, float16) in memory, {"expansion", "recall_at_10"}. Raises UserError where usearch is
+    not installed."""
+    index = _usearch()(ndim=vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=128)
+    index.add(np.arange(len(vectors), dtype=np.uint64), np.asarray(vectors), threads=torch.get_num_threads())
+    expansion, recall = _widen(index, vectors)
+    return index, {"expansion": expansion, "recall_at_10": round(recall, 4)}
+
+
+def _usearch() -> Any:
+    try:
+        from usearch.index import Index
+    except ImportError:
+        raise UserError("An index needs usearch: pip install 'simsiam[index]'. Or search exactly: --exact.") from None
+    return Index
+
+
+def _widen(index: Any, vectors: Vectors) -> tuple[int, float]:
     """The smallest width of the search, by doubling, that reaches `RECALL`, and the recall there."""
-    rows = np.random.default_rng(0).permutation(len(stored))[:_PROBES]
-    probes = np.ascontiguousarray(stored.vectors[np.sort(rows)])
-    k = min(10, len(stored))
-    truth = top_k(probes, stored.vectors, k)[1].numpy()
+    rows = np.random.default_rng(0).permutation(len(vectors))[:_PROBES]
+    probes = np.ascontiguousarray(vectors[np.sort(rows)])
+    k = min(10, len(vectors))
+    truth = top_k(probes, vectors, k)[1].numpy()
     expansion = 64
     while True:
         index.expansion_search = expansion

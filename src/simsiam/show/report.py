@@ -426,7 +426,7 @@ def _nearest(vectors: Floats, k: int) -> tuple[Floats, NDArray[np.int64]]:
 
 def _map(sample: Sample) -> Table:
     sample = sample.rows(_draw(len(sample.ids), MAP_ITEMS))
-    place, how = _layout(sample.vectors)
+    place, how = layout(sample.vectors)
     pictures = [_data_uri(_shrink(picture, 40), quality=62) for picture in sample.thumbnails]
     rows = []
     for row, (x, y) in enumerate(place):
@@ -437,7 +437,7 @@ def _map(sample: Sample) -> Table:
     return {"count": len(rows), "how": how, "labelled": names is not None, "chart": charts.embedding_map(rows, names)}
 
 
-def _layout(vectors: Floats) -> tuple[Floats, str]:
+def layout(vectors: Floats) -> tuple[Floats, str]:
     """Places [N,2] where near means similar, and the name of what made them: t-SNE, or PCA for a few items."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE

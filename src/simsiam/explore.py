@@ -1,0 +1,326 @@
+"""Stored embeddings -> what a set is made of: near-duplicates, clusters, and images that are like no other."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from simsiam.compute import set_threads
+from simsiam.config import UserError
+from simsiam.data.views import plain_pixels
+from simsiam.embed import padded
+from simsiam.embeddings import Embeddings, read_embeddings
+from simsiam.neighbours import top_k, unit_rows
+from simsiam.runs import atomic
+from simsiam.search import nearest, open_index
+
+CLUSTERS = "clusters.parquet"
+COUNT = 20
+"""Clusters where nobody asks for another number: as many as one looks through; a tenth of the images where those are few."""
+PASS = 0.95
+"""Share of altered copies that each of the two thresholds of `near_duplicates` lets pass."""
+
+_NEIGHBOURS = 20
+_SAMPLE = 256
+_SIDE = 16
+_EXAMPLES, _ODD, _ODD_NEIGHBOURS = 9, 20, 10
+_DIRECTIONS, _MANY = 64, 50_000
+
+Tell = Callable[[str], None]
+Rows = NDArray[np.int64]
+
+
+# --- near-duplicates ------------------------------------------------------------------------------------------------
+
+
+def near_duplicates(
+    folder: str | Path, threshold: float | None = None, *, device: str = "auto", progress: Tell | None = None
+) -> dict[str, Any]:
+    """Groups of images that are one picture: the same pixels, or as alike as altered copies of an image are.
+
+    How alike copies are depends on the encoder and the images, so it is measured: images drawn from the set are saved anew
+    as JPEG, scaled, cropped a little and mirrored. 95 % of these copies pass each of two thresholds, on the correlation of
+    the pictures at 16 x 16 pixels, mean colour taken off, and on the cosine similarity of the embeddings. A pair has to
+    pass both. The pictures decide first because many an encoder holds thousands of images to be as similar as copies are.
+
+    Args:
+        folder: embeddings, as `simsiam embed` writes them.
+        threshold: a cosine similarity in [-1, 1] that decides alone; then neither the run nor the images are needed.
+        progress: told in words what takes long.
+    Returns {"images", "threshold", "pixel_threshold", "recall", "copies", "groups"}: `recall` is the share of the copies,
+    of images that the thresholds were not measured on, that is found; `copies` how many images could go. A group is a
+    list of {"id", "score", "identical"}: first the image that most others are linked to, then the others by falling
+    score, which is the similarity to the group's image that is most alike (1 where the pixels are the same). The largest
+    groups come first. Every image is compared with the 20 nearest.
+    Raises UserError where, without a threshold, the run or the images are gone or were changed.
+    """
+    set_threads()
+    tell = progress or (lambda text: None)
+    if threshold is not None and not -1 <= threshold <= 1:
+        raise UserError(f"The threshold is {threshold:g}: it is a cosine similarity, from -1 to 1.")
+    stored = read_embeddings(folder, ("id", "pixels"))
+    rows, kind = _kinds(stored.items["pixels"])
+    vectors = stored.vectors[rows]
+    k = min(_NEIGHBOURS, len(rows) - 1)
+    measured: dict[str, float] = {}
+    if threshold is not None:
+        tell(f"Comparing {len(rows):,} images ...")
+        similarity, found = nearest(vectors, k, device=device)
+        links, scores = _links(found, similarity)
+        kept = scores >= threshold
+    else:
+        pictures, measured = _pictures(stored, rows, device, tell)
+        tell(f"Comparing {len(rows):,} images ...")
+        small = pictures.small()
+        both = [nearest(small, k, of, device=device)[1] for of in (None, pictures.small(mirrored=True))]
+        links, _ = _links(np.concatenate(both, 1))
+        scores = _cosine(vectors, links)
+        kept = (scores >= measured["threshold"]) & (pictures.correlation(links) >= measured["pixel_threshold"])
+    groups = [
+        [{"id": stored.ids[row], "score": round(score, 6), "identical": same} for row, score, same in group]
+        for group in _groups(kind, links[kept], scores[kept])
+    ]
+    return {
+        "images": len(stored),
+        "threshold": round(measured.get("threshold", threshold or 0.0), 6),
+        "pixel_threshold": round(measured["pixel_threshold"], 6) if measured else None,
+        "recall": round(measured["recall"], 4) if measured else None,
+        "copies": sum(len(group) - 1 for group in groups),
+        "groups": groups,
+    }
+
+
+def _kinds(pixels: Sequence[str]) -> tuple[Rows, Rows]:
+    """One row of each kind of pixels, [U], in their order; and the kind of every row, [N]: 0..U-1."""
+    number: dict[str, int] = {}
+    kind = np.array([number.setdefault(each, len(number)) for each in pixels], np.int64)
+    return np.unique(kind, return_index=True)[1], kind
+
+
+def _links(found: Rows, scores: NDArray[np.float32] | None = None) -> tuple[Rows, NDArray[np.float64]]:
+    """Each row with its neighbours, [N,k], as pairs without repetition: [L,2], the smaller row first, and their scores."""
+    pairs = np.sort(np.stack([np.arange(len(found)).repeat(found.shape[1]), found.ravel()], 1), 1)
+    pairs, which = np.unique(pairs, axis=0, return_index=True)
+    return pairs, np.zeros(len(pairs)) if scores is None else scores.ravel()[which].astype(np.float64)
+
+
+def _cosine(vectors: NDArray[np.float32], links: Rows) -> NDArray[np.float64]:
+    parts = [links[start : start + 8192] for start in range(0, len(links), 8192)]
+    both = [(unit_rows(vectors[part[:, 0]]) * unit_rows(vectors[part[:, 1]])).sum(1) for part in parts]
+    return torch.cat([*both, torch.zeros(0)]).double().numpy()
+
+
+def _groups(kind: Rows, links: Rows, scores: NDArray[np.float64]) -> list[list[tuple[int, float, bool]]]:
+    """What is linked, directly or through others, with all that have the same pixels: (row, score, same pixels as the
+    first), the largest groups first.
+
+    Args:
+        kind: [N], the kind of pixels of every row, 0..U-1.
+        links: [L,2], pairs of kinds; scores: [L], their similarities.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    count = int(kind.max(initial=-1)) + 1
+    graph = coo_array((np.ones(len(links)), (links[:, 0], links[:, 1])), shape=(count, count))
+    group = connected_components(graph, directed=False)[1]
+    degree = np.bincount(links.ravel(), minlength=count)
+    best = np.where(np.bincount(kind) > 1, 1.0, -np.inf)
+    for side in range(2):
+        np.maximum.at(best, links[:, side], scores)
+    members: dict[int, list[int]] = {}
+    for row in np.flatnonzero(np.bincount(group[kind])[group[kind]] > 1).tolist():
+        members.setdefault(int(group[kind[row]]), []).append(row)
+    found = []
+    for group_rows in members.values():
+        first = max(group_rows, key=lambda row: (degree[kind[row]], -row))
+        others = [(row, float(best[kind[row]]), bool(kind[row] == kind[first])) for row in group_rows if row != first]
+        found.append([(first, 1.0, True), *sorted(others, key=lambda other: -other[1])])
+    return sorted(found, key=lambda each: -len(each))
+
+
+class _Pictures:
+    """Images at 16 x 16 pixels, less their mean colour, of length 1: float16 [N,3,16,16]."""
+
+    def __init__(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """parts: uint8 [B,3,H,W] and sizes."""
+        looks = []
+        for images, sizes in parts:
+            small = plain_pixels(images, _SIDE, 1.0, sizes)
+            small = small - small.mean((2, 3), keepdim=True)
+            looks.append(unit_rows(small.flatten(1)).view_as(small).half())
+        self.looks = torch.cat(looks)
+
+    def small(self, mirrored: bool = False) -> Tensor:
+        """At 8 x 8 pixels, float32 [N,192], to find candidates by."""
+        looks = self.looks.flip(3) if mirrored else self.looks
+        return F.avg_pool2d(looks.float(), 2).flatten(1)
+
+    def correlation(self, links: Rows) -> NDArray[np.float32]:
+        """[L], as they are or with one of them mirrored, whichever is larger."""
+        parts = [torch.from_numpy(links[start : start + 8192]) for start in range(0, len(links), 8192)]
+        both = [_correlation(self.looks[part[:, 0]].float(), self.looks[part[:, 1]].float()) for part in parts]
+        return torch.cat([*both, torch.zeros(0)]).numpy()
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    return torch.maximum((a * b).flatten(1).sum(1), (a * b.flip(3)).flatten(1).sum(1))
+
+
+def _pictures(stored: Embeddings, rows: Rows, device: str, tell: Tell) -> tuple[_Pictures, dict[str, float]]:
+    """The images of the stored rows, and how alike altered copies of some of them are: the two thresholds, and the recall
+    on other images."""
+    try:
+        encoder, (cache, cached) = stored.encoder(device), stored.images()
+    except UserError as error:
+        raise UserError(f"{error} Or say how alike duplicates are: --threshold 0.95.") from None
+    tell(f"Measuring how alike copies of an image are, on {min(_SAMPLE, len(rows))} images ...")
+    cached = cached[rows]
+    pictures = _Pictures(cache.batch(cached[start : start + 1024]) for start in range(0, len(rows), 1024))
+    bank = pictures.small()
+    some = np.random.default_rng(0).permutation(len(rows))[:_SAMPLE]
+    of_image, look_of_image = unit_rows(stored.vectors[rows[some]]), pictures.looks[some].float()
+    images, sizes = cache.batch(cached[some])
+    plain = [image[:, :h, :w].permute(1, 2, 0).numpy() for image, (h, w) in zip(images, sizes.tolist(), strict=True)]
+    similarity, correlation, candidate = [], [], []
+    for alter in (_saved_anew, _scaled, _cropped, _mirrored):
+        altered = [alter(image) for image in plain]
+        looks = _Pictures([padded(altered)])
+        similarity.append((unit_rows(encoder.embed(altered)) * of_image).sum(1).numpy())
+        correlation.append(_correlation(looks.looks.float(), look_of_image).numpy())
+        near = [top_k(looks.small(mirrored), bank, _NEIGHBOURS)[1].numpy() for mirrored in (False, True)]
+        candidate.append((np.concatenate(near, 1) == some[:, None]).any(1))
+    half = max(1, len(some) // 2)
+    held = slice(half, None) if len(some) > 1 else slice(None)
+    low, low_look = (float(np.quantile(np.stack(values)[:, :half], 1 - PASS)) for values in (similarity, correlation))
+    found = (np.stack(similarity) >= low) & (np.stack(correlation) >= low_look) & np.stack(candidate)
+    return pictures, {"threshold": low, "pixel_threshold": low_look, "recall": float(found[:, held].mean())}
+
+
+def _saved_anew(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=75)
+    return np.asarray(Image.open(buffer))
+
+
+def _scaled(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    height, width = image.shape[:2]
+    small = Image.fromarray(image).resize((max(1, width * 3 // 4), max(1, height * 3 // 4)), Image.Resampling.BICUBIC)
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _cropped(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    height, width = image.shape[:2]
+    x, y = max(1, round(0.03 * width)), max(1, round(0.03 * height))
+    if min(height - 2 * y, width - 2 * x) < 1:
+        return image
+    return np.asarray(Image.fromarray(image[y : height - y, x : width - x]).resize((width, height)))
+
+
+def _mirrored(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(image[:, ::-1])
+
+
+# --- clusters -------------------------------------------------------------------------------------------------------
+
+
+def clusters(
+    folder: str | Path, count: int | None = None, *, seed: int = 0, device: str = "auto", progress: Tell | None = None
+) -> dict[str, Any]:
+    """k-means over the directions of the embeddings; `clusters.parquet` in the folder says where each image belongs.
+
+    Args:
+        folder: embeddings, as `simsiam embed` writes them.
+        count: clusters, at least 2; None: 20, or a tenth of the images where those are fewer.
+    Returns {"images", "count", "file", "clusters", "odd", "agreement"}. A cluster is {"cluster", "images", "similarity",
+    "examples", "classes"}: its size, the mean cosine similarity to its centre, the ids nearest to the centre and, where
+    labels are known, the share of each of the three most frequent classes; the largest comes first. `odd` are the 20
+    images that are least like their 10 nearest, {"id", "similarity"}. `agreement` with the labels: {"nmi", "purity"} in
+    [0, 1], None where there are none.
+    Raises UserError where `count` does not fit the images.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.decomposition import PCA
+
+    set_threads()
+    tell = progress or (lambda text: None)
+    stored = read_embeddings(folder, ("id", "class"))
+    if len(stored) < 2 or (count is not None and not 2 <= count <= len(stored)):
+        raise UserError(
+            f"{len(stored)} images cannot form {count or 2} clusters: from 2 to as many as there are images."
+        )
+    count = count or max(2, min(COUNT, len(stored) // 10))
+    tell(f"Forming {count} clusters of {len(stored):,} images ...")
+    unit = unit_rows(stored.vectors).numpy()
+    # Distances between unit vectors order as cosine similarity does; a few directions hold nearly all of them.
+    few = PCA(min(_DIRECTIONS, *unit.shape), svd_solver="full", random_state=seed).fit_transform(unit)
+    kind = MiniBatchKMeans if len(unit) > _MANY else KMeans
+    label = kind(count, n_init=4, random_state=seed).fit_predict(np.nan_to_num(few))
+    order = np.argsort(-np.bincount(label, minlength=count), kind="stable")
+    label = np.argsort(order)[label]
+    centres = unit_rows(
+        np.stack([unit[label == c].sum(0) if (label == c).any() else unit[0] for c in range(count)])
+    ).numpy()
+    similarity = (unit * centres[label]).sum(1)
+    with atomic(stored.folder / CLUSTERS) as temporary:
+        columns = {"id": stored.ids, "cluster": label.astype(np.int64), "similarity": similarity.astype(np.float32)}
+        pq.write_table(pa.table(columns), temporary)
+    tell("Looking for images that are like no other ...")
+    near, _ = nearest(
+        stored.vectors, min(_ODD_NEIGHBOURS, len(stored) - 1), device=device, index=lambda: open_index(stored, progress)
+    )
+    alone = near.mean(1)
+    classes = stored.items["class"]
+    return {
+        "images": len(stored),
+        "count": count,
+        "file": str(stored.folder / CLUSTERS),
+        "clusters": [_cluster(c, np.flatnonzero(label == c), similarity, stored.ids, classes) for c in range(count)],
+        "odd": [
+            {"id": stored.ids[row], "similarity": round(float(alone[row]), 6)}
+            for row in np.argsort(alone, kind="stable")[:_ODD].tolist()
+        ],
+        "agreement": _agreement(label, classes),
+    }
+
+
+def _cluster(
+    number: int, rows: Rows, similarity: NDArray[np.float32], ids: Sequence[str], classes: Sequence[str | None]
+) -> dict[str, Any]:
+    names, counts = np.unique([classes[row] for row in rows if classes[row] is not None], return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:3]
+    best = rows[np.argsort(-similarity[rows], kind="stable")[:_EXAMPLES]]
+    return {
+        "cluster": number,
+        "images": len(rows),
+        "similarity": round(float(similarity[rows].mean()), 4) if len(rows) else None,
+        "examples": [ids[row] for row in best],
+        "classes": {str(names[i]): round(float(counts[i] / counts.sum()), 4) for i in most} if len(names) else None,
+    }
+
+
+def _agreement(label: Rows, classes: Sequence[str | None]) -> dict[str, float] | None:
+    from sklearn.metrics import normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    known = np.array([name is not None for name in classes])
+    names = [name for name in classes if name is not None]
+    if len(set(names)) < 2:
+        return None
+    table = contingency_matrix(names, label[known])
+    purity = table.max(0).sum() / table.sum()
+    return {
+        "nmi": round(float(normalized_mutual_info_score(names, label[known])), 4),
+        "purity": round(float(purity), 4),
+    }

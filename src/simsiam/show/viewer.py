@@ -1,0 +1,328 @@
+"""The viewer: a local web page to look through embeddings, search them by image, and see clusters and duplicates."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import pyarrow.parquet as pq
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from simsiam import explore
+from simsiam.compute import set_threads
+from simsiam.config import UserError
+from simsiam.data.cache import Cache
+from simsiam.data.decode import DecodeError, decode
+from simsiam.embed import ImageEncoder
+from simsiam.embeddings import read_embeddings
+from simsiam.runs import RECIPE, read_json, write_json
+from simsiam.search import by_vectors
+from simsiam.show.report import layout
+
+ON_MAP, THUMBNAIL, ON_ATLAS, LARGEST = 2000, 192, 48, 1600
+"""Images on the map; sides in pixels: of a thumbnail, of a picture on the map, of an image in full at most."""
+MAP = "map.json"
+UPLOAD = 64 << 20
+"""Bytes of an image that is searched for, at most."""
+
+T = TypeVar("T")
+K = Annotated[int, Query(ge=1, le=200)]
+
+
+class Viewer:
+    """What the page asks for; what takes long is computed when it is first asked for, once."""
+
+    def __init__(self, folder: str | Path, device: str = "auto") -> None:
+        folder = Path(folder)
+        if (folder / RECIPE).exists():
+            raise UserError(f"{folder} is a run. Embed images with it first: simsiam embed {folder} DATA -o DIR.")
+        set_threads()
+        self.stored, self.device = read_embeddings(folder, ("id", "class")), device
+        if not len(self.stored):
+            raise UserError(f"{folder} holds no vectors: there is nothing to see.")
+        self.ids, self.classes = self.stored.ids, self.stored.items["class"]
+        self.names = sorted({name for name in self.classes if name is not None})
+        self.pictures: tuple[Cache, NDArray[np.int64]] | None = None
+        self.why_none: str | None = None
+        try:
+            self.pictures = self.stored.images()
+        except UserError as error:
+            self.why_none = str(error)
+        rows = np.random.default_rng(0).permutation(len(self.stored))[:ON_MAP]
+        self.on_map: NDArray[np.int64] = np.sort(rows)
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        self._made: dict[str, Any] = {}
+
+    def once(self, part: Callable[[Viewer], T]) -> T:
+        """What the part computes, the first time it is asked for."""
+        name = part.__name__
+        with self._locks[name]:
+            if name not in self._made:
+                self._made[name] = part(self)
+            made: T = self._made[name]
+            return made
+
+    def about(self) -> dict[str, Any]:
+        return {
+            "folder": str(self.stored.folder),
+            "data": self.stored.meta["data"],
+            "run": self.stored.meta["run"],
+            "images": len(self.stored),
+            "dim": self.stored.meta["dim"],
+            "classes": self.names,
+            "no_pictures": self.why_none,
+        }
+
+    # --- pictures ---
+
+    def thumbnail(self, row: int, side: int = THUMBNAIL) -> Image.Image:
+        """The image as the encoder was given it, before cropping, at most `side` pixels high and wide."""
+        if self.pictures is None:
+            raise HTTPException(404, self.why_none)
+        cache, cached = self.pictures
+        if not cache.usable(cached[[row]]).all():
+            raise HTTPException(404, "The image cannot be read any more.")
+        pixels, _ = cache.batch(cached[[row]])
+        image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        return image
+
+    def original(self, row: int) -> Image.Image:
+        """The image in full, upright, at most 1,600 pixels high and wide."""
+        if self.pictures is None:
+            raise HTTPException(404, self.why_none)
+        cache, cached = self.pictures
+        try:
+            image = Image.fromarray(decode(cache.images.read(int(cached[row]))))
+        except (OSError, DecodeError) as error:
+            raise HTTPException(404, f"The image cannot be read any more: {error}") from None
+        image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+        return image
+
+    def atlas(self) -> tuple[bytes, int]:
+        """The pictures on the map in one, row by row, as WebP, and how many are beside each other."""
+        columns = int(np.ceil(np.sqrt(len(self.on_map))))
+        lines = -(-len(self.on_map) // columns)
+        sheet = Image.new("RGBA", (columns * ON_ATLAS, lines * ON_ATLAS))
+        for place, row in enumerate(self.on_map.tolist()):
+            try:
+                small = ImageOps.contain(self.thumbnail(row), (ON_ATLAS, ON_ATLAS))
+            except HTTPException:
+                continue
+            left, top = (place % columns) * ON_ATLAS, (place // columns) * ON_ATLAS
+            sheet.paste(small, (left + (ON_ATLAS - small.width) // 2, top + (ON_ATLAS - small.height) // 2))
+        return _encoded(sheet, "WEBP", quality=80), columns
+
+    # --- places and neighbours ---
+
+    def map(self) -> dict[str, Any]:
+        """Where the images on the map lie, x and y in [0, 1]; kept in the folder, since t-SNE takes its time."""
+        place, how = self._kept_layout()
+        low, high = place.min(0), place.max(0)
+        scaled = (place - low) / np.maximum(high - low, 1e-12)
+        return {
+            "how": how,
+            "rows": self.on_map.tolist(),
+            "x": np.round(scaled[:, 0], 4).tolist(),
+            "y": np.round(scaled[:, 1], 4).tolist(),
+            "classes": [self.classes[row] for row in self.on_map.tolist()],
+            "side": ON_ATLAS,
+            "columns": self.once(Viewer.atlas)[1] if self.pictures is not None else None,
+        }
+
+    def _kept_layout(self) -> tuple[NDArray[np.float32], str]:
+        path = self.stored.folder / MAP
+        key = {name: self.stored.meta.get(name) for name in ("vectors", "encoder", "fingerprint")} | {"on_map": ON_MAP}
+        if path.exists():
+            kept = read_json(path)
+            if kept["key"] == key:
+                return np.array(kept["place"], np.float32), kept["how"]
+        place, how = layout(np.asarray(self.stored.vectors[self.on_map]))
+        with contextlib.suppress(UserError):  # a folder that cannot be written to can still be looked at
+            write_json(path, {"key": key, "how": how, "place": np.round(place, 4).tolist()})
+        return place, how
+
+    def encoder(self) -> ImageEncoder:
+        return self.stored.encoder(self.device)
+
+    def near(self, row: int, k: int) -> dict[str, Any]:
+        vector = np.asarray(self.stored.vectors[[row]])
+        found = [each for each in self._near(vector, k + 1) if each["row"] != row]
+        return {**self.item(row), "neighbours": found[:k]}
+
+    def near_image(self, content: bytes, k: int) -> dict[str, Any]:
+        """The neighbours of an encoded image. Raises UserError where it cannot be decoded, or the run is gone."""
+        encoder = self.once(Viewer.encoder)
+        try:
+            pixels = decode(content, encoder.preprocessing_.short_side)
+        except DecodeError as error:
+            raise UserError(f"This is no image that can be read: {error}.") from None
+        return {"neighbours": self._near(encoder.embed([pixels]), k)}
+
+    def _near(self, vectors: NDArray[np.float32], k: int) -> list[dict[str, Any]]:
+        scores, found = by_vectors(self.stored, vectors, k, device=self.device)
+        return [
+            {**self.item(row), "score": round(score, 4)}
+            for row, score in zip(found[0].tolist(), scores[0].tolist(), strict=True)
+        ]
+
+    def item(self, row: int) -> dict[str, Any]:
+        return {"row": row, "id": self.ids[row], "class": self.classes[row]}
+
+    def images(self, start: int, count: int, text: str, kind: str | None, cluster: int | None) -> dict[str, Any]:
+        """A page of the images whose id holds `text`, of one class or cluster where that is asked for."""
+        rows: Any = range(len(self.ids))
+        if cluster is not None:
+            _, label, similarity = self.once(Viewer.clusters)
+            rows = np.flatnonzero(label == cluster)
+            rows = rows[np.argsort(-similarity[rows], kind="stable")].tolist()
+        if text or kind is not None:
+            text = text.lower()
+            rows = [
+                row for row in rows if text in self.ids[row].lower() and (kind is None or self.classes[row] == kind)
+            ]
+        return {"total": len(rows), "items": [self.item(row) for row in rows[start : start + count]]}
+
+    # --- what the set is made of ---
+
+    def clusters(self) -> tuple[dict[str, Any], NDArray[np.int64], NDArray[np.float32]]:
+        """What `explore.clusters` returns with rows in place of ids, the cluster of every row and its similarity."""
+        rows = self.once(Viewer.rows)
+        found = explore.clusters(self.stored.folder, device=self.device)
+        table = pq.read_table(found["file"])
+        label = table["cluster"].to_numpy()
+        for each in found["clusters"]:
+            each["examples"] = [self.item(rows[id_]) for id_ in each["examples"]]
+        found["odd"] = [{**self.item(rows[each["id"]]), "score": each["similarity"]} for each in found["odd"]]
+        found["on_map"] = label[self.on_map].tolist()
+        return found, label, table["similarity"].to_numpy()
+
+    def duplicates(self) -> dict[str, Any]:
+        rows = self.once(Viewer.rows)
+        found = explore.near_duplicates(self.stored.folder, device=self.device)
+        return {**found, "groups": [[each | self.item(rows[each["id"]]) for each in g] for g in found["groups"]]}
+
+    def rows(self) -> dict[str, int]:
+        return {id_: row for row, id_ in enumerate(self.ids)}
+
+
+def build_app(viewer: Viewer, hosts: tuple[str, ...] = ("localhost", "127.0.0.1")) -> FastAPI:
+    """The page and what it asks for. Requests for another host than `hosts` are refused: a web page elsewhere could
+    otherwise point its own name here and read the images."""
+    app = FastAPI(title="simsiam", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(GZipMiddleware, minimum_size=2000)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    kept = {"Cache-Control": "max-age=86400"}
+
+    def known(row: int) -> int:
+        if not 0 <= row < len(viewer.ids):
+            raise HTTPException(404, "There is no such image.")
+        return row
+
+    @app.exception_handler(UserError)
+    def explained(request: Request, error: UserError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 422)
+
+    @app.get("/", response_class=HTMLResponse)
+    def page() -> str:
+        return Path(__file__).with_name("viewer.html").read_text(encoding="utf-8")
+
+    @app.get("/about")
+    def about() -> dict[str, Any]:
+        return viewer.about()
+
+    @app.get("/map")
+    def map_() -> dict[str, Any]:
+        return viewer.once(Viewer.map)
+
+    @app.get("/atlas")
+    def atlas() -> Response:
+        return Response(viewer.once(Viewer.atlas)[0], media_type="image/webp")
+
+    @app.get("/images")
+    def images(
+        start: Annotated[int, Query(ge=0)] = 0,
+        count: Annotated[int, Query(ge=1, le=500)] = 60,
+        text: str = "",
+        kind: Annotated[str | None, Query(alias="class")] = None,
+        cluster: int | None = None,
+    ) -> dict[str, Any]:
+        return viewer.images(start, count, text, kind, cluster)
+
+    @app.get("/near/{row}")
+    def near(row: int, k: K = 24) -> dict[str, Any]:
+        return viewer.near(known(row), k)
+
+    @app.post("/near")
+    async def near_image(request: Request, k: K = 24) -> dict[str, Any]:
+        content = bytearray()
+        async for part in request.stream():
+            content += part
+            if len(content) > UPLOAD:
+                raise HTTPException(413, f"The file is larger than {UPLOAD >> 20} MB.")
+        return await run_in_threadpool(viewer.near_image, bytes(content), k)
+
+    @app.get("/clusters")
+    def clusters() -> dict[str, Any]:
+        return viewer.once(Viewer.clusters)[0]
+
+    @app.get("/duplicates")
+    def duplicates() -> dict[str, Any]:
+        return viewer.once(Viewer.duplicates)
+
+    @app.get("/picture/{row}")
+    def picture(row: int) -> Response:
+        image = viewer.thumbnail(known(row))
+        small = max(image.size) <= 64  # every pixel counts
+        content = _encoded(image, "PNG") if small else _encoded(image, "JPEG", quality=88)
+        return Response(content, media_type="image/png" if small else "image/jpeg", headers=kept)
+
+    @app.get("/original/{row}")
+    def original(row: int) -> Response:
+        return Response(_encoded(viewer.original(known(row)), "PNG"), media_type="image/png", headers=kept)
+
+    return app
+
+
+def serve(
+    folder: str | Path, *, host: str = "127.0.0.1", port: int = 8000, device: str = "auto", ready: Callable[[str], None]
+) -> None:
+    """Serves the viewer until it is interrupted. `ready` is told the address once the port is taken.
+
+    Raises UserError where the folder holds no embeddings, or the port cannot be had.
+    """
+    import socket
+
+    import uvicorn
+
+    viewer = Viewer(folder, device)
+    local = host in ("127.0.0.1", "localhost", "::1")
+    app = build_app(viewer, ("localhost", "127.0.0.1", "[::1]") if local else ("*",))
+    try:
+        sockets = [socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)]
+    except OSError as error:
+        raise UserError(f"Cannot listen on {host}:{port} ({error.strerror}): choose another --port.") from None
+    with contextlib.closing(sockets[0]):
+        shown = f"[{host}]" if ":" in host else host
+        ready(f"http://{shown}:{sockets[0].getsockname()[1]}/")
+        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+        with contextlib.suppress(KeyboardInterrupt):  # how a viewer is meant to end
+            uvicorn.Server(config).run(sockets)
+
+
+def _encoded(image: Image.Image, kind: str, **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()

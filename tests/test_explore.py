@@ -1,0 +1,205 @@
+"""What a set is made of: planted duplicates, clusters and odd ones are found, and nothing else is."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageFilter
+
+import simsiam
+from simsiam import explore
+from simsiam.config import UserError
+from simsiam.embeddings import embed_to, read_embeddings
+from simsiam.explore import clusters, near_duplicates
+from simsiam.search import nearest
+from test_search import made
+from test_train import SMALL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def picture(seed: int, size: tuple[int, int] = (48, 48)) -> Image.Image:
+    """Smooth noise: like no other seed's."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    return coarse.filter(ImageFilter.GaussianBlur(1))
+
+
+def saved_anew(image: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=70)
+    return Image.open(buffer)
+
+
+ALTERED: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "anew": saved_anew,
+    "smaller": lambda image: image.resize((32, 32), Image.Resampling.BICUBIC),
+    "larger": lambda image: image.resize((80, 80), Image.Resampling.BICUBIC),
+    "cropped": lambda image: image.crop((1, 1, 47, 47)),
+    "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Embeddings of 120 pictures: of five there is a second one, altered, of one two identical files."""
+    folder = tmp_path_factory.mktemp("planted")
+    images = folder / "images"
+    images.mkdir()
+    for i in range(120):
+        picture(i).save(images / f"p{i:03d}.png")
+    for i, (name, alter) in enumerate(ALTERED.items()):
+        alter(picture(10 * i + 3)).save(images / f"a{10 * i + 3:03d}-{name}.png")
+    for name in ("c077", "z077"):
+        shutil.copy(images / "p077.png", images / f"{name}.png")
+    simsiam.train(images, folder / "run", epochs=2, **SMALL)
+    embed_to(folder / "run", images, folder / "vectors")
+    return folder / "vectors"
+
+
+def test_the_planted_duplicates_are_found_and_no_others(planted: Path) -> None:
+    found = near_duplicates(planted)
+    groups = {frozenset(each["id"] for each in group) for group in found["groups"]}
+    wanted = {frozenset({f"p{10 * i + 3:03d}.png", f"a{10 * i + 3:03d}-{name}.png"}) for i, name in enumerate(ALTERED)}
+    wanted.add(frozenset({"p077.png", "c077.png", "z077.png"}))
+    assert groups <= wanted, "two pictures that have nothing in common"
+    assert len(groups) >= 5 and found["recall"] > 0.8  # by its own measure it may miss one in ten
+    assert found["copies"] == sum(len(group) - 1 for group in groups) and found["images"] == 127
+    (largest, *_) = found["groups"]  # the largest group comes first
+    assert len(largest) == 3 and all(each["identical"] and each["score"] == 1 for each in largest)
+    assert not any(each["identical"] for group in found["groups"][1:] for each in group[1:])
+
+
+def test_identical_pixels_need_no_encoder_and_no_images(planted: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(planted, alone)
+    meta = json.loads((alone / "meta.json").read_text())
+    (alone / "meta.json").write_text(json.dumps(meta | {"run": str(tmp_path / "gone"), "data": str(tmp_path / "gone")}))
+    with pytest.raises(UserError, match="--threshold"):
+        near_duplicates(alone)
+    found = near_duplicates(alone, 1.0)
+    assert {each["id"] for each in found["groups"][0]} == {"p077.png", "c077.png", "z077.png"}
+    assert found["recall"] is None and found["threshold"] == 1
+    assert near_duplicates(alone, -1.0)["groups"][0].__len__() == 127  # everything is alike
+
+
+def test_changed_images_are_refused(planted: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(json.loads((planted / "meta.json").read_text())["data"], images)
+    embed_to(planted.parent / "run", images, tmp_path / "vectors")
+    picture(999).save(images / "new.png")
+    with pytest.raises(UserError, match="simsiam embed"):
+        near_duplicates(tmp_path / "vectors")
+
+
+def test_groups_are_those_of_a_literal_search() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        kinds = rng.integers(0, 12, 30)
+        rows, kind = explore._kinds([f"pixels-{each}" for each in kinds])
+        assert [kinds[row] for row in rows] == list(dict.fromkeys(kinds)) and (kind[rows] == range(len(rows))).all()
+        links = np.sort(rng.integers(0, len(rows), (rng.integers(0, 8), 2)), 1)
+        links = links[links[:, 0] != links[:, 1]]
+        scores = rng.uniform(0.9, 0.99, len(links))
+        together = [{row} for row in range(30)]
+        changed = True
+        while changed:
+            changed = False
+            for a in range(30):
+                for b in range(30):
+                    linked = kind[a] == kind[b] or any({kind[a], kind[b]} == set(link) for link in links.tolist())
+                    if linked and together[a] is not together[b]:
+                        together[a] |= together[b]
+                        for row in together[a]:
+                            together[row] = together[a]
+                        changed = True
+        wanted = {frozenset(group) for group in together if len(group) > 1}
+        found = explore._groups(kind, links, scores)
+        assert {frozenset(row for row, *_ in group) for group in found} == wanted
+        for group in found:
+            first = group[0][0]
+            for row, score, same in group[1:]:
+                own = [s for s, link in zip(scores, links.tolist(), strict=True) if kind[row] in link]
+                best = 1.0 if (kind == kind[row]).sum() > 1 else max(own)
+                assert score == best and same == (kind[row] == kind[first])
+
+
+def test_an_index_finds_the_same_neighbours_and_never_the_image_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(400, 16)).astype(np.float32)
+    vectors[7] = vectors[9]  # equal vectors: either may come before the other
+    scores, found = nearest(vectors, 5)
+    monkeypatch.setattr("simsiam.search.ALL_PAIRS", 100)
+    near_scores, near = nearest(vectors, 5)
+    assert (near != np.arange(400)[:, None]).all() and (found != np.arange(400)[:, None]).all()
+    assert np.mean([len(set(a) & set(b)) / 5 for a, b in zip(found.tolist(), near.tolist(), strict=True)]) > 0.95
+    assert near[7, 0] == 9 and near[9, 0] == 7
+    assert np.abs(np.sort(near_scores)[:, -1] - np.sort(scores)[:, -1]).max() < 0.01  # float16
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> Path:
+    """Embeddings with four kinds of directions, 30, 25, 20 and 15 of each, and one that is like none."""
+    rng = np.random.default_rng(0)
+    centres = np.eye(8)[:5]
+    of = np.repeat(np.arange(5), [30, 25, 20, 15, 1])
+    folder = made(tmp_path / "vectors", (centres[of] + 0.05 * rng.normal(size=(91, 8))) * rng.uniform(0.5, 2, (91, 1)))
+    table = pq.read_table(folder / "items.parquet")
+    names = [None if each == 4 else f"kind-{each}" for each in of]
+    pq.write_table(table.append_column("class", [names]), folder / "items.parquet")
+    return folder
+
+
+def test_clusters_are_the_kinds_that_were_planted(blobs: Path) -> None:
+    found = clusters(blobs, 5)
+    assert [each["images"] for each in found["clusters"]] == [30, 25, 20, 15, 1]
+    assert [each["classes"] for each in found["clusters"]][:4] == [{f"kind-{i}": 1.0} for i in range(4)]
+    assert found["agreement"] == {"nmi": 1.0, "purity": 1.0}
+    assert found["odd"][0]["id"] == "image-90" and len(found["odd"]) == 20
+    table = pq.read_table(found["file"]).to_pydict()
+    assert table["id"] == read_embeddings(blobs).ids and table["cluster"][:31] == [0] * 30 + [1]
+    # The examples are the nearest to the centre, by a literal search.
+    vectors = read_embeddings(blobs).vectors
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    middle = unit[:30].sum(0)
+    best = np.argsort(-(unit[:30] @ middle))[:9]
+    assert found["clusters"][0]["examples"] == [f"image-{row}" for row in best]
+    assert clusters(blobs, 5) == found  # the same seed, the same clusters
+    assert clusters(blobs)["count"] == 9  # a tenth of the images
+
+
+def test_without_labels_nothing_is_said_about_them(planted: Path) -> None:
+    found = clusters(planted, 4)
+    assert found["agreement"] is None and all(each["classes"] is None for each in found["clusters"])
+
+
+def test_mistakes_are_one_clear_line(blobs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="91 images cannot form 92 clusters"):
+        clusters(blobs, 92)
+    with pytest.raises(UserError, match="from -1 to 1"):
+        near_duplicates(blobs, 1.5)
+    with pytest.raises(UserError, match="simsiam embed RUN DATA"):
+        clusters(tmp_path)
+
+
+def test_the_commands_print_a_summary_or_json(planted: Path) -> None:
+    def command(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "simsiam", *words], capture_output=True, text=True, timeout=300)
+
+    shown = command("duplicates", str(planted))
+    assert shown.returncode == 0 and shown.stdout == "" and "could go" in shown.stderr and "p077.png" in shown.stderr
+    assert json.loads(command("duplicates", str(planted), "--json").stdout)["groups"]
+    shown = command("clusters", str(planted), "-n", "3")
+    assert shown.returncode == 0 and "3 clusters" in shown.stderr and "Like no other" in shown.stderr
+    assert json.loads(command("clusters", str(planted), "-n", "3", "--json").stdout)["count"] == 3
+    wrong = command("clusters", str(planted), "-n", "500")
+    assert wrong.returncode == 2 and len(wrong.stderr.strip().splitlines()) == 1

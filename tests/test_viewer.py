@@ -1,0 +1,180 @@
+"""The viewer as a process: what a browser asks it for, and the page in a browser where there is one."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import simsiam
+from simsiam.config import UserError
+from simsiam.embeddings import embed_to, read_embeddings
+from simsiam.search import search
+from simsiam.show.viewer import Viewer
+from test_train import SMALL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def stored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("viewer")
+    simsiam.train(photos, folder / "run", epochs=1, **SMALL)
+    embed_to(folder / "run", photos, folder / "vectors")
+    return folder / "vectors"
+
+
+class Server:
+    """`simsiam view` as its user starts it, on a port that is free."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-m", "simsiam", "view", str(folder), "--no-browser", "--port", "0"]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        said = ""
+        for line in self.process.stderr:
+            said += line
+            if found := re.search(r"http://\S+", line):
+                self.address = found[0]
+                return
+        self.stop()
+        raise AssertionError(said)
+
+    def stop(self, sign: signal.Signals = signal.SIGINT) -> tuple[int, str]:
+        """The exit status, and what it said last."""
+        self.process.send_signal(sign)
+        _, said = self.process.communicate(timeout=60)
+        return self.process.returncode, said
+
+    def get(self, path: str, **options: Any) -> bytes:
+        request = urllib.request.Request(self.address + path, **options)
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            content: bytes = answer.read()
+            return content
+
+    def json(self, path: str, **options: Any) -> Any:
+        return json.loads(self.get(path, **options))
+
+    def refuses(self, path: str, **options: Any) -> tuple[int, str]:
+        with pytest.raises(urllib.error.HTTPError) as error:
+            self.get(path, **options)
+        return error.value.code, error.value.read().decode()
+
+
+@pytest.fixture(scope="module")
+def server(stored: Path) -> Iterator[Server]:
+    started = Server(stored)
+    yield started
+    assert started.stop() == (0, ""), "Ctrl-C is how a viewer ends: no error"
+
+
+def test_pictures_are_those_of_the_images(server: Server, stored: Path, photos: Path) -> None:
+    ids = read_embeddings(stored).ids
+    for row in (0, 40, 95):
+        image = Image.open(photos / ids[row]).convert("RGB")
+        assert np.array_equal(Image.open(io.BytesIO(server.get(f"original/{row}"))), image)
+        small = Image.open(io.BytesIO(server.get(f"picture/{row}")))
+        assert np.abs(np.asarray(small, float).mean((0, 1)) - np.asarray(image, float).mean((0, 1))).max() < 5
+    about = server.json("about")
+    assert about["images"] == 96 and about["classes"] == ["noise", "rings", "stripes"] and about["no_pictures"] is None
+
+
+def test_neighbours_are_those_of_search(server: Server, stored: Path, photos: Path) -> None:
+    ids = read_embeddings(stored).ids
+    for row in (3, 50):
+        (wanted,) = search(stored, [ids[row]], k=5)
+        found = server.json(f"near/{row}?k=5")
+        assert found["id"] == ids[row] and [each["score"] for each in found["neighbours"]] == pytest.approx(
+            [each["score"] for each in wanted["neighbours"]], abs=1e-4
+        )
+    found = server.json("near?k=4", data=(photos / ids[17]).read_bytes(), method="POST")
+    assert len(found["neighbours"]) == 4 and found["neighbours"][0]["id"] == ids[17]
+
+
+def test_images_are_found_by_name_class_and_cluster(server: Server) -> None:
+    every = server.json("images?count=500")
+    assert every["total"] == 96 == len({item["row"] for item in every["items"]})
+    pages = [server.json(f"images?start={start}&count=40")["items"] for start in (0, 40, 80)]
+    assert [item for page in pages for item in page] == every["items"]
+    rings = server.json("images?class=rings&count=500")
+    assert rings["total"] == 32 and all(item["class"] == "rings" for item in rings["items"])
+    assert [item["id"] for item in server.json("images?text=RINGS/001")["items"]] == ["rings/001.png"]
+    found = server.json("clusters")
+    assert sum(each["images"] for each in found["clusters"]) == 96 and found["clusters"][0]["examples"][0]["id"]
+    first = server.json("images?cluster=0&count=500")
+    assert first["total"] == found["clusters"][0]["images"]
+    assert first["items"][:9] == found["clusters"][0]["examples"]  # the nearest to the centre first
+
+
+def test_the_map_and_its_pictures_belong_together(server: Server, stored: Path) -> None:
+    found = server.json("map")
+    assert found["rows"] == list(range(96)) and min(found["x"]) == 0 and max(found["y"]) == 1
+    atlas = Image.open(io.BytesIO(server.get("atlas"))).convert("RGB")
+    side, columns = found["side"], found["columns"]
+    for place in (0, 33, 95):
+        left, top = place % columns * side, place // columns * side
+        middle = (left + side // 4, top + side // 4, left + 3 * side // 4, top + 3 * side // 4)
+        of_map = np.asarray(atlas.crop(middle), float).mean((0, 1))
+        own = Image.open(io.BytesIO(server.get(f"picture/{found['rows'][place]}"))).convert("RGB").resize((side, side))
+        of_image = np.asarray(own.crop((side // 4, side // 4, 3 * side // 4, 3 * side // 4)), float).mean((0, 1))
+        assert np.abs(of_map - of_image).max() < 20
+    assert (stored / "map.json").exists()
+    assert server.json("map") == found and "groups" in server.json("duplicates")
+
+
+def test_what_cannot_be_is_refused_in_words(server: Server) -> None:
+    assert server.refuses("near/96")[0] == 404 and server.refuses("picture/-1")[0] == 404
+    assert server.refuses("near", data=b"no image", method="POST") == (
+        422,
+        '{"detail":"This is no image that can be read: text, not an image."}',
+    )
+    # A page elsewhere whose name points here.
+    assert server.refuses("about", headers={"Host": "elsewhere.example"})[0] == 400
+
+
+def test_the_page_works_in_a_browser(server: Server, tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    for view, wanted in {"": 90, "#image/5": 36, "#clusters": 9, "#odd": 20}.items():
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+        command += ["--virtual-time-budget=20000", server.address + view]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+        assert shown.count('class="tile"') >= wanted, view
+        assert "96 images" in shown and 'class="note"' not in shown
+
+
+def test_without_images_there_is_still_a_map(stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored, tmp_path / "vectors")
+    meta = json.loads((stored / "meta.json").read_text())
+    (tmp_path / "vectors" / "meta.json").write_text(json.dumps(meta | {"data": str(tmp_path / "gone")}))
+    server = Server(tmp_path / "vectors")
+    try:
+        assert "gone" in server.json("about")["no_pictures"]
+        assert server.refuses("picture/0")[0] == 404
+        assert server.json("map")["columns"] is None and server.json("near/0")["neighbours"]
+    finally:
+        server.stop(signal.SIGTERM)
+
+
+def test_mistakes_are_one_clear_line(stored: Path, server: Server) -> None:
+    with pytest.raises(UserError, match="simsiam embed"):
+        Viewer(stored.parent / "run")
+    port = server.address.rstrip("/").rpartition(":")[2]
+    command = [sys.executable, "-m", "simsiam", "view", str(stored), "--no-browser", "--port", port]
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 2 and "choose another --port" in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1

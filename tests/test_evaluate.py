@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from simsiam.collapse import effective_rank, normalised_std
 from simsiam.compute import generator
 from simsiam.config import UserError
 from simsiam.evaluate import Features, compare, fewshot, knn, linear
+from simsiam.explore import k_means
 
-LABELLED = ("knn", "linear", "fewshot")
+LABELLED = ("knn", "linear", "fewshot", "retrieval", "clusters")
 
 
 def clusters(
@@ -114,7 +116,7 @@ def test_constant_features_score_chance(name: str, constant: float) -> None:
     assert value(name, replace(features, train=constants[0], test=constants[1])) == 25
 
 
-@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("name", sorted({*LABELLED} - {"clusters"}))  # which learns nothing from training images
 def test_a_class_without_training_images_counts_as_missed(name: str) -> None:
     features = clusters(noise=0.05)
     assert features.train_labels is not None
@@ -274,7 +276,31 @@ def test_strength_is_chosen_without_the_test_rows() -> None:
 @pytest.mark.parametrize("rows", [2, 3, 5, 10])
 def test_a_handful_of_rows_is_enough(rows: int) -> None:
     features = clusters(n=rows, classes=2, noise=0.01)
-    assert all(value(name, features) == 100 for name in LABELLED)
+    assert all(value(name, features) == 100 for name in {*LABELLED} - {"retrieval"})
+    assert evaluate.get("retrieval").score(features)["nearest"] == 100  # of ten there are not enough
+
+
+# --- retrieval and clusters -------------------------------------------------------------------------------------------
+
+
+def test_retrieval_counts_what_a_literal_search_finds() -> None:
+    features = clusters(noise=3.0)
+    train, test = (F.normalize(rows.double(), dim=1) for rows in (features.train, features.test))
+    hits = []
+    for row, label in zip(test, features.test_labels.tolist(), strict=True):
+        best = (train @ row).argsort(descending=True)[:7]
+        hits.append([int(features.train_labels[i] == label) for i in best])
+    found = evaluate.get("retrieval").score(features, k=7)
+    assert found["value"] == round(100 * np.mean(hits), 2) and found["k"] == 7
+    assert found["nearest"] == round(100 * np.mean([row[0] for row in hits]), 2)
+
+
+def test_clusters_are_matched_with_the_classes_as_well_as_can_be() -> None:
+    features = clusters(noise=1.5)
+    score = evaluate.get("clusters").score(features)
+    found, labels = k_means(features.test, 4), features.test_labels.numpy()
+    best = max(np.mean(np.array(order)[found] == labels) for order in itertools.permutations(range(4)))
+    assert score["value"] == round(100 * best, 2) and 0 < score["nmi"] < 1 and score["clusters"] == 4
 
 
 # --- the paper's linear protocol --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from simsiam.compute import set_threads
@@ -250,8 +252,6 @@ def clusters(
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from sklearn.cluster import KMeans, MiniBatchKMeans
-    from sklearn.decomposition import PCA
 
     set_threads()
     tell = progress or (lambda text: None)
@@ -262,13 +262,10 @@ def clusters(
         )
     count = count or max(2, min(COUNT, len(stored) // 10))
     tell(f"Forming {count} clusters of {len(stored):,} images ...")
-    unit = unit_rows(stored.vectors).numpy()
-    # Distances between unit vectors order as cosine similarity does; a few directions hold nearly all of them.
-    few = PCA(min(_DIRECTIONS, *unit.shape), svd_solver="full", random_state=seed).fit_transform(unit)
-    kind = MiniBatchKMeans if len(unit) > _MANY else KMeans
-    label = kind(count, n_init=4, random_state=seed).fit_predict(np.nan_to_num(few))
+    label = k_means(stored.vectors, count, seed)
     order = np.argsort(-np.bincount(label, minlength=count), kind="stable")
     label = np.argsort(order)[label]
+    unit = unit_rows(stored.vectors).numpy()
     centres = unit_rows(
         np.stack([unit[label == c].sum(0) if (label == c).any() else unit[0] for c in range(count)])
     ).numpy()
@@ -293,6 +290,24 @@ def clusters(
         ],
         "agreement": _agreement(label, classes),
     }
+
+
+def k_means(vectors: NDArray[np.float32] | Tensor, count: int, seed: int = 0) -> Rows:
+    """The cluster of every vector, [N], 0..count-1, by its direction: k-means over unit vectors, the best of four starts."""
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.decomposition import PCA
+
+    # Distances between unit vectors order as cosine similarity does; a few directions hold nearly all of them.
+    unit = unit_rows(vectors).numpy()
+    width = min(_DIRECTIONS, *unit.shape)
+    solver = "randomized" if min(unit.shape) > 8 * width else "full"
+    kind = MiniBatchKMeans if len(unit) > _MANY else KMeans
+    with warnings.catch_warnings():  # collapsed features: no variance, and fewer different vectors than clusters
+        warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        few = PCA(width, svd_solver=solver, random_state=seed).fit_transform(unit)
+        label: Rows = kind(count, n_init=4, random_state=seed).fit_predict(np.nan_to_num(few)).astype(np.int64)
+    return label
 
 
 def _cluster(

@@ -50,6 +50,8 @@ _MEASURES = {
     "knn": ("kNN", "the most similar training images vote on the class"),
     "linear": ("Linear", "a linear classifier on the frozen features"),
     "fewshot": ("Few-shot", "a classifier that saw only a few labelled images of each class"),
+    "retrieval": ("Retrieval", "how many of the 10 most similar training images are of the same class"),
+    "clusters": ("Clusters", "k-means without labels, its clusters matched with the classes"),
 }
 _FILES = {
     f"{ENCODER}.safetensors": "the trained weights, no code in it",

@@ -1,0 +1,34 @@
+"""What k-means finds without labels, held against the classes: one cluster for each class, matched at best."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.metrics.cluster import contingency_matrix
+
+from simsiam.evaluate import Features
+from simsiam.explore import k_means
+
+NEEDS_LABELS = True
+
+
+def score(features: Features, *, seed: int = 0) -> dict[str, Any]:
+    """Clusters of the test rows: accuracy in percent under the best one-to-one matching with the classes ("value"),
+    normalised mutual information and adjusted Rand index, both at most 1."""
+    data = features.labelled()
+    assert data is not None and data.test_labels is not None
+    labels = data.test_labels.cpu().numpy()
+    count = min(len(np.unique(labels)), len(labels))
+    found = k_means(data.test.cpu(), count, seed)
+    table = contingency_matrix(labels, found)
+    right = table[linear_sum_assignment(table, maximize=True)].sum()
+    return {
+        "value": round(float(100 * right / len(labels)), 2),
+        "nmi": round(float(normalized_mutual_info_score(labels, found)), 4),
+        "ari": round(float(adjusted_rand_score(labels, found)), 4),
+        "clusters": count,
+        "test": len(labels),
+    }

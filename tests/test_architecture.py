@@ -22,7 +22,7 @@ ROOMS = {
     4: ("evaluate", "recipe", "monitor", "assess"),
     5: ("session", "probe", "train", "show", "export", "released"),
     6: ("reproduce", "plan"),
-    7: ("cli", "catalogue", "__main__", "__init__"),
+    7: ("cli", "tables", "catalogue", "__main__", "__init__"),
 }
 ROOM = {name: room for room, names in ROOMS.items() for name in names}
 

@@ -1,0 +1,201 @@
+"""What the verbs print when they are done, for people to read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from simsiam.config import show_duration
+
+if TYPE_CHECKING:
+    from simsiam.console import Console
+
+
+def training(console: Console, summary: dict[str, Any]) -> None:
+    knn = summary["knn"]
+    console.say("")
+    if summary["verdict"] != "healthy":
+        console.say(f"{summary['verdict'].upper()}: {summary['evidence']} {summary['advice'] or ''}")
+    rows = [
+        ["loss", _number(summary["loss"], 3)],
+        ["std of z/|z|, times sqrt(d) (1 healthy, 0 collapsed)", _number(summary["std"], 2)],
+        [f"effective rank of z (of {summary['dim']})", _number(summary["effective_rank"])],
+        ["verdict", summary["verdict"]],
+        ["images/s", _number(summary["images_per_second"], 0)],
+        ["epochs", f"{summary['epochs']:g}"],
+        ["time", show_duration(summary["seconds"])],
+    ]
+    console.results("Training", ["", "value"], rows)
+    if knn:
+        _comparison(
+            console, f"kNN, percent right (k={knn['k']}, T={knn['T']}, {knn['test']:,} held-out images)", {"kNN": knn}
+        )
+
+
+def evaluation(console: Console, result: dict[str, Any]) -> None:
+    named = {name: figures for name, figures in result.items() if isinstance(figures, dict) and "trained" in figures}
+    if named:
+        _comparison(console, "Percent right, higher is better", named)
+        for name, figures in named.items():
+            settings = {key: value for key, value in figures.items() if key not in ("trained", "untrained", "pixels")}
+            plain = ", ".join(f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict | list))
+            console.say(f"  {name}: {plain}")
+    else:
+        console.say("No labels, so no kNN, linear or few-shot figures: only what needs none.")
+    collapse = result.get("collapse")
+    if collapse:
+        console.say(
+            f"Collapse: {collapse['verdict']}; std {_number(collapse['std'], 2)} (1 healthy, 0 collapsed), "
+            f"effective rank {_number(collapse['effective_rank'])} of {collapse['dim']}."
+        )
+
+
+def plan(console: Console, found: dict[str, Any]) -> None:
+    def memory(count: int | None) -> str:
+        return "unknown" if count is None else f"{count / 1e9:,.1f} GB" if count > 1e9 else f"{count / 1e6:,.0f} MB"
+
+    shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found["shares"].items())
+    fits = ", ".join(f"{size} ({memory(count)})" for size, count in found["fits"].items())
+    lengths = ", ".join(f"{text}: {epochs:,g}" for text, epochs in found["epochs_in"].items())
+    rows = [
+        [
+            "run",
+            f"{found['method']}, {found['encoder']}, batch {found['batch_size']}, {found['device']}, {found['precision']}",
+        ],
+        [
+            "decoding, once",
+            f"{found['decode_images_per_second']:,.0f} images/s, {show_duration(found['decode_seconds'])}, "
+            f"{memory(found['cache_bytes'])} on disk",
+        ],
+        [
+            "training",
+            f"{found['images_per_second']:,.0f} images/s, {show_duration(found['seconds_per_epoch'])} an epoch",
+        ],
+        ["time to finish", f"{found['epochs']:g} epochs, {show_duration(found['seconds'])}"],
+        ["bottleneck", f"{found['bottleneck']} ({shares})"],
+        ["epochs that fit into", lengths],
+        ["memory", f"about {memory(found['memory_bytes'])} of {memory(found['memory_available'])}"],
+        ["batches that fit", fits or "none: choose a smaller encoder or size"],
+    ]
+    console.results(f"{found['images']:,} images", ["", ""], rows)
+
+
+def duplicates(console: Console, found: dict[str, Any]) -> None:
+    groups = found["groups"]
+    measured = (
+        ""
+        if found["recall"] is None
+        else (
+            f", and {found['pixel_threshold']:.3f} between the pictures: "
+            f"{100 * found['recall']:.0f} % of altered copies pass both"
+        )
+    )
+    console.say(f"Alike means a similarity of {found['threshold']:.3f} or more{measured}.")
+    console.say(
+        f"{found['copies']:,} of {found['images']:,} images could go: they are copies of another, in {len(groups):,} groups."
+        if groups
+        else f"None of {found['images']:,} images is a copy of another."
+    )
+    for group in groups[:10]:
+        first, *others = group
+        console.say(f"\n  {first['id']}")
+        for other in others[:5]:
+            how = "the same pixels" if other["identical"] else f"{other['score']:.3f}"
+            console.say(f"    {other['id']}  {how}")
+        if len(others) > 5:
+            console.say(f"    ... and {len(others) - 5:,} more")
+    if len(groups) > 10:
+        console.say(f"\n  ... and {len(groups) - 10:,} more groups: --json lists all, `simsiam view` shows them.")
+
+
+def clusters(console: Console, found: dict[str, Any]) -> None:
+    labelled = found["agreement"] is not None
+    rows = []
+    for each in found["clusters"]:
+        classes = list((each["classes"] or {}).items())[:2]
+        shares = [", ".join(f"{name} {100 * share:.0f} %" for name, share in classes)] if labelled else []
+        rows.append([str(each["cluster"]), f"{each['images']:,}", *shares, each["examples"][0]])
+    columns = ["cluster", "images", *(["classes"] if labelled else []), "nearest to the centre"]
+    console.results(f"{found['images']:,} images in {found['count']} clusters", columns, rows)
+    if labelled:
+        nmi, purity = found["agreement"]["nmi"], found["agreement"]["purity"]
+        console.say(
+            f"Agreement with the labels: purity {purity:.2f}, normalised mutual information {nmi:.2f} (1 is full)."
+        )
+    console.say("Like no other: " + ", ".join(each["id"] for each in found["odd"][:5]))
+    console.say(f"Written  {found['file']}: the cluster of every image")
+
+
+def check(console: Console, found: dict[str, Any]) -> None:
+    sizes, splits = found["sizes"], found["splits"]
+    labels = found["labels"]
+    extra = sum(len(group) - 1 for group in found["duplicates"])
+    rows = [
+        ["images", f"{found['images']:,} ({splits['train']:,} to train on, {splits['test']:,} in the test split)"],
+        ["on disk", f"{found['bytes'] / 1e6:,.1f} MB"],
+        ["bad files", f"{len(found['bad_files']):,}"],
+        ["byte-identical copies", f"{extra:,}" + _across(found)],
+        ["modes", _counts(found["modes"])],
+        ["formats", _counts(found["formats"])],
+    ]
+    if sizes:
+        rows[2:2] = [
+            ["width x height", "  ".join(f"{key} {sizes[key][0]}x{sizes[key][1]}" for key in ("min", "median", "max"))],
+            ["short side", "  ".join(f"{key} {value}" for key, value in sizes["short_side"].items())],
+        ]
+    rows.append(["labels", "none found" if labels is None else f"{len(labels)}: {_counts(labels)}"])
+    console.results(found["name"], ["", ""], rows)
+    for bad in found["bad_files"][:20]:
+        console.say(f"Bad file: {bad['path']}: {bad['reason']}")
+    for group in found["duplicates"][:10]:
+        console.say(f"Identical: {', '.join(group[:6])}{' ...' if len(group) > 6 else ''}")
+    hidden = max(0, len(found["bad_files"]) - 20) + max(0, len(found["duplicates"]) - 10)
+    if hidden:
+        console.say(f"... and {hidden:,} more: --json lists all.")
+
+
+def experiment(console: Console, result: dict[str, Any], seeds: int) -> None:
+    rows = [
+        [
+            row["name"],
+            _number(row["published"]),
+            *(_spread(row, key) for key in ("linear", "knn")),
+            _number(row["std"], 2),
+            _number(row["effective_rank"]),
+            ", ".join(dict.fromkeys(row["verdicts"])),
+        ]
+        for row in result["rows"]
+    ]
+    columns = ["variant", "published", "linear", "kNN", "std", "rank", "verdicts"]
+    console.say("")
+    console.results(f"{result['title']} ({result['source']}), n = {seeds}", columns, rows)
+    console.say(
+        "Order of variants published 1 point or more apart: "
+        + ", ".join(f"{len(pairs)} pairs {kind}" for kind, pairs in result["pairs"].items())
+        + "."
+    )
+
+
+def _number(value: Any, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _spread(row: dict[str, Any], key: str) -> str:
+    spread = row[f"{key}_std"]
+    return _number(row[key]) + (f" ± {spread:.1f}" if spread is not None else "")
+
+
+def _comparison(console: Console, title: str, results: dict[str, Any]) -> None:
+    kinds = ("pixels", "untrained", "trained")
+    rows = [[name, *(_number(figures[kind]) for kind in kinds)] for name, figures in results.items()]
+    console.results(title, ["", "raw pixels", "untrained encoder", "trained"], rows)
+
+
+def _across(found: dict[str, Any]) -> str:
+    groups = found["duplicates_across_splits"]
+    return f" ({groups:,} groups reach from the training into the test split)" if groups else ""
+
+
+def _counts(counts: dict[str, int]) -> str:
+    shown = list(counts.items())[:8]
+    rest = len(counts) - len(shown)
+    return ", ".join(f"{name} {count:,}" for name, count in shown) + (f", and {rest} more" if rest else "")

@@ -100,6 +100,7 @@ def test_neighbours_are_those_of_search(server: Server, stored: Path, photos: Pa
         assert found["id"] == ids[row] and [each["score"] for each in found["neighbours"]] == pytest.approx(
             [each["score"] for each in wanted["neighbours"]], abs=1e-4
         )
+        assert found["on_map"][0] == row  # all 96 are on the map
     found = server.json("near?k=4", data=(photos / ids[17]).read_bytes(), method="POST")
     assert len(found["neighbours"]) == 4 and found["neighbours"][0]["id"] == ids[17]
 

@@ -27,6 +27,7 @@ from simsiam.data.cache import Cache
 from simsiam.data.decode import DecodeError, decode
 from simsiam.embed import ImageEncoder
 from simsiam.embeddings import read_embeddings
+from simsiam.neighbours import top_k
 from simsiam.runs import RECIPE, read_json, write_json
 from simsiam.search import by_vectors
 from simsiam.show.report import layout
@@ -34,6 +35,7 @@ from simsiam.show.report import layout
 ON_MAP, THUMBNAIL, ON_ATLAS, LARGEST = 2000, 192, 48, 1600
 """Images on the map; sides in pixels: of a thumbnail, of a picture on the map, of an image in full at most."""
 MAP = "map.json"
+_MARKED = 12
 UPLOAD = 64 << 20
 """Bytes of an image that is searched for, at most."""
 
@@ -160,7 +162,7 @@ class Viewer:
     def near(self, row: int, k: int) -> dict[str, Any]:
         vector = np.asarray(self.stored.vectors[[row]])
         found = [each for each in self._near(vector, k + 1) if each["row"] != row]
-        return {**self.item(row), "neighbours": found[:k]}
+        return {**self.item(row), "neighbours": found[:k], "on_map": self._near_on_map(vector)}
 
     def near_image(self, content: bytes, k: int) -> dict[str, Any]:
         """The neighbours of an encoded image. Raises UserError where it cannot be decoded, or the run is gone."""
@@ -169,7 +171,8 @@ class Viewer:
             pixels = decode(content, encoder.preprocessing_.short_side)
         except DecodeError as error:
             raise UserError(f"This is no image that can be read: {error}.") from None
-        return {"neighbours": self._near(encoder.embed([pixels]), k)}
+        vector = encoder.embed([pixels])
+        return {"neighbours": self._near(vector, k), "on_map": self._near_on_map(vector)}
 
     def _near(self, vectors: NDArray[np.float32], k: int) -> list[dict[str, Any]]:
         scores, found = by_vectors(self.stored, vectors, k, device=self.device)
@@ -177,6 +180,11 @@ class Viewer:
             {**self.item(row), "score": round(score, 4)}
             for row, score in zip(found[0].tolist(), scores[0].tolist(), strict=True)
         ]
+
+    def _near_on_map(self, vector: NDArray[np.float32]) -> list[int]:
+        """Of the images on the map the most alike: where the vector would lie."""
+        _, found = top_k(vector, np.asarray(self.stored.vectors[self.on_map]), _MARKED)
+        return self.on_map[found[0].numpy()].tolist()
 
     def item(self, row: int) -> dict[str, Any]:
         return {"row": row, "id": self.ids[row], "class": self.classes[row]}

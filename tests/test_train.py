@@ -267,6 +267,22 @@ def test_the_clock_ends_a_run_with_a_budget(photos: Path, tmp_path: Path) -> Non
     assert train[-1]["progress"] == 1
 
 
+def test_the_predictor_moves_by_its_own_learning_rate(photos: Path, tmp_path: Path) -> None:
+    """One step from the same weights, with the same gradients: three times the rate, three times as far."""
+    moved: dict[float, dict[str, torch.Tensor]] = {}
+    for times in (1.0, 3.0):
+        overrides = [*SMALL["overrides"], f"method.predictor_lr={times}", "train.weight_decay=0"]
+        run = tmp_path / f"run-{times:g}"
+        assert simsiam.train(photos, run, epochs=0.01, overrides=overrides)["steps"] == 1
+        start = build_method(read(read_recipe(run / "config.toml")), 0).state_dict()
+        end = method_tensors(Checkpoints(run).load()[0])
+        moved[times] = {key: end[key].cpu() - value for key, value in start.items() if value.is_floating_point()}
+    for key, once in moved[1.0].items():
+        times = 3 if key.startswith("predictor") and "running" not in key else 1
+        assert torch.allclose(moved[3.0][key], times * once, rtol=1e-3, atol=1e-6), key
+    assert moved[1.0]["predictor.0.weight"].abs().max() > 1e-4
+
+
 def test_divergence_is_named_and_the_start_is_kept(photos: Path, tmp_path: Path) -> None:
     huge = {"overrides": [*SMALL["overrides"], "train.lr=1e30"]}
     summary = simsiam.train(photos, tmp_path / "run", epochs=20, **huge)
@@ -277,7 +293,7 @@ def test_divergence_is_named_and_the_start_is_kept(photos: Path, tmp_path: Path)
 
 SMALL_DEMO = ["encoder.width=8", "views.size=16", "eval.size=16"]
 """The demo set on a net so small that one slow core takes twelve steps a second."""
-HARSH = ["train.lr=1.0", "train.weight_decay=1e-3", "train.precision=fp32"]
+HARSH = ["train.lr=1.0", "method.predictor_lr=1", "train.weight_decay=1e-3", "train.precision=fp32"]
 """A collapse takes thousands of the paper's steps; at this rate half a minute shows it."""
 
 
@@ -318,7 +334,7 @@ def test_a_collapse_that_has_time_takes_the_features_along(what: str | None, tmp
     overrides = [
         *("encoder.width=4", "views.size=8", "eval.size=8", "train.precision=fp32"),
         *("method.dim=64", "method.projector_hidden=64", "method.predictor_hidden=16"),
-        *("train.lr=0.3", "train.weight_decay=1e-3"),
+        *("train.lr=0.3", "method.predictor_lr=1", "train.weight_decay=1e-3"),
     ]
     overrides += [f"method.{what}=false"] if what else []
     summary = simsiam.train(
@@ -421,6 +437,7 @@ def test_what_the_user_says_stands() -> None:
         (["nonsense=1"], {}, "Unknown setting"),
         (["train.lr=fast"], {}, "float"),
         (["train.lr=-1"], {}, "above 0"),
+        (["method.predictor_lr=0"], {}, "above 0"),
         (["views.scale=[0.5, 2.0]"], {}, "larger than the image"),
         ([], {"method": "simsaim"}, "simsiam"),
         ([], {"budget": "10"}, "10m"),

@@ -210,7 +210,7 @@ def fit(s: Session, stopped: list[str]) -> None:
             began = time.perf_counter()
             rate = s.schedule.rate(s.step, s.seconds)
             for group in s.optimizer.param_groups:
-                group["lr"] = s.schedule.peak if group.get("fixed_lr") else rate
+                group["lr"] = group.get("lr_scale", 1.0) * (s.schedule.peak if group.get("fixed_lr") else rate)
             draws = generator(s.compute.device, s.recipe.seed, s.step, *ranks.own_key())
             views = [random_view(batch.images, view, draws, batch.sizes) for view in settings]
             with s.compute.autocast():

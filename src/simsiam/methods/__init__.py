@@ -13,7 +13,8 @@ they come from. The contract, which tests/test_methods.py checks for every file:
                                              loss: float32 scalar; stats: detached scalars, "std" among them
     embed(x) -> (h, z)                       features and projection, for monitors
   and, where a method needs it:
-    param_groups() -> list                   torch parameter groups; "fixed_lr": True keeps the initial learning rate
+    param_groups() -> list                   torch parameter groups; "fixed_lr": True keeps the initial learning rate,
+                                             "lr_scale" multiplies it
     allocate(images)                         makes buffers for what it remembers of each image
     before_training(batches)                 once, with (views, index) of the whole set; no gradient, autocast is on
     before_epoch(epoch)                      at the start of each epoch

@@ -47,10 +47,14 @@ class Settings:
     predictor_hidden: int | None = None
     """None: d/4."""
     predictor_fixed_lr: bool = True
+    predictor_lr: float = 1.0
+    """As in SimSiam: in multiples of the encoder's."""
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.projector_layers < 1:
             raise ValueError("dim and projector_layers must be at least 1.")
+        if self.predictor_lr <= 0:
+            raise ValueError("predictor_lr must be above 0.")
 
 
 def averaged_target_loss(p: list[Tensor], z: list[Tensor]) -> Tensor:
@@ -76,4 +80,4 @@ class Method(Siamese):
         return loss, {"std": torch.stack([normalised_std(each) for each in z]).mean().detach()}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        return encoder_and_predictor(self, self.predictor, self.settings.predictor_fixed_lr)
+        return encoder_and_predictor(self, self.predictor, self.settings.predictor_fixed_lr, self.settings.predictor_lr)

@@ -41,6 +41,9 @@ class Settings:
     """False: h stays as it was drawn (table 1b); training does not converge."""
     predictor_fixed_lr: bool = True
     """The predictor keeps the initial learning rate (table 1c, 68.1); False decays it too (67.7)."""
+    predictor_lr: float = 1.0
+    """Its learning rate in multiples of the encoder's. Above 1 it stays nearer to its optimum, and more directions of z
+    survive the first steps (Y. Tian et al., arXiv 2102.06810): on short runs of thin nets 10 helps (docs/log.md)."""
     stop_gradient: bool = True
     """False: gradient flows through both sides (figure 2); the network collapses."""
     bn: Literal["none", "hidden", "default", "all"] = "default"
@@ -57,6 +60,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.dim < 1 or self.projector_layers < 1:
             raise ValueError("dim and projector_layers must be at least 1.")
+        if self.predictor_lr <= 0:
+            raise ValueError("predictor_lr must be above 0.")
         if self.target_steps < 0:
             raise ValueError("target_steps must be at least 1, or 0 for an epoch.")
         if self.target_momentum is not None and not 0 <= self.target_momentum < 1:
@@ -91,11 +96,12 @@ def prediction_mlp(dim: int, hidden: int, bn: Literal["none", "hidden", "default
     return mlp([dim, hidden, dim], hidden_norm=bn != "none", output_norm="affine" if bn == "all" else "none")
 
 
-def encoder_and_predictor(method: Siamese, predictor: nn.Module, fixed_lr: bool) -> list[dict[str, Any]]:
-    """The parameter groups of f and, where it has any to train, of h, which may keep the initial learning rate."""
+def encoder_and_predictor(method: Siamese, predictor: nn.Module, fixed_lr: bool, lr: float) -> list[dict[str, Any]]:
+    """The parameter groups of f and, where it has any to train, of h, which may keep the initial learning rate and has
+    `lr` times the one of f."""
     groups: list[dict[str, Any]] = [{"params": [*method.encoder.parameters(), *method.projector.parameters()]}]
     trained = [parameter for parameter in predictor.parameters() if parameter.requires_grad]
-    return groups + ([{"params": trained, "fixed_lr": fixed_lr}] if trained else [])
+    return groups + ([{"params": trained, "fixed_lr": fixed_lr, "lr_scale": lr}] if trained else [])
 
 
 class Method(Siamese):
@@ -179,4 +185,4 @@ class Method(Siamese):
         self.target_age.zero_()
 
     def param_groups(self) -> list[dict[str, Any]]:
-        return encoder_and_predictor(self, self.predictor, self.settings.predictor_fixed_lr)
+        return encoder_and_predictor(self, self.predictor, self.settings.predictor_fixed_lr, self.settings.predictor_lr)

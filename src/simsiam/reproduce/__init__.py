@@ -21,10 +21,11 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from simsiam import methods
 from simsiam.assess import evaluate_run
 from simsiam.config import Table, UserError, merge, nearest, read_recipe
 from simsiam.console import Listener
@@ -75,7 +76,13 @@ def get(name: str, scale: Scale = "thin") -> Experiment:
         own = merge(row.get("settings", {}), row.get("thin", {}) if scale == "thin" else {})
         plain = {key: value for key, value in row.items() if key not in ("settings", "thin", "scales")}
         chosen = tuple(row.get("scales", _RECIPES))
-        variant = Variant(**plain, scales=chosen, settings=merge(shared, own))
+        settings = merge(shared, own)
+        method = methods.get(settings.get("method", {}).get("name", "simsiam"))
+        if "predictor_lr" in {
+            each.name for each in fields(method.Settings)
+        }:  # the paper's; the demo recipe has another
+            settings = merge({"method": {"predictor_lr": 1.0}}, settings)
+        variant = Variant(**plain, scales=chosen, settings=settings)
         if scale in chosen:
             variants.append(variant)
     return Experiment(name, table["title"], table["source"], tuple(variants))

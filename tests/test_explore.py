@@ -92,6 +92,31 @@ def test_identical_pixels_need_no_encoder_and_no_images(planted: Path, tmp_path:
     assert near_duplicates(alone, -1.0)["groups"][0].__len__() == 127  # everything is alike
 
 
+def test_flat_pictures_are_no_copies_of_each_other(planted: Path, tmp_path: Path) -> None:
+    """Blank pages: what is left of them without their colour is noise, or nothing."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(40):
+        picture(i).save(images / f"p{i:03d}.png")
+        Image.new("RGB", (48, 48), (5 * i, 255 - 3 * i, 100)).save(images / f"blank-{i:03d}.png")
+    saved_anew(picture(5)).save(images / "again.png")
+    embed_to(planted.parent / "run", images, tmp_path / "vectors")
+    found = near_duplicates(tmp_path / "vectors")
+    assert found["groups"] and all("blank" not in each["id"] for group in found["groups"] for each in group)
+    assert found["pixel_threshold"] > 0.8
+    for path in images.glob("[pa]*.png"):
+        path.unlink()
+    embed_to(planted.parent / "run", images, tmp_path / "blank")
+    assert near_duplicates(tmp_path / "blank")["groups"] == []
+    shutil.copy(images / "blank-000.png", images / "blank-copy.png")
+    for path in images.glob("blank-0[0-3][1-9].png"):
+        path.unlink()
+    for path in images.glob("blank-0[1-3]0.png"):
+        path.unlink()
+    embed_to(planted.parent / "run", images, tmp_path / "one")  # one picture, twice
+    assert len(near_duplicates(tmp_path / "one")["groups"]) == 1 == len(near_duplicates(tmp_path / "one", 0.5)["groups"])
+
+
 def test_changed_images_are_refused(planted: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     shutil.copytree(json.loads((planted / "meta.json").read_text())["data"], images)

@@ -34,6 +34,7 @@ PASS = 0.95
 _NEIGHBOURS = 20
 _SAMPLE = 256
 _SIDE = 16
+_FLAT = 3.0  # grey levels
 _EXAMPLES, _ODD, _ODD_NEIGHBOURS = 9, 20, 10
 _DIRECTIONS, _MANY = 64, 50_000
 
@@ -62,7 +63,8 @@ def near_duplicates(
     of images that the thresholds were not measured on, that is found; `copies` how many images could go. A group is a
     list of {"id", "score", "identical"}: first the image that most others are linked to, then the others by falling
     score, which is the similarity to the group's image that is most alike (1 where the pixels are the same). The largest
-    groups come first. Every image is compared with the 20 nearest.
+    groups come first. Every image is compared with the 20 nearest. Nearly flat pictures, sky or blank pages, of which
+    nothing is left without their mean colour, count only where their pixels are the same.
     Raises UserError where, without a threshold, the run or the images are gone or were changed.
     """
     set_threads()
@@ -72,18 +74,17 @@ def near_duplicates(
     stored = read_embeddings(folder, ("id", "pixels"))
     rows, kind = _kinds(stored.items["pixels"])
     vectors = stored.vectors[rows]
-    k = min(_NEIGHBOURS, len(rows) - 1)
     measured: dict[str, float] = {}
     if threshold is not None:
         tell(f"Comparing {len(rows):,} images ...")
-        similarity, found = nearest(vectors, k, device=device)
+        similarity, found = nearest(vectors, _NEIGHBOURS, device=device)
         links, scores = _links(found, similarity)
         kept = scores >= threshold
     else:
         pictures, measured = _pictures(stored, rows, device, tell)
         tell(f"Comparing {len(rows):,} images ...")
         small = pictures.small()
-        both = [nearest(small, k, of, device=device)[1] for of in (None, pictures.small(mirrored=True))]
+        both = [nearest(small, _NEIGHBOURS, of, device=device)[1] for of in (None, pictures.small(mirrored=True))]
         links, _ = _links(np.concatenate(both, 1))
         scores = _cosine(vectors, links)
         kept = (scores >= measured["threshold"]) & (pictures.correlation(links) >= measured["pixel_threshold"])
@@ -151,7 +152,7 @@ def _groups(kind: Rows, links: Rows, scores: NDArray[np.float64]) -> list[list[t
 
 
 class _Pictures:
-    """Images at 16 x 16 pixels, less their mean colour, of length 1: float16 [N,3,16,16]."""
+    """Images at 16 x 16 pixels, less their mean colour, of length 1: float16 [N,3,16,16]; 0 where nearly nothing is left."""
 
     def __init__(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
         """parts: uint8 [B,3,H,W] and sizes."""
@@ -159,7 +160,8 @@ class _Pictures:
         for images, sizes in parts:
             small = plain_pixels(images, _SIDE, 1.0, sizes)
             small = small - small.mean((2, 3), keepdim=True)
-            looks.append(unit_rows(small.flatten(1)).view_as(small).half())
+            flat = small.square().mean((1, 2, 3)).sqrt() < _FLAT
+            looks.append((unit_rows(small.flatten(1)) * ~flat[:, None]).view_as(small).half())
         self.looks = torch.cat(looks)
 
     def small(self, mirrored: bool = False) -> Tensor:
@@ -189,7 +191,10 @@ def _pictures(stored: Embeddings, rows: Rows, device: str, tell: Tell) -> tuple[
     cached = cached[rows]
     pictures = _Pictures(cache.batch(cached[start : start + 1024]) for start in range(0, len(rows), 1024))
     bank = pictures.small()
-    some = np.random.default_rng(0).permutation(len(rows))[:_SAMPLE]
+    shaped = np.flatnonzero(pictures.looks.flatten(1).any(1).numpy())
+    if not len(shaped):
+        return pictures, {"threshold": 1.0, "pixel_threshold": 1.0, "recall": 0.0}
+    some = np.random.default_rng(0).permutation(shaped)[:_SAMPLE]
     of_image, look_of_image = unit_rows(stored.vectors[rows[some]]), pictures.looks[some].float()
     images, sizes = cache.batch(cached[some])
     plain = [image[:, :h, :w].permute(1, 2, 0).numpy() for image, (h, w) in zip(images, sizes.tolist(), strict=True)]
@@ -275,7 +280,7 @@ def clusters(
         pq.write_table(pa.table(columns), temporary)
     tell("Looking for images that are like no other ...")
     near, _ = nearest(
-        stored.vectors, min(_ODD_NEIGHBOURS, len(stored) - 1), device=device, index=lambda: open_index(stored, progress)
+        stored.vectors, _ODD_NEIGHBOURS, device=device, index=lambda: open_index(stored, progress)
     )
     alone = near.mean(1)
     classes = stored.items["class"]

@@ -149,15 +149,17 @@ def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None
     """The usearch index (HNSW, cosine, float16) of the embeddings, made and kept beside them where there is none yet.
 
     Its search is widened until `RECALL` is reached on stored vectors, compared with the exact neighbours. Returns it with
-    {"vectors", "encoder", "fingerprint", "expansion", "recall_at_10"}. Raises UserError where usearch is not installed.
+    {"vectors", "encoder", "fingerprint", "expansion", "recall_at_10"}.
     """
+    from usearch.index import Index
+
     tell = progress or (lambda text: None)
     path, description = stored.folder / INDEX, stored.folder / INDEX_META
     key = {name: stored.meta.get(name) for name in ("vectors", "encoder", "fingerprint")}
     if path.exists() and description.exists():
         about = read_json(description)
         if all(about.get(name) == value for name, value in key.items()):
-            return _usearch().restore(str(path), view=True), about
+            return Index.restore(str(path), view=True), about
     tell(f"Making an index of {len(stored):,} vectors, once ...")
     index, measured = make_index(stored.vectors)
     about = {**key, **measured}
@@ -169,20 +171,13 @@ def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None
 
 
 def make_index(vectors: Vectors) -> tuple[Any, dict[str, Any]]:
-    """A usearch index (HNSW, cosine, float16) in memory, {"expansion", "recall_at_10"}. Raises UserError where usearch is
-    not installed."""
-    index = _usearch()(ndim=vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=128)
+    """A usearch index (HNSW, cosine, float16) in memory, and {"expansion", "recall_at_10"}."""
+    from usearch.index import Index
+
+    index = Index(ndim=vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=128)
     index.add(np.arange(len(vectors), dtype=np.uint64), np.asarray(vectors), threads=torch.get_num_threads())
     expansion, recall = _widen(index, vectors)
     return index, {"expansion": expansion, "recall_at_10": round(recall, 4)}
-
-
-def _usearch() -> Any:
-    try:
-        from usearch.index import Index
-    except ImportError:
-        raise UserError("An index needs usearch: pip install 'simsiam[index]'. Or search exactly: --exact.") from None
-    return Index
 
 
 def _widen(index: Any, vectors: Vectors) -> tuple[int, float]:

@@ -114,7 +114,9 @@ def test_flat_pictures_are_no_copies_of_each_other(planted: Path, tmp_path: Path
     for path in images.glob("blank-0[1-3]0.png"):
         path.unlink()
     embed_to(planted.parent / "run", images, tmp_path / "one")  # one picture, twice
-    assert len(near_duplicates(tmp_path / "one")["groups"]) == 1 == len(near_duplicates(tmp_path / "one", 0.5)["groups"])
+    assert (
+        len(near_duplicates(tmp_path / "one")["groups"]) == 1 == len(near_duplicates(tmp_path / "one", 0.5)["groups"])
+    )
 
 
 def test_changed_images_are_refused(planted: Path, tmp_path: Path) -> None:

@@ -279,9 +279,7 @@ def clusters(
         columns = {"id": stored.ids, "cluster": label.astype(np.int64), "similarity": similarity.astype(np.float32)}
         pq.write_table(pa.table(columns), temporary)
     tell("Looking for images that are like no other ...")
-    near, _ = nearest(
-        stored.vectors, _ODD_NEIGHBOURS, device=device, index=lambda: open_index(stored, progress)
-    )
+    near, _ = nearest(stored.vectors, _ODD_NEIGHBOURS, device=device, index=lambda: open_index(stored, progress))
     alone = near.mean(1)
     classes = stored.items["class"]
     return {

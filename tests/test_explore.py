@@ -204,6 +204,21 @@ def test_clusters_are_the_kinds_that_were_planted(blobs: Path) -> None:
     assert clusters(blobs)["count"] == 9  # a tenth of the images
 
 
+def test_a_collapsed_embedding_has_clusters_that_are_empty(tmp_path: Path) -> None:
+    folder = made(tmp_path / "vectors", np.ones((30, 4)))
+    table = pq.read_table(folder / "items.parquet")
+    pq.write_table(table.append_column("class", [[None] * 30]), folder / "items.parquet")
+    found = clusters(folder, 3)
+    assert [each["images"] for each in found["clusters"]] == [30, 0, 0]
+    shown = subprocess.run(
+        [sys.executable, "-m", "simsiam", "clusters", str(folder), "-n", "3"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert shown.returncode == 0 and "–" in shown.stderr, shown.stderr
+
+
 def test_without_labels_nothing_is_said_about_them(planted: Path) -> None:
     found = clusters(planted, 4)
     assert found["agreement"] is None and all(each["classes"] is None for each in found["clusters"])

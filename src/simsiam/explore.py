@@ -267,14 +267,12 @@ def clusters(
         )
     count = count or max(2, min(COUNT, len(stored) // 10))
     tell(f"Forming {count} clusters of {len(stored):,} images ...")
-    label = k_means(stored.vectors, count, seed)
+    unit = unit_rows(stored.vectors)
+    label = k_means(unit, count, seed)
     order = np.argsort(-np.bincount(label, minlength=count), kind="stable")
     label = np.argsort(order)[label]
-    unit = unit_rows(stored.vectors).numpy()
-    centres = unit_rows(
-        np.stack([unit[label == c].sum(0) if (label == c).any() else unit[0] for c in range(count)])
-    ).numpy()
-    similarity = (unit * centres[label]).sum(1)
+    centres = unit_rows(torch.zeros(count, unit.shape[1]).index_add_(0, torch.from_numpy(label), unit))
+    similarity = (unit * centres[label]).sum(1).numpy()
     with atomic(stored.folder / CLUSTERS) as temporary:
         columns = {"id": stored.ids, "cluster": label.astype(np.int64), "similarity": similarity.astype(np.float32)}
         pq.write_table(pa.table(columns), temporary)
@@ -295,20 +293,20 @@ def clusters(
     }
 
 
-def k_means(vectors: NDArray[np.float32] | Tensor, count: int, seed: int = 0) -> Rows:
-    """The cluster of every vector, [N], 0..count-1, by its direction: k-means over unit vectors, the best of four starts."""
+def k_means(unit: Tensor, count: int, seed: int = 0) -> Rows:
+    """The cluster of every unit vector, float32 [N,D] -> [N] in 0..count-1; the best of four starts. Collapsed vectors may
+    leave clusters empty."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.decomposition import PCA
 
     # Distances between unit vectors order as cosine similarity does; a few directions hold nearly all of them.
-    unit = unit_rows(vectors).numpy()
     width = min(_DIRECTIONS, *unit.shape)
     solver = "randomized" if min(unit.shape) > 8 * width else "full"
     kind = MiniBatchKMeans if len(unit) > _MANY else KMeans
     with warnings.catch_warnings():  # collapsed features: no variance, and fewer different vectors than clusters
         warnings.simplefilter("ignore", RuntimeWarning)
         warnings.simplefilter("ignore", ConvergenceWarning)
-        few = PCA(width, svd_solver=solver, random_state=seed).fit_transform(unit)
+        few = PCA(width, svd_solver=solver, random_state=seed).fit_transform(unit.numpy())
         label: Rows = kind(count, n_init=4, random_state=seed).fit_predict(np.nan_to_num(few)).astype(np.int64)
     return label
 

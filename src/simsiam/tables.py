@@ -113,7 +113,7 @@ def clusters(console: Console, found: dict[str, Any]) -> None:
     for each in found["clusters"]:
         classes = list((each["classes"] or {}).items())[:2]
         shares = [", ".join(f"{name} {100 * share:.0f} %" for name, share in classes)] if labelled else []
-        rows.append([str(each["cluster"]), f"{each['images']:,}", *shares, each["examples"][0]])
+        rows.append([str(each["cluster"]), f"{each['images']:,}", *shares, next(iter(each["examples"]), "–")])
     columns = ["cluster", "images", *(["classes"] if labelled else []), "nearest to the centre"]
     console.results(f"{found['images']:,} images in {found['count']} clusters", columns, rows)
     if labelled:

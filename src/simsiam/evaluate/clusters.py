@@ -11,6 +11,7 @@ from sklearn.metrics.cluster import contingency_matrix
 
 from simsiam.evaluate import Features
 from simsiam.explore import k_means
+from simsiam.neighbours import unit_rows
 
 NEEDS_LABELS = True
 
@@ -22,7 +23,7 @@ def score(features: Features, *, seed: int = 0) -> dict[str, Any]:
     assert data is not None and data.test_labels is not None
     labels = data.test_labels.cpu().numpy()
     count = min(len(np.unique(labels)), len(labels))
-    found = k_means(data.test.cpu(), count, seed)
+    found = k_means(unit_rows(data.test.cpu()), count, seed)
     table = contingency_matrix(labels, found)
     right = table[linear_sum_assignment(table, maximize=True)].sum()
     return {

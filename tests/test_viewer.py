@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 import simsiam
 from simsiam.config import UserError
 from simsiam.embeddings import embed_to, read_embeddings
+from simsiam.explore import clusters
 from simsiam.search import search
 from simsiam.show.viewer import Viewer
 from test_train import SMALL
@@ -169,6 +171,15 @@ def test_without_images_there_is_still_a_map(stored: Path, tmp_path: Path) -> No
         assert server.json("map")["columns"] is None and server.json("near/0")["neighbours"]
     finally:
         server.stop(signal.SIGTERM)
+
+
+def test_the_number_of_clusters_stays_what_was_asked_for(stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored, tmp_path / "vectors", ignore=shutil.ignore_patterns("clusters.parquet"))
+    asked = clusters(tmp_path / "vectors", 4)
+    written = pq.read_table(asked["file"])
+    found, label, _ = Viewer(tmp_path / "vectors").clusters()
+    assert found["count"] == 4 and label.tolist() == written["cluster"].to_pylist()
+    assert pq.read_table(asked["file"]) == written
 
 
 def test_mistakes_are_one_clear_line(stored: Path, server: Server) -> None:

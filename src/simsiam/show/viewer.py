@@ -208,7 +208,11 @@ class Viewer:
     def clusters(self) -> tuple[dict[str, Any], NDArray[np.int64], NDArray[np.float32]]:
         """What `explore.clusters` returns with rows in place of ids, the cluster of every row and its similarity."""
         rows = self.once(Viewer.rows)
-        found = explore.clusters(self.stored.folder, device=self.device)
+        path = self.stored.folder / explore.CLUSTERS
+        kept = pq.read_table(path, columns=["cluster"])["cluster"].to_numpy() if path.exists() else np.zeros(0)
+        # As many as `simsiam clusters` was asked for last: its file is written anew.
+        count = max(2, int(kept.max()) + 1) if len(kept) == len(self.stored) else None
+        found = explore.clusters(self.stored.folder, count, device=self.device)
         table = pq.read_table(found["file"])
         label = table["cluster"].to_numpy()
         for each in found["clusters"]:

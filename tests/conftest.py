@@ -46,3 +46,16 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels).save(root / kind / f"{i:03d}.png")
     (root / "rings" / "broken.jpg").write_bytes(b"not an image")
     return root
+
+
+@pytest.fixture(scope="session")
+def stored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Embeddings of the photos, beside the run that made them. Tests add to the folder and change nothing in it."""
+    import simsiam
+    from simsiam.embeddings import embed_to
+    from test_train import SMALL
+
+    folder = tmp_path_factory.mktemp("stored")
+    simsiam.train(photos, folder / "run", epochs=1, **SMALL)
+    embed_to(folder / "run", photos, folder / "vectors")
+    return folder / "vectors"

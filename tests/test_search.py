@@ -13,22 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import simsiam
 from simsiam.config import UserError
-from simsiam.embeddings import embed_to, read_embeddings
+from simsiam.embeddings import read_embeddings
 from simsiam.search import RECALL, open_index, search
-from test_train import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def stored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's embeddings of the photos."""
-    folder = tmp_path_factory.mktemp("search")
-    simsiam.train(photos, folder / "run", epochs=1, **SMALL)
-    embed_to(folder / "run", photos, folder / "vectors")
-    return folder / "vectors"
 
 
 def made(folder: Path, vectors: np.ndarray) -> Path:

@@ -20,23 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import simsiam
 from simsiam.config import UserError
-from simsiam.embeddings import embed_to, read_embeddings
+from simsiam.embeddings import read_embeddings
 from simsiam.explore import clusters
 from simsiam.search import search
 from simsiam.show.viewer import Viewer
-from test_train import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def stored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("viewer")
-    simsiam.train(photos, folder / "run", epochs=1, **SMALL)
-    embed_to(folder / "run", photos, folder / "vectors")
-    return folder / "vectors"
 
 
 class Server:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simsiam import evaluate
 from simsiam.compute import Compute, generator, pick_device, probe_encoder, set_threads
-from simsiam.config import UserError
+from simsiam.config import UserError, read_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
@@ -24,7 +24,7 @@ from simsiam.encoders import Encoder
 from simsiam.evaluate import Features
 from simsiam.evaluate.linear import sgd_probe
 from simsiam.monitor import draw
-from simsiam.runs import EVALUATION, SUMMARY, read_json, write_json
+from simsiam.runs import ENVIRONMENT, EVALUATION, RECIPE, SUMMARY, read_json, write_json
 
 Rows = NDArray[np.int64]
 
@@ -101,7 +101,7 @@ def evaluate_run(
         evaluate.get(name)
     encoder, prepare, meta = read_encoder(run)
     where = pick_device(device)
-    compute = Compute(where, probe_encoder(encoder, prepare.size, where))
+    compute = Compute(where, _precision(run, where) or probe_encoder(encoder, prepare.size, where))
     compute.place(encoder)
     own = meta["data"] if data is None else str(data)
     cache = build_cache(open_images(own), prepare.short_side, workers=workers, progress=listener.decoding)
@@ -124,6 +124,16 @@ def evaluate_run(
     if data is None:
         write_json(run / EVALUATION, result)
     return result
+
+
+def _precision(run: Path, where: torch.device) -> Literal["bf16", "fp32"] | None:
+    """That of training, so that the figures are those which training ended with; None where it is not known, or was
+    chosen on another kind of device."""
+    if not (run / RECIPE).exists() or not (run / ENVIRONMENT).exists():
+        return None
+    found = read_recipe(run / RECIPE).get("train", {}).get("precision")
+    same = torch.device(read_json(run / ENVIRONMENT).get("device", "meta")).type == where.type
+    return found if same and found in ("bf16", "fp32") else None
 
 
 def _collapse(run: Path, data: str | Path | None, features: dict[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def test_features_of_ours_are_the_spatial_mean_of_the_last_stage() -> None:
     [("cifar-resnet18", 96, 8), ("thin-resnet18", 48, 8), ("thin-resnet18", 64, 16), ("thin-resnet34", 160, 32)],
 )
 def test_default_stem_follows_the_view_size(name: str, size: int, stride: int) -> None:
-    backbone = build(EncoderSpec(name, size, width=4), 0).backbone
+    backbone = build(EncoderSpec(name, size, width=8), 0).backbone
     side: list[int] = []
     backbone.layer4.register_forward_hook(lambda *args: side.append(args[2].shape[-1]))  # type: ignore[union-attr]
     backbone(images(size))
@@ -171,7 +171,7 @@ def test_only_classifiers_are_listed() -> None:
         (EncoderSpec("timm/resnet_18", 32), "Did you mean 'timm/resnet18'"),
         (EncoderSpec("xyzzy", 32), "'xyzzy'. `simsiam list`"),
         (EncoderSpec("thin-resnet18", 32, stem=3), "1, 2 or 4"),
-        (EncoderSpec("thin-resnet18", 32, width=0), "at least 1"),
+        (EncoderSpec("thin-resnet18", 32, width=4), "at least 8"),
         (EncoderSpec("resnet18", 32, width=32), "resnet18 has no such setting"),
         (EncoderSpec("timm/resnet18", 32, stem=1), "timm/resnet18 has no such setting"),
         (EncoderSpec("vgg11", 32, zero_init_residual=True), "vgg11 has no such setting"),

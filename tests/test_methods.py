@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,24 +39,29 @@ def make(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     module = methods.get(name)
     known = {field.name for field in dataclasses.fields(module.Settings)}
     settings = module.Settings(**{key: value for key, value in (SMALL | changes).items() if key in known})
-    encoder = build(EncoderSpec("thin-resnet18", SIZE, width=4), seed)
+    encoder = build(EncoderSpec("thin-resnet18", SIZE, width=8), seed)
     torch.manual_seed(seed)
     method: nn.Module = module.Method(encoder, settings)
     hook(method, "allocate", IMAGES)
     return method
 
 
-def batch(name: str, seed: int) -> tuple[list[Tensor], Tensor]:
+def batch(name: str, seed: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
     """As many views of a batch as the method takes by default; in all batches, every image once."""
-    draws = torch.Generator().manual_seed(seed)
-    views = [torch.randn(BATCH, 3, SIZE, SIZE, generator=draws) for _ in range(methods.get(name).VIEWS[0])]
+    draws = np.random.default_rng(seed)
+    shape = (BATCH, 3, SIZE, SIZE)
+    views = [torch.from_numpy(draws.standard_normal(shape)).to(dtype) for _ in range(methods.get(name).VIEWS[0])]
     start = seed * BATCH % IMAGES
     return views, torch.arange(start, start + BATCH)
 
 
 def begin(name: str, method: nn.Module) -> None:
     with torch.no_grad():
-        hook(method, "before_training", (batch(name, seed) for seed in range(IMAGES // BATCH)))
+        hook(method, "before_training", (batch(name, seed, dtype(method)) for seed in range(IMAGES // BATCH)))
+
+
+def dtype(method: nn.Module) -> torch.dtype:
+    return next(method.parameters()).dtype
 
 
 def optimiser(method: nn.Module) -> torch.optim.Optimizer:
@@ -66,7 +72,7 @@ def step(name: str, method: nn.Module, sgd: torch.optim.Optimizer, number: int) 
     """One training step as the loop takes it, an epoch each."""
     torch.manual_seed(number)
     hook(method, "before_epoch", number)
-    loss, _ = method(*batch(name, number))
+    loss, _ = method(*batch(name, number, dtype(method)))
     sgd.zero_grad()
     loss.backward()
     sgd.step()
@@ -170,21 +176,35 @@ def test_a_reloaded_state_goes_on_identically(name: str) -> None:
     assert all(torch.equal(value, theirs[key]) for key, value in method.state_dict().items())
 
 
+def in_float64(method: nn.Module) -> nn.Module:
+    """The method in float64, with weights that are the same on every processor, where torch's normal numbers are not."""
+    drawn: dict[bytes, Tensor] = {}
+    draws = np.random.default_rng(0)
+    with torch.no_grad():
+        for value in method.double().state_dict().values():
+            if value.is_floating_point() and value.numel() > 1 and value.std() > 0:
+                spread = float(f"{value.std():.2g}")
+                key = value.numpy().tobytes()  # a twin stays equal to what it is the twin of
+                value.copy_(drawn.setdefault(key, torch.from_numpy(draws.normal(0, spread, value.shape))))
+    return method
+
+
 @every_method
-def test_the_first_100_losses_are_golden(name: str) -> None:
-    """Any change of a loss, a head or the order of random draws shows here. SIMSIAM_GOLDEN=write accepts it."""
-    method = make(name)
+def test_the_first_20_losses_are_golden(name: str) -> None:
+    """Any change of a loss, a head or the order of random draws shows here. SIMSIAM_GOLDEN=write accepts it.
+
+    In float64: the rounding of float32, other on other processors, decides the losses of so small batches in ten steps.
+    """
+    method = in_float64(make(name))
     begin(name, method)
     sgd = torch.optim.SGD(methods.param_groups(method), lr=0.005, momentum=0.9, weight_decay=1e-4)
-    losses = [step(name, method, sgd, number) for number in range(100)]
-    found = [round(sum(losses[start : start + 10]) / 10, 5) for start in range(0, 100, 10)]
+    losses = [step(name, method, sgd, number) for number in range(20)]
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("SIMSIAM_GOLDEN") == "write":
+        found = [float(f"{loss:.12g}") for loss in losses]
         GOLDEN.write_text(json.dumps({**golden, name: found}, indent=1, sort_keys=True) + "\n")
     else:
-        # Other processors and versions of torch round differently, and a hundred steps let that grow.
-        assert found[0] == pytest.approx(golden[name][0], rel=1e-4)
-        assert found == pytest.approx(golden[name], rel=0.02, abs=0.01)
+        assert losses == pytest.approx(golden[name], rel=1e-6, abs=1e-9)
 
 
 @every_method

@@ -38,7 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 def small_method(name: str, **settings: Any) -> nn.Module:
     module = methods.get(name)
-    encoder = build(EncoderSpec("thin-resnet18", 8, width=2), 0)
+    encoder = build(EncoderSpec("thin-resnet18", 8, width=8), 0)
     torch.manual_seed(0)
     chosen = SMALL.get(name, {"dim": 16, "projector_hidden": 16})
     method: nn.Module = module.Method(encoder, module.Settings(**{**chosen, **settings})).double()
@@ -156,7 +156,7 @@ def test_two_ranks_see_each_others_rows(shared: list[dict[str, Any]]) -> None:
 
 # --- whole runs, as torchrun starts them ----------------------------------------------------------------------------
 
-TINY = ["method.dim=16", "method.projector_hidden=16", "encoder.width=4", "views.size=16", "eval.size=16"]
+TINY = ["method.dim=16", "method.projector_hidden=16", "encoder.width=8", "views.size=16", "eval.size=16"]
 TINY += ["train.batch_size=16", "train.precision=fp32"]
 PLAIN = ["views.scale=[1,1]", "views.ratio=[1,1]", "views.flip_p=0", "views.jitter_p=0", "views.gray_p=0"]
 

@@ -332,7 +332,7 @@ def test_without_it_the_demo_set_collapses_and_the_guard_names_it(
 def test_a_collapse_that_has_time_takes_the_features_along(what: str | None, tmp_path: Path) -> None:
     """A net so small that a minute has 1,900 steps. kNN ends at 5 to 20 without stop-gradient, by chance at chance (7)."""
     overrides = [
-        *("encoder.width=4", "views.size=8", "eval.size=8", "train.precision=fp32"),
+        *("encoder.width=8", "views.size=8", "eval.size=8", "train.precision=fp32"),
         *("method.dim=64", "method.projector_hidden=64", "method.predictor_hidden=16"),
         *("train.lr=0.3", "method.predictor_lr=1", "train.weight_decay=1e-3"),
     ]
@@ -390,7 +390,7 @@ def test_another_method_starts_from_the_encoder_alone(photos: Path, tmp_path: Pa
     )
     assert any("Starts from the encoder (not the heads" in line for line in listener.lines)
     with pytest.raises(UserError, match="is no thin-resnet18 as it is asked for"):
-        simsiam.train(photos, tmp_path / "third", init=init, epochs=1, overrides=["encoder.width=6"])
+        simsiam.train(photos, tmp_path / "third", init=init, epochs=1, overrides=["encoder.width=12"])
 
 
 def test_on_collapse_continue_goes_on_to_the_end(photos: Path, tmp_path: Path) -> None:

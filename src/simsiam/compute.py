@@ -173,6 +173,8 @@ def probe_precision(device: torch.device, step: Callable[[Compute], None]) -> tu
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "this GPU has bf16 units") if bf16 else ("fp32", "this GPU has no bf16 units")
+    if not _multiplies_bf16():
+        return "fp32", "this processor has no bf16 instructions"
     seconds = {}
     choices: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
     for precision in choices:
@@ -187,6 +189,16 @@ def probe_precision(device: torch.device, step: Callable[[Compute], None]) -> tu
     if ratio > 1:
         return "bf16", f"measured {ratio:.1f}x faster than fp32 here"
     return "fp32", f"measured {1 / ratio:.1f}x faster than bf16 here"
+
+
+def _multiplies_bf16() -> bool:
+    """False where bf16 is emulated, more than ten times slower than fp32: trying it would take longer than it is worth."""
+    import torch
+
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except AttributeError:  # an internal name of torch
+        return True
 
 
 def probe_encoder(encoder: torch.nn.Module, size: int, device: torch.device) -> Literal["bf16", "fp32"]:

@@ -30,7 +30,7 @@ class EncoderSpec:
     size: int
     """Side of the views that it is built for, in pixels."""
     width: int | None = None
-    """Channels of the first stage (ours only): 64 is the ResNet of the papers."""
+    """Channels of the first stage, at least 8 (ours only): 64 is the ResNet of the papers."""
     stem: int | None = None
     """Stride of the stem, 1, 2 or 4 (ours only)."""
     zero_init_residual: bool | None = None
@@ -84,8 +84,10 @@ def _ours(spec: EncoderSpec) -> tuple[nn.Module, int]:
     width = (16 if thin else 64) if spec.width is None else spec.width
     stem = (1 if not thin or spec.size <= 48 else 2 if spec.size <= 128 else 4) if spec.stem is None else spec.stem
     zero_init = not thin if spec.zero_init_residual is None else spec.zero_init_residual
-    if width < 1:
-        raise UserError(f"encoder.width is {width}: it is a number of channels, at least 1.")
+    if width < 8:
+        # oneDNN's weight gradient of a strided 1x1 convolution of fewer channels, channels_last, writes past its memory on
+        # processors with AVX2 (torch 2.14.1).
+        raise UserError(f"encoder.width is {width}: it is a number of channels, at least 8.")
     if stem not in (1, 2, 4):
         raise UserError(f"encoder.stem is {stem}: the stride of the stem is 1, 2 or 4.")
     return ResNet(_BLOCKS[depth], width, stem, zero_init), 8 * width

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simsiam import evaluate
-from simsiam.compute import Compute, generator, pick_device, probe_encoder, set_threads
+from simsiam.compute import Compute, computes_bf16, generator, pick_device, probe_encoder, set_threads
 from simsiam.config import UserError, read_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
@@ -127,13 +127,14 @@ def evaluate_run(
 
 
 def _precision(run: Path, where: torch.device) -> Literal["bf16", "fp32"] | None:
-    """That of training, so that the figures are those which training ended with; None where it is not known, or was
-    chosen on another kind of device."""
+    """That of training, so that the figures are those which training ended with; None where it is not known, was chosen on
+    another kind of device, or would be emulated here."""
     if not (run / RECIPE).exists() or not (run / ENVIRONMENT).exists():
         return None
     found = read_recipe(run / RECIPE).get("train", {}).get("precision")
     same = torch.device(read_json(run / ENVIRONMENT).get("device", "meta")).type == where.type
-    return found if same and found in ("bf16", "fp32") else None
+    slow = found == "bf16" and where.type == "cpu" and not computes_bf16()
+    return found if same and not slow and found in ("bf16", "fp32") else None
 
 
 def _collapse(run: Path, data: str | Path | None, features: dict[str, Any]) -> dict[str, Any]:

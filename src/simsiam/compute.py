@@ -173,8 +173,8 @@ def probe_precision(device: torch.device, step: Callable[[Compute], None]) -> tu
     if device.type == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", "this GPU has bf16 units") if bf16 else ("fp32", "this GPU has no bf16 units")
-    if not _multiplies_bf16():
-        return "fp32", "this processor has no bf16 instructions"
+    if not computes_bf16():
+        return "fp32", "this processor would have to emulate bf16"
     seconds = {}
     choices: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
     for precision in choices:
@@ -191,8 +191,8 @@ def probe_precision(device: torch.device, step: Callable[[Compute], None]) -> tu
     return "fp32", f"measured {1 / ratio:.1f}x faster than bf16 here"
 
 
-def _multiplies_bf16() -> bool:
-    """False where bf16 is emulated, more than ten times slower than fp32: trying it would take longer than it is worth."""
+def computes_bf16() -> bool:
+    """False where this processor emulates bf16, ten times slower than fp32: even trying takes longer than it is worth."""
     import torch
 
     try:

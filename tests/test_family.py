@@ -129,6 +129,22 @@ def test_moco_bn_statistics_are_those_of_a_group() -> None:
     assert torch.equal(parts, whole) and not torch.allclose(parts, norm(x.flatten(1)))
 
 
+def test_moco_groups_differ_by_one_image_at_most() -> None:
+    method = build(moco, bn_groups=8)
+    seen: list[int] = []
+
+    def count(x: Tensor) -> Tensor:
+        seen.append(len(x))
+        return x
+
+    for batch, groups in ((21, 8), (13, 6), (3, 1)):
+        seen.clear()
+        network = nn.Identity()
+        network.forward = count  # type: ignore[method-assign]
+        assert torch.equal(method._grouped(network, torch.arange(batch)), torch.arange(batch))
+        assert len(seen) == groups and min(seen) >= 2 and max(seen) - min(seen) <= 1, seen
+
+
 # --- BYOL -------------------------------------------------------------------------------------------------------------
 
 
@@ -260,6 +276,16 @@ def test_swavs_queue_helps_the_codes_once_it_is_full() -> None:
     assert [a == pytest.approx(b, rel=1e-6) for a, b in losses] == [True, True, False, False]
     newest = unit(method.projector(method.encoder(x[0])).detach())
     torch.testing.assert_close(method.queue[0, :B], newest)
+
+
+def test_swavs_queue_waits_until_no_row_is_empty() -> None:
+    method = swav_method(queue=2 * B + 1, queue_epoch=0)
+    used = []
+    for step in range(5):
+        method.steps.fill_(step + 1)  # as `forward` counts, before its features are stored
+        method._queue_ready = False
+        used.append(method._use_queue(B))
+    assert used == [False, False, False, True, True]
 
 
 # --- DeepCluster ------------------------------------------------------------------------------------------------------

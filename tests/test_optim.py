@@ -61,6 +61,7 @@ def test_a_schedule_by_the_clock() -> None:
     # An epoch of warm-up lasts as long as an epoch has taken so far: 10 steps at 0.5 s of 60.
     warm = Schedule(0.4, steps_per_epoch=10, epochs=None, seconds=60.0, warmup_epochs=1)
     assert math.isclose(warm.rate(5, 2.5), 0.2) and math.isclose(warm.rate(10, 5.0), 0.4)
+    assert warm.rate(0, 0.0) == warm.rate(0, 1.5) == 0.0, "before the first step as by steps"
 
 
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import shutil
 import signal
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import time
 import tomllib
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,16 @@ import torch
 from safetensors.torch import load_file
 
 import simsiam
+from simsiam.compute import Compute
 from simsiam.config import Interrupted, UserError, read_recipe
 from simsiam.console import Listener
-from simsiam.data.cache import Cache
-from simsiam.recipe import Facts, default_epochs, gather, read, resolve
+from simsiam.data.cache import Cache, build_cache
+from simsiam.data.loader import Loader
+from simsiam.data.sources import open_images
+from simsiam.recipe import Facts, default_epochs, gather, look_at, read, resolve
 from simsiam.runs import Checkpoints, read_json, read_metrics
 from simsiam.session import method_tensors
-from simsiam.train import build_method
+from simsiam.train import _made, _sweep, build_method
 
 TINY = ["encoder.width=8", "method.dim=32", "method.projector_hidden=32", "method.predictor_hidden=8", "views.size=16"]
 # Three kinds of simple pictures span few directions: here the guard must not cut a run short.
@@ -291,6 +297,65 @@ def test_divergence_is_named_and_the_start_is_kept(photos: Path, tmp_path: Path)
     assert all(torch.isfinite(value).all() for value in kept.values())
 
 
+def test_weights_that_the_last_step_destroyed_are_not_called_healthy(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is from before the step, so it does not know."""
+    taken = torch.optim.SGD.step
+
+    def step(optimiser: torch.optim.SGD, *rest: Any) -> None:
+        taken(optimiser, *rest)
+        if optimiser.state_dict()["state"] and next(counted) == 3:
+            optimiser.param_groups[0]["params"][0].data.fill_(torch.nan)
+
+    counted = itertools.count(1)
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    overrides = [*SMALL["overrides"], "train.checkpoint_seconds=0"]
+    summary = simsiam.train(photos, tmp_path / "run", epochs=20, overrides=overrides)
+    assert summary["verdict"] == "diverged"
+    exported = load_file(tmp_path / "run" / "encoder.safetensors")
+    assert all(value.isfinite().all() for value in exported.values() if value.is_floating_point())
+
+
+def test_dropout_is_a_function_of_the_seed_and_the_step(photos: Path, tmp_path: Path) -> None:
+    """Whatever torch's own generator was left at, which is as it was afterwards."""
+    settings = {
+        "encoder": "mobilenet_v3_small",
+        "size": 32,
+        "overrides": ["train.batch_size=16", "train.precision=fp32"],
+    }
+    found = []
+    for number in range(2):
+        torch.manual_seed(number)
+        before = torch.random.get_rng_state()
+        simsiam.train(photos, tmp_path / str(number), epochs=1, on_collapse="continue", **settings)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        found.append(weights(tmp_path / str(number)))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: _made(None, {"data": "imgs"}), range(24)))
+    assert len(set(made)) == 24 and all(path.is_dir() for path in made)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"Cannot make the run folder .*file/run"):
+        _made(tmp_path / "file" / "run", {"data": "imgs"})
+
+
+def test_views_are_made_in_float32_before_training_too(photos: Path, tmp_path: Path) -> None:
+    """DeepCluster's look at every image before the first step runs under autocast; the views within it may not."""
+    images = open_images(photos)
+    cache = build_cache(images, 128, tmp_path)
+    loader = Loader(cache, np.arange(len(cache)), 16, torch.device("cpu"), 0)
+    plan, _ = resolve(gather(str(photos), None, (), {}), look_at(images, "cpu"), 96)
+    session = types.SimpleNamespace(recipe=plan, loader=loader, compute=Compute(torch.device("cpu"), "bf16"))
+    with torch.autocast("cpu", torch.bfloat16):
+        views, _ = next(_sweep(session))  # type: ignore[arg-type]
+    assert all(view.dtype == torch.float32 for view in views)
+
+
 SMALL_DEMO = ["encoder.width=8", "views.size=16", "eval.size=16"]
 """The demo set on a net so small that one slow core takes twelve steps a second."""
 HARSH = ["train.lr=1.0", "method.predictor_lr=1", "train.weight_decay=1e-3", "train.precision=fp32"]
@@ -353,8 +418,8 @@ def test_a_collapse_that_has_time_takes_the_features_along(what: str | None, tmp
 def test_without_bn_in_the_heads_the_collapse_is_complete(tmp_path: Path) -> None:
     """Then a constant is within reach: loss -1, std 0, as in the paper's figure 2."""
     overrides = [*SMALL_DEMO, "method.stop_gradient=false", "method.bn=none"]
-    summary = simsiam.train("demo", tmp_path / "run", budget="1m", recipe="demo", overrides=overrides)
-    assert summary["verdict"] == "collapsed" and summary["seconds"] < 60
+    summary = simsiam.train("demo", tmp_path / "run", budget="2m", recipe="demo", overrides=overrides)
+    assert summary["verdict"] == "collapsed" and summary["seconds"] < 90  # a slow, busy machine; 7 s elsewhere
     assert summary["loss"] < -0.99 and summary["std"] < 0.1
 
 

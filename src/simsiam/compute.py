@@ -154,7 +154,7 @@ def _keep_memory() -> None:
     activation of every step is paged in anew: on a CPU that took up to a sixth of a step and a third of the views."""
     import ctypes
 
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold = -1, -3
         mallopt(mmap_threshold, 1 << 30)
@@ -216,16 +216,18 @@ def probe_encoder(encoder: torch.nn.Module, size: int, device: torch.device) -> 
 
 
 def generator(device: torch.device, *key: int) -> torch.Generator:
-    """A random generator that is a function of its key (seed, step, ...), so that a resumed run draws the same numbers.
-
-    The key is hashed: neighbouring seeds must not give correlated streams.
-    """
-    import hashlib
-
+    """A random generator that is a function of its key (seed, step, ...), so that a resumed run draws the same numbers."""
     import torch
 
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+def seed_of(*key: int) -> int:
+    """The key as one number, hashed: neighbouring seeds must not give correlated streams."""
+    import hashlib
+
     digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
 
 
 def describe() -> dict[str, Any]:

@@ -84,17 +84,18 @@ class Console(Listener):
         self._count("embedding", done, total, "")
 
     def plan(self, facts: Sequence[tuple[str, str]], reasons: Sequence[tuple[str, str, str]]) -> None:
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table.grid(padding=(0, 2))
         for name, value in facts:
-            table.add_row(f"[bold]{name}[/]", value)
+            table.add_row(f"[bold]{name}[/]", escape(value))
         self.screen.print(table)
         if reasons:
             self.screen.print("\n[bold]Chosen for this data[/] (set any of them as key=value)")
             table = Table.grid(padding=(0, 2))
             for setting, value, why in reasons:
-                table.add_row(f"  {setting}", f"[cyan]{value}[/]", f"[dim]{why}[/]")
+                table.add_row(f"  {setting}", f"[cyan]{escape(value)}[/]", f"[dim]{escape(why)}[/]")
             self.screen.print(table)
         self.screen.print()
 
@@ -132,12 +133,14 @@ class Console(Listener):
 
     def entry(self, name: str, says: str) -> None:
         """A name and what it is, indented and wrapped."""
+        from rich.markup import escape
         from rich.padding import Padding
 
-        self.screen.print(Padding(f"[cyan]{name}[/]" + (f"  {says}" if says else ""), (0, 0, 0, 2)))
+        self.screen.print(Padding(f"[cyan]{name}[/]" + (f"  {escape(says)}" if says else ""), (0, 0, 0, 2)))
 
     def results(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table of figures, the last thing on the screen."""
+        from rich.markup import escape
         from rich.table import Table
 
         self.screen.print(title, style="bold", markup=False, soft_wrap=True)  # a table's own title wraps at its width
@@ -145,7 +148,7 @@ class Console(Listener):
         for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i else "left", style="bold" if column == "trained" else "")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         self.screen.print(table)
 
     def close(self) -> None:

@@ -72,15 +72,18 @@ def embed_rows(
 
     `prepare` is a `Preprocessing`, or anything else from uint8 pixels and sizes to the encoder's input.
     """
-    features = []
+    features = torch.zeros(0, 0)
     for start in range(0, len(rows), _BATCH):
         images, sizes = cache.batch(rows[start : start + _BATCH])
         x = prepare(images.to(compute.device), sizes.to(compute.device))
         with torch.inference_mode(), compute.autocast():
-            features.append(encoder(x).float().cpu())
+            found = encoder(x).float().cpu()
+        if not start:  # all at once: a list and its concatenation would take twice the memory
+            features = torch.empty(len(rows), found.shape[1])
+        features[start : start + len(found)] = found
         if progress is not None:
             progress(min(start + _BATCH, len(rows)), len(rows))
-    return torch.cat(features).clone()  # clone: an inference tensor could not be trained on
+    return features
 
 
 def pixel_rows(prepare: Preprocessing, cache: Cache, rows: NDArray[np.int64]) -> Tensor:

@@ -58,7 +58,7 @@ def build(spec: EncoderSpec, seed: int) -> Encoder:
     Raises UserError for an unknown name, a setting that the backbone does not have, or views of a size it cannot take.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         backbone, dim = _ours(spec) if spec.name in _OURS else _foreign(spec)
     return Encoder(spec, backbone, dim)
 

@@ -53,6 +53,8 @@ class Schedule:
 
     def rate(self, step: int, seconds: float) -> float:
         """The learning rate of the step that comes after so many steps and seconds."""
+        if self.warmup_epochs and not step:
+            return 0.0
         if self.steps is not None:
             warmup = self.warmup_epochs * self.steps_per_epoch / self.steps
         else:

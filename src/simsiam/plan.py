@@ -55,7 +55,18 @@ def plan(
     pixels, decode_rate = _decode(images, wanted.short_side, workers, seconds / 3)
     batch, sizes = _batch(pixels, wanted.train.batch_size)
     batch, sizes = batch.to(where), sizes.to(where)
-    precision, views_seconds, step_seconds, memory = _measure(wanted, batch, sizes, where, seconds / 6)
+    available = _available(where)  # now: later torch itself holds what a step took
+    while True:
+        try:
+            precision, views_seconds, step_seconds, memory = _measure(wanted, batch, sizes, where, seconds / 6)
+            break
+        except torch.OutOfMemoryError:
+            if len(batch) < 4:
+                raise UserError("Not even two images fit into memory: choose a smaller --size or --encoder.") from None
+        torch.cuda.empty_cache()
+        batch, sizes = batch[: len(batch) // 2], sizes[: len(batch) // 2]
+    times = wanted.train.batch_size / len(batch)
+    views_seconds, step_seconds = times * views_seconds, times * step_seconds
 
     per_epoch = max(1, len(images.train if len(images.test) else range(len(images))) // wanted.train.batch_size)
     epoch_seconds = per_epoch * (views_seconds + step_seconds)
@@ -68,7 +79,6 @@ def plan(
     parts = {"decoding": decode_seconds, "views": epochs * per_epoch * views_seconds}
     parts["model"] = epochs * per_epoch * step_seconds
     average = sum(len(image.reshape(-1)) for image in pixels) / len(pixels)
-    available = _available(where)
     each = memory["each"]
     return {
         "images": len(images),

@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from simsiam import ranks
 from simsiam.compute import Compute, generator, probe_precision, set_threads
 from simsiam.data.loader import Loader
 from simsiam.data.views import random_view
@@ -58,7 +59,8 @@ def probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch
 
     full = set_threads(recipe.train.threads)
     # Half of the threads first: beside another program, all of them may take a minute for what takes a second.
-    halves = device.type == "cpu" and full > 1 and "OMP_NUM_THREADS" not in os.environ
+    # Not with several ranks: they wait for one another in a step, so all have to take as many.
+    halves = device.type == "cpu" and full > 1 and "OMP_NUM_THREADS" not in os.environ and not ranks.several()
     if halves:
         torch.set_num_threads(full // 2)
     wanted = recipe.train.precision

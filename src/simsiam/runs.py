@@ -26,7 +26,7 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -135,8 +135,12 @@ class Metrics:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
 
     def write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        """Raises UserError where the disk is full."""
+        try:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"Cannot write {self.path}: {error.strerror or error}. Free some space.") from None
 
     def close(self) -> None:
         self._file.close()

@@ -208,7 +208,9 @@ class Session:
             "fingerprint": self.fingerprint,
             "latest": {key: value for key, value in self.latest.items() if finite(value)},
         }
-        self.checkpoints.save(self.step, tensors, state, healthy=self.verdict.name == "healthy")
+        # The loss is from before the last step: weights that this step destroyed would pass for healthy.
+        healthy = self.verdict.name == "healthy" and all(bool(value.isfinite().all()) for value in tensors.values())
+        self.checkpoints.save(self.step, tensors, state, healthy=healthy)
 
     def back_to_healthy(self) -> int:
         """Puts the last healthy weights into the method; returns their step. There always is such a state: the first."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simsiam import evaluate, methods, ranks
 from simsiam.assess import Rows, keep_samples, side_by_side
-from simsiam.compute import Compute, Pace, describe, generator, pick_device, set_threads
+from simsiam.compute import Compute, Pace, describe, generator, pick_device, seed_of, set_threads
 from simsiam.config import Interrupted, Table, UserError, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache, open_cache
@@ -71,9 +71,14 @@ def train(
     """
     threads = set_threads()
     try:
-        with ranks.joined(pick_device(device)) as where:
+        with ranks.joined(pick_device(device)) as where, torch.random.fork_rng([where] if where.type == "cuda" else []):
             listener = (listener if ranks.main() else None) or Listener()
             return _train(data, out, recipe, overrides, size, resume, where, workers, listener, settings)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "The memory of the device is too small for such batches: choose a smaller --batch-size, --size or --encoder; "
+            "`simsiam plan` says what fits."
+        ) from None
     finally:
         torch.set_num_threads(threads)
 
@@ -91,8 +96,9 @@ def _train(
     settings: Table,
 ) -> dict[str, Any]:
     asked = gather(data, recipe, overrides, settings)
+    given: Path | None
     if resume:
-        run = _resumable(out)
+        given = run = _resumable(out)
         if data is not None or recipe is not None or overrides or size is not None or _any(settings):
             listener.say(
                 f"Warning: --resume takes data and settings from {run / RECIPE}; what else was given is ignored."
@@ -103,7 +109,7 @@ def _train(
             return summary
         asked = read_recipe(run / RECIPE)
     else:
-        run = ranks.same(lambda: _new_run(out, asked))
+        given = None if out is None else _unused(Path(out))
 
     images = open_images(asked["data"])
     rows, held_out = images.split()
@@ -112,8 +118,9 @@ def _train(
     facts = replace(look_at(images, where.type), images=len(rows))
     plan, reasons = (read(asked), []) if resume else resolve(asked, facts, size)
     prepare = plan.prepare
-    # All at once where all ranks have to know which images are bad, and where a method looks at every one beforehand.
-    if ranks.several() or hasattr(methods.get(plan.method).Method, "before_training"):
+    # All at once where all ranks have to know which images are bad, where a method looks at every one beforehand, and where
+    # reading them in another order than the files' takes many times as long.
+    if ranks.several() or images.in_order or hasattr(methods.get(plan.method).Method, "before_training"):
         cache = ranks.first(lambda: build_cache(images, plan.short_side, workers=workers, progress=listener.decoding))
     else:
         cache = open_cache(images, plan.short_side, workers=workers)
@@ -136,8 +143,8 @@ def _train(
         plan = replace(plan, train=replace(plan.train, precision=compute.precision))
         if probed.half_seconds and plan.train.epochs is not None:  # same weights after a resume: the same threads
             plan = replace(plan, train=replace(plan.train, threads=probed.threads))
+    run = ranks.same(lambda: _made(given, asked))
     if ranks.main():
-        run.mkdir(parents=True, exist_ok=True)
         if not resume:
             write_text(run / RECIPE, write_recipe(plan.table()))
         about = {"device": str(where), "processes": ranks.count(), **_command()}
@@ -214,6 +221,7 @@ def fit(s: Session, stopped: list[str]) -> None:
             draws = generator(s.compute.device, s.recipe.seed, s.step, *ranks.own_key())
             views = [random_view(batch.images, view, draws, batch.sizes) for view in settings]
             with s.compute.autocast():
+                torch.manual_seed(seed_of(s.recipe.seed, s.step, -1, *ranks.own_key()))  # dropout's, where there is any
                 loss, stats = forward(views, batch.index)
             s.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -242,7 +250,9 @@ def _sweep(s: Session) -> Iterator[tuple[list[Tensor], Tensor]]:
     settings = s.recipe.views.each()[:2]
     for number, batch in enumerate(s.loader.epoch(0)):
         draws = generator(s.compute.device, s.recipe.seed, -1, number, *ranks.own_key())
-        yield [random_view(batch.images, view, draws, batch.sizes) for view in settings], batch.index
+        with torch.autocast(s.compute.device.type, enabled=False):  # what asks for the views runs within one
+            views = [random_view(batch.images, view, draws, batch.sizes) for view in settings]
+        yield views, batch.index
 
 
 def hook(method: torch.nn.Module, name: str, *arguments: Any) -> None:
@@ -260,7 +270,7 @@ def build_method(recipe: Recipe, images: int, encoder: Encoder | None = None) ->
     """
     encoder = encoder or build(recipe.encoder, recipe.seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed + 1)
+        torch.default_generator.manual_seed(recipe.seed + 1)
         method: torch.nn.Module = methods.get(recipe.method).Method(encoder, recipe.method_settings)
         hook(method, "allocate", images)
     return method
@@ -324,13 +334,26 @@ def _any(settings: Table) -> bool:
     return any(value is not None for value in settings.values())
 
 
-def _new_run(out: str | Path | None, asked: Table) -> Path:
-    if out is None:
-        data, method = asked["data"], asked.get("method", {}).get("name", "simsiam")
-        stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(data).stem.lower()).strip("-") or "images"
-        free = (Path("runs") / f"{stem}-{method}-{number}" for number in itertools.count(1))
-        return next(path for path in free if not path.exists())
-    run = Path(out)
+def _made(run: Path | None, asked: Table) -> Path:
+    """The run folder, there from now on; None: a new one under `runs/`, which no other process can take as well."""
+    data, method = asked["data"], asked.get("method", {}).get("name", "simsiam")
+    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(data).stem.lower()).strip("-") or "images"
+    names = (Path("runs") / f"{stem}-{method}-{number}" for number in itertools.count(1))
+    for path in names if run is None else [run]:
+        try:
+            path.mkdir(parents=True, exist_ok=run is not None)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"Cannot make the run folder {path}: {error.strerror or error}. Choose another -o."
+            ) from None
+        return path
+    raise AssertionError("an -o that is a file is refused before")
+
+
+def _unused(run: Path) -> Path:
+    """The folder that was asked for. Raises UserError where something is in it already."""
     if (run / RECIPE).exists():
         raise UserError(f"{run} holds a run already: go on with it by --resume, or choose another -o.")
     if run.is_file() or (run.is_dir() and any(run.iterdir())):

@@ -41,6 +41,8 @@ class ImageSet:
     """Hex; changes when ids, sizes or modification times do."""
     test: np.ndarray
     """int64, the images of the data's own test and validation splits; empty where it has none."""
+    in_order: bool = False
+    """Reading images in another order than theirs takes many times as long."""
 
     def __len__(self) -> int:
         return len(self.ids)

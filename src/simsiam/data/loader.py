@@ -65,7 +65,7 @@ class Loader:
         chunks = (chunk[own] for chunk in itertools.islice(self._chunks(epoch), start, None))
         if self._images is not None:
             for chunk in chunks:
-                index = torch.from_numpy(chunk).to(self.device)
+                index = self._sent(torch.from_numpy(chunk))
                 yield Batch(self._images[index], None, index)
         elif self._reads_ahead():
             yield from self._read_ahead(chunks)
@@ -99,7 +99,10 @@ class Loader:
         if 0 < len(left) < self.batch_size:  # of the incomplete batch that an epoch leaves out
             self.cache.usable(left)
         size = self.cache.uniform(self.rows)
-        if size is None or len(self.rows) * 3 * size[0] * size[1] > _RESIDENT_BYTES.get(self.device.type, 0):
+        most = _RESIDENT_BYTES.get(self.device.type, 0)
+        if self.device.type == "cuda":  # a fifth of what is free: the network and its activations need the rest
+            most = min(most, torch.cuda.mem_get_info(self.device)[0] // 5)
+        if size is None or len(self.rows) * 3 * size[0] * size[1] > most:
             return
         good = self.cache.usable(self.rows)
         images = self.cache.batch(self.rows[good])[0]
@@ -114,14 +117,15 @@ class Loader:
 
     def _load(self, chunk: np.ndarray) -> Batch:
         images, sizes = self.cache.batch(self.rows[chunk])
-        if self.device.type == "cuda":
-            images = images.pin_memory()
         uniform = bool((sizes == torch.tensor(images.shape[-2:], dtype=sizes.dtype)).all())
-        return Batch(
-            images.to(self.device, non_blocking=True),
-            None if uniform else sizes.to(self.device),
-            torch.from_numpy(chunk).to(self.device),
-        )
+        index = torch.from_numpy(chunk)
+        return Batch(self._sent(images), None if uniform else self._sent(sizes), self._sent(index))
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """On the device, without waiting for what runs there."""
+        if self.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
 
     def _read_ahead(self, chunks: Iterator[np.ndarray]) -> Iterator[Batch]:
         """One thread reads the next batches from the memory map while this one trains."""

@@ -15,6 +15,7 @@ from simsiam.config import UserError
 from simsiam.data.imageset import LABEL_COLUMNS, File, ImageSet, encode, fingerprint, one_line, split_by_name
 
 ENDINGS = (".parquet", ".pq")
+_HELD_BYTES = 1 << 28
 
 
 def open_parquet(name: str, files: list[File]) -> ImageSet:
@@ -59,7 +60,10 @@ def open_parquet(name: str, files: list[File]) -> ImageSet:
     labels, classes = encode(raw_labels, columns[3]) if raw_labels else (None, None)
     held_out = np.repeat(split_by_name([file.id for file in files]), [each.num_rows for each in metadata])
     read = _RowGroups([file.path for file in files], metadata, columns[0], starts)
-    return ImageSet(name, ids, read, labels, classes, fingerprint(files), np.flatnonzero(held_out))
+    size = sum(each.row_group(g).total_byte_size for each in metadata for g in range(each.num_row_groups))
+    return ImageSet(
+        name, ids, read, labels, classes, fingerprint(files), np.flatnonzero(held_out), in_order=size > _HELD_BYTES
+    )
 
 
 def _columns(schema: Any, file: File) -> tuple[str, str | None, bool, list[str] | None]:
@@ -94,7 +98,7 @@ def _columns(schema: Any, file: File) -> tuple[str, str | None, bool, list[str] 
 
 
 class _RowGroups:
-    """Row i of Parquet files. Threads share the row groups read last, because a build reads in order."""
+    """Row i of Parquet files. A row group is read as a whole; threads share those read last, up to `_HELD_BYTES`."""
 
     def __init__(self, paths: list[str], metadata: list[Any], column: str, starts: list[int]) -> None:
         self._paths, self._metadata, self._column, self._starts = paths, metadata, column, starts
@@ -107,9 +111,7 @@ class _RowGroups:
         with self._lock:
             column = self._held.pop(group, None)
             self._held[group] = column = self._load(group) if column is None else column
-            while len(self._held) > 2 and (
-                len(self._held) > 16 or sum(c.nbytes for c in self._held.values()) > 1 << 28
-            ):
+            while len(self._held) > 2 and sum(c.nbytes for c in self._held.values()) > _HELD_BYTES:
                 self._held.popitem(last=False)
         return column[i - self._starts[group]].as_py() or b""
 

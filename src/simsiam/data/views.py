@@ -117,7 +117,7 @@ def random_view(
         float32 [B,3,size,size] in channels_last, normalised by mean and std.
     """
     if sizes is None:
-        sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
+        sizes = _whole(images)
     box, flip, sigma = draw_geometry(sizes, settings, generator)
     if images.device.type == "cpu" and images.shape[2] * images.shape[3] > _SMALL:
         view = _cut(images, box, flip, settings.size)
@@ -139,9 +139,21 @@ def random_view(
     return view
 
 
+@functools.cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The values on the device, sent there once: on a GPU each sending waits for everything that runs. Not to be changed."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _whole(images: Tensor) -> Tensor:
+    """(height, width) of every image of a batch without padding, int64 [B,2]."""
+    return torch.stack([torch.full((len(images),), side, device=images.device) for side in images.shape[-2:]], 1)
+
+
 def solarize(view: Tensor, settings: ViewSettings) -> Tensor:
     """Pixel values from 128 of 255 on are inverted, in normalised values. [B,3,h,w] -> the same."""
-    mean, std = (torch.tensor(values, device=view.device)[:, None, None] for values in (settings.mean, settings.std))
+    mean, std = (_constant(values, view.device)[:, None, None] for values in (settings.mean, settings.std))
     # Half a level below 128: a torchvision image is rounded before the comparison.
     return torch.where(view >= (127.5 / 255 - mean) / std, (1 - 2 * mean) / std - view, view)
 
@@ -166,7 +178,7 @@ def plain_pixels(images: Tensor, size: int, share: float, sizes: Tensor | None =
     if sizes is None:
         if tuple(images.shape[-2:]) == (size, size) and share == 1:
             return images.float()
-        sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
+        sizes = _whole(images)
     resized = round(size / share) * sizes // sizes.amin(1, keepdim=True)
     if images.device.type == "cpu":
         return _central(images, sizes, resized, size)
@@ -179,8 +191,8 @@ def plain_pixels(images: Tensor, size: int, share: float, sizes: Tensor | None =
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """[B,3,h,w] with values 0..255 -> (x / 255 - mean) / std, float32 in channels_last."""
-    scale = 1 / (255 * torch.tensor(std, device=pixels.device))[:, None, None]
-    shift = (torch.tensor(mean, device=pixels.device) / torch.tensor(std, device=pixels.device))[:, None, None]
+    scale = 1 / (255 * _constant(std, pixels.device))[:, None, None]
+    shift = (_constant(mean, pixels.device) / _constant(std, pixels.device))[:, None, None]
     return torch.addcmul(-shift, pixels.float(), scale).contiguous(memory_format=torch.channels_last)
 
 
@@ -197,8 +209,8 @@ def draw_colour(batch: int, settings: ViewSettings, generator: torch.Generator) 
     """What happens to each sample's colours: factors of brightness, contrast and saturation and turns of hue (float32
     [B,4], [1,1,1,0] for the unchanged), the order of these four (int64 [B,4]), whether it is gray (bool [B])."""
     device = generator.device
-    strength = torch.tensor(settings.jitter, device=device)
-    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0], device=device)
+    strength = _constant(settings.jitter, device)
+    neutral = _constant((1.0, 1.0, 1.0, 0.0), device)
     low = torch.cat([(1 - strength[:3]).clamp(min=0), -strength[3:]])
     factor = low + (neutral + strength - low) * torch.rand(batch, 4, device=device, generator=generator)
     order = torch.rand(batch, 4, device=device, generator=generator).argsort(1)
@@ -372,7 +384,7 @@ def colour_matrix(mean: Tensor, settings: ViewSettings, generator: torch.Generat
     a random order per sample, as in torchvision's ColorJitter.
     """
     factor, order, gray = draw_colour(len(mean), settings, generator)
-    luma = torch.tensor(LUMA, device=mean.device)
+    luma = _constant(LUMA, mean.device)
     eye, to_gray = torch.eye(3, device=mean.device), luma.expand(3, 3)
     brightness, contrast, saturation = (factor[:, i, None, None] for i in range(3))
     steps = [
@@ -395,14 +407,14 @@ def colour_matrix(mean: Tensor, settings: ViewSettings, generator: torch.Generat
 
 def _hue_rotation(turns: Tensor) -> Tensor:
     """[B] turns -> [B,3,3] rotations of RGB about the gray axis; a third of a turn takes red to green, as in HSV."""
-    thirds = torch.tensor([0, 1 / 3, -1 / 3], device=turns.device)
-    weight = (1 + 2 * torch.cos(2 * math.pi * (turns[:, None] + thirds))) / 3
-    return weight[:, [[0, 1, 2], [2, 0, 1], [1, 2, 0]]]
+    thirds = _constant((0, 1 / 3, -1 / 3), turns.device)
+    a, b, c = ((1 + 2 * torch.cos(2 * math.pi * (turns[:, None] + thirds))) / 3).unbind(1)
+    return torch.stack([a, b, c, c, a, b, b, c, a], 1).view(-1, 3, 3)
 
 
 def _colour(view: Tensor, matrix: Tensor, offset: Tensor, settings: ViewSettings) -> Tensor:
     """Colour map, clamp to what a pixel can be and normalisation, in one pass over the pixels."""
-    mean, std = (torch.tensor(values, device=view.device) for values in (settings.mean, settings.std))
+    mean, std = (_constant(values, view.device) for values in (settings.mean, settings.std))
     matrix = matrix / (255 * std[:, None])
     offset = (offset - mean) / std
     low, high = (-mean / std)[:, None], ((1 - mean) / std)[:, None]

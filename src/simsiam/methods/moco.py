@@ -125,8 +125,8 @@ class Method(Siamese):
 
     def _grouped(self, network: nn.Module, x: Tensor) -> Tensor:
         most = self.settings.bn_groups
-        groups = min(max(min(most, 2), most // count()), len(x) // 2)  # BN needs two images
-        return torch.cat([network(part) for part in x.chunk(groups)])
+        groups = max(1, min(max(min(most, 2), most // count()), len(x) // 2))  # BN needs two images
+        return torch.cat([network(part) for part in x.tensor_split(groups)])
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor) -> None:

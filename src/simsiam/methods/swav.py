@@ -171,9 +171,8 @@ class Method(Siamese):
 
     def _use_queue(self, batch: int) -> bool:
         if self.settings.queue and not self._queue_ready:
-            ready = (self.epoch >= self.settings.queue_epoch) & (
-                self.steps * batch * ranks.count() > self.settings.queue
-            )
+            stored = (self.steps - 1) * batch * ranks.count()  # of the steps before this one
+            ready = (self.epoch >= self.settings.queue_epoch) & (stored >= self.settings.queue)
             self._queue_ready = bool(ready)
         return self._queue_ready
 

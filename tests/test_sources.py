@@ -220,7 +220,7 @@ def test_parquet_with_hugging_face_names(tmp_path: Path) -> None:
     assert images.ids == [f"{v}.png" for v in (5, 6, 7, 8, 9)]
 
 
-def test_parquet_folder_with_splits_read_from_many_threads(tmp_path: Path) -> None:
+def test_parquet_folder_with_splits_read_from_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More row groups than are held, several files, in every order: the image belongs to its label."""
     (tmp_path / "data").mkdir()
     value = iter(range(250))
@@ -230,7 +230,10 @@ def test_parquet_folder_with_splits_read_from_many_threads(tmp_path: Path) -> No
         pq.write_table(
             table(values, labels, ["image.png"] * count), tmp_path / f"data/{name}.parquet", row_group_size=7
         )
+    assert not open_images(tmp_path).in_order, "all of it is held"
+    monkeypatch.setattr("simsiam.data.parquet._HELD_BYTES", 2000)
     images = open_images(tmp_path)
+    assert images.in_order, "a row group is read anew for nearly every image"
     assert images.classes == ("class 0", "class 1", "class 2") and images.test.tolist() == list(range(40))
     assert images.labels is not None and images.labels.tolist() == [v % 3 for v in range(250)]
     assert len(set(images.ids)) == 250 and images.ids[40] == "data/train-00000-of-00002.parquet#0"

@@ -89,6 +89,7 @@ def test_neighbours_are_those_of_search(server: Server, stored: Path, photos: Pa
     for row in (3, 50):
         (wanted,) = search(stored, [ids[row]], k=5)
         found = server.json(f"near/{row}?k=5")
+        assert server.json(f"item/{row}").items() <= found.items()
         assert found["id"] == ids[row] and [each["score"] for each in found["neighbours"]] == pytest.approx(
             [each["score"] for each in wanted["neighbours"]], abs=1e-4
         )

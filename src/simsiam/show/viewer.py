@@ -273,6 +273,10 @@ def build_app(viewer: Viewer, hosts: tuple[str, ...] = ("localhost", "127.0.0.1"
     ) -> dict[str, Any]:
         return viewer.images(start, count, text, kind, cluster)
 
+    @app.get("/item/{row}")
+    def item(row: int) -> dict[str, Any]:
+        return viewer.item(known(row))
+
     @app.get("/near/{row}")
     def near(row: int, k: K = 24) -> dict[str, Any]:
         return viewer.near(known(row), k)

@@ -14,9 +14,9 @@ import pytest
 
 from simsiam.config import (
     UserError,
+    did_you_mean,
     fill,
     merge,
-    nearest,
     parse_duration,
     parse_override,
     read_recipe,
@@ -157,9 +157,9 @@ def test_no_unit_is_ever_full() -> None:
         assert "60" not in show_duration(tenths / 10).split()
 
 
-def test_nearest() -> None:
-    assert nearest("simsaim", ["byol", "simsiam"]) == " Did you mean 'simsiam'?"
-    assert nearest("zzz", ["b", "a"]) == " There is: a, b."
+def test_did_you_mean() -> None:
+    assert did_you_mean("simsaim", ["byol", "simsiam"]) == " Did you mean 'simsiam'?"
+    assert did_you_mean("zzz", ["b", "a"]) == " There is: a, b."
 
 
 def test_settings_and_run_folders_are_light_to_import() -> None:

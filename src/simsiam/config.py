@@ -24,7 +24,7 @@ class Interrupted(Exception):
     """A signal ended the run; its state is saved, and the message says how to go on."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for a mistyped name: ' Did you mean X?', or the list of what there is."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -87,7 +87,7 @@ def fill(cls: type[T], table: Table, where: str) -> T:
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in table:
         if key not in names:
-            raise UserError(f"Unknown setting {where}.{key}.{nearest(key, names)}")
+            raise UserError(f"Unknown setting {where}.{key}.{did_you_mean(key, names)}")
     try:
         return cls(**{key: _coerce(value, hints[key], f"{where}.{key}") for key, value in table.items()})
     except UserError:

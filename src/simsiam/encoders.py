@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simsiam.config import UserError, nearest
+from simsiam.config import UserError, did_you_mean
 
 _BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 _OURS = [f"{family}-{depth}" for family in ("thin", "cifar") for depth in _BLOCKS]
@@ -143,7 +143,7 @@ def _from_timm(spec: EncoderSpec) -> nn.Module:
     if not timm.is_model(name):
         listed = timm.list_models()
         known = [f"timm/{each}" for each in listed] if name != spec.name else [*names(), *listed]
-        hint = nearest(spec.name, known)
+        hint = did_you_mean(spec.name, known)
         hint = hint if len(hint) < 100 else " `simsiam list` names what there is."  # the list of all 1400 helps nobody
         raise UserError(f"Unknown encoder {spec.name!r}.{hint}")
     options: dict[str, Any] = {}

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simsiam.config import UserError, nearest
+from simsiam.config import UserError, did_you_mean
 from simsiam.data.decode import MAX_ASPECT
 from simsiam.data.views import normalise
 from simsiam.embed import Preprocessing, read_encoder
@@ -59,7 +59,7 @@ def export(
     Raises UserError where the encoder has no counterpart there, or a package is missing.
     """
     if to not in TARGETS:
-        raise UserError(f"Cannot export to {to!r}.{nearest(to, TARGETS)}")
+        raise UserError(f"Cannot export to {to!r}.{did_you_mean(to, TARGETS)}")
     if with_preprocessing and to != "onnx":
         raise UserError("--with-preprocessing is for --to onnx: the other files hold weights and compute nothing.")
     run = Path(run)

@@ -17,6 +17,7 @@ from simsiam.config import UserError
 from simsiam.data.decode import DecodeError, decode, in_order
 from simsiam.data.sources import ImageSet, open_images
 from simsiam.data.views import random_view
+from simsiam.embed import padded
 from simsiam.methods import param_groups
 from simsiam.recipe import Recipe, default_epochs, gather, look_at, resolve
 from simsiam.train import build_method, optimizer
@@ -53,7 +54,7 @@ def plan(
     facts = look_at(images, where.type)
     wanted, _ = resolve(asked, facts, size)
     pixels, decode_rate = _decode(images, wanted.short_side, workers, seconds / 3)
-    batch, sizes = _batch(pixels, wanted.train.batch_size)
+    batch, sizes = padded(list(itertools.islice(itertools.cycle(pixels), wanted.train.batch_size)))
     batch, sizes = batch.to(where), sizes.to(where)
     available = _available(where)  # now: later torch itself holds what a step took
     while True:
@@ -136,16 +137,6 @@ def _decode(images: ImageSet, short_side: int, workers: int | None, seconds: flo
     if not found:
         raise UserError(f"None of {count} images of {images.name} can be decoded. `simsiam check` lists the reasons.")
     return found, count / taken
-
-
-def _batch(pixels: list[np.ndarray], size: int) -> tuple[Tensor, Tensor]:
-    """uint8 [B,3,H,W], padded, and int32 [B,2] (height, width), of the decoded images in turn."""
-    chosen = list(itertools.islice(itertools.cycle(pixels), size))
-    sizes = np.array([image.shape[:2] for image in chosen], dtype=np.int32)
-    batch = np.zeros((size, 3, *sizes.max(0)), dtype=np.uint8)
-    for row, image in zip(batch, chosen, strict=True):
-        row[:, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
-    return torch.from_numpy(batch), torch.from_numpy(sizes)
 
 
 def _measure(

@@ -17,9 +17,9 @@ from simsiam.compute import Precision
 from simsiam.config import (
     Table,
     UserError,
+    did_you_mean,
     fill,
     merge,
-    nearest,
     parse_duration,
     parse_override,
     read_recipe,
@@ -142,7 +142,7 @@ def read(table: Table) -> Recipe:
     """A complete table, as `Recipe.table` gives it, -> Recipe. Raises UserError for an unknown name or a wrong value."""
     for key in table:
         if key not in ("data", "seed", *_TABLES):
-            raise UserError(f"Unknown setting {key}.{nearest(key, ['data', 'seed', *_TABLES])}")
+            raise UserError(f"Unknown setting {key}.{did_you_mean(key, ['data', 'seed', *_TABLES])}")
     seed = table.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UserError(f"seed is {seed!r}: it must be a whole number from 0 on.")
@@ -235,7 +235,7 @@ def qualify(override: Table) -> Table:
     known = [f"{table}.{field.name}" for table, owner in owners.items() for field in dataclasses.fields(owner)]
     if homes:
         raise UserError(f"{key} could be {' or '.join(f'{home}.{key}' for home in homes)}: write which.")
-    raise UserError(f"Unknown setting {key}.{nearest(key, [*known, *(name.split('.')[1] for name in known)])}")
+    raise UserError(f"Unknown setting {key}.{did_you_mean(key, [*known, *(name.split('.')[1] for name in known)])}")
 
 
 @dataclass(frozen=True)

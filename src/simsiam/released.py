@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from simsiam import methods
 from simsiam.compute import describe
-from simsiam.config import Table, UserError, merge, nearest, write_recipe
+from simsiam.config import Table, UserError, did_you_mean, merge, write_recipe
 from simsiam.embed import save_encoder
 from simsiam.encoders import build
 from simsiam.recipe import Recipe, gather, read
@@ -136,7 +136,9 @@ def _recipe(
     if not isinstance(arch, str):
         raise UserError(f"{path} does not name its encoder: add one, like --encoder resnet50.")
     if arch not in known:
-        raise UserError(f"{path} has the encoder {arch!r}; the released code trains ResNets.{nearest(arch, known)}")
+        raise UserError(
+            f"{path} has the encoder {arch!r}; the released code trains ResNets.{did_you_mean(arch, known)}"
+        )
     told: Table = {"encoder": {"name": arch, "size": _SIZE}}
     if heads:
         for name in ("encoder.fc.6.weight", "predictor.0.weight"):

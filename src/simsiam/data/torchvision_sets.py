@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simsiam.config import UserError, nearest
+from simsiam.config import UserError, did_you_mean
 from simsiam.data.imageset import ImageSet, encode, one_line
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def open_torchvision(text: str) -> ImageSet:
     }
     if name not in known:
         by_case = next((key for key in known if key.lower() == name.lower()), None)
-        hint = f" Did you mean {by_case!r}?" if by_case else nearest(name, known)
+        hint = f" Did you mean {by_case!r}?" if by_case else did_you_mean(name, known)
         hint = hint if len(hint) < 60 else " Check the path."  # the list of all 60 helps nobody
         raise UserError(f"There is no {text}: no file or folder, and no torchvision data set of that name.{hint}")
     root = os.path.expanduser(root or os.environ.get("SIMSIAM_DATA") or "data")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simsiam.config import UserError, nearest
+from simsiam.config import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def names() -> list[str]:
 def get(name: str) -> ModuleType:
     """The evaluation's module. Raises UserError for an unknown name."""
     if name not in names():
-        raise UserError(f"Unknown evaluation {name!r}.{nearest(name, names())}")
+        raise UserError(f"Unknown evaluation {name!r}.{did_you_mean(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
 
 
@@ -97,7 +97,9 @@ def _side_by_side(
     known = inspect.signature(module.score).parameters.keys() - {"features", "seed"}
     for key in settings:
         if key not in known:
-            raise UserError(f"Unknown setting {key!r} of {module.__name__.rpartition('.')[2]}.{nearest(key, known)}")
+            raise UserError(
+                f"Unknown setting {key!r} of {module.__name__.rpartition('.')[2]}.{did_you_mean(key, known)}"
+            )
     scores: dict[str, dict[str, Any]] = {}
     for kind, given in by_kind.items():
         features = given.labelled() if module.NEEDS_LABELS else given

@@ -34,7 +34,7 @@ from typing import Any
 
 from torch import nn
 
-from simsiam.config import UserError, nearest
+from simsiam.config import UserError, did_you_mean
 
 
 def names() -> list[str]:
@@ -44,7 +44,7 @@ def names() -> list[str]:
 def get(name: str) -> ModuleType:
     """The method's module. Raises UserError for an unknown name."""
     if name not in names():
-        raise UserError(f"Unknown method {name!r}.{nearest(name, names())}")
+        raise UserError(f"Unknown method {name!r}.{did_you_mean(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simsiam.config import Table, UserError, nearest, read_recipe
+from simsiam.config import Table, UserError, did_you_mean, read_recipe
 
 
 def names() -> list[str]:
@@ -17,5 +17,5 @@ def get(name: str) -> Table:
         return read_recipe(Path(__file__).with_name(f"{name}.toml"))
     path = Path(name)
     if not path.exists() and path.suffix != ".toml":
-        raise UserError(f"There is no recipe {name!r}.{nearest(name, names())} Or give the path of a TOML file.")
+        raise UserError(f"There is no recipe {name!r}.{did_you_mean(name, names())} Or give the path of a TOML file.")
     return read_recipe(path)

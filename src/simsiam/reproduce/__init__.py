@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from simsiam import methods
 from simsiam.assess import evaluate_run
-from simsiam.config import Table, UserError, merge, nearest, read_recipe
+from simsiam.config import Table, UserError, did_you_mean, merge, read_recipe
 from simsiam.console import Listener
 from simsiam.runs import EVALUATION, RECIPE, SUMMARY, read_json, read_metrics, write_json, write_text
 from simsiam.train import train
@@ -68,7 +68,7 @@ def names() -> list[str]:
 def get(name: str, scale: Scale = "thin") -> Experiment:
     """An experiment as it is run at a scale. Raises UserError for an unknown name."""
     if name not in names():
-        raise UserError(f"Unknown experiment {name!r}.{nearest(name, names())}")
+        raise UserError(f"Unknown experiment {name!r}.{did_you_mean(name, names())}")
     table = read_recipe(Path(__file__).with_name(f"{name}.toml"))
     shared = merge(table.get("settings", {}), table.get("thin", {}) if scale == "thin" else {})
     variants = []

@@ -38,7 +38,7 @@ from torchvision import transforms as T
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from simsiam.compute import cpu_quota
+from simsiam.compute import computes_bf16, cpu_quota
 from simsiam.data.decode import decode
 from simsiam.data.demo import photograph_files
 from simsiam.data.sources import open_images
@@ -73,7 +73,7 @@ class Knobs:
     threads: int
     """Of torch in the training process."""
     best: bool
-    """bf16 autocast, channels_last, pinned memory and workers that live on; else as the peer's own script has it."""
+    """bf16 autocast where the processor has it, channels_last, pinned memory and workers that live on; else as the peer's own script has it."""
 
 
 class Clock:
@@ -263,7 +263,7 @@ def lightly(task: Task, knobs: Knobs, clock: Clock) -> None:
         total = 0.0
         for _, (x0, x1), _ in loader:
             x0, x1 = (_send(x, task, knobs.best, wait=not knobs.best) for x in (x0, x1))
-            with torch.autocast(task.device.type, torch.bfloat16, enabled=knobs.best):
+            with torch.autocast(task.device.type, torch.bfloat16, enabled=knobs.best and has_bf16(task)):
                 (z0, p0), (z1, p1) = forward(x0), forward(x1)
                 loss = 0.5 * (criterion(z0, p1) + criterion(z1, p0))
             total += loss.detach()
@@ -309,7 +309,7 @@ def released(task: Task, knobs: Knobs, clock: Clock) -> None:
     while True:
         for _, (x1, x2), _ in loader:
             x1, x2 = (_send(x, task, knobs.best, wait=False) for x in (x1, x2))
-            with torch.autocast(task.device.type, torch.bfloat16, enabled=knobs.best):
+            with torch.autocast(task.device.type, torch.bfloat16, enabled=knobs.best and has_bf16(task)):
                 z1, z2 = encoder(x1), encoder(x2)
                 p1, p2 = predictor(z1), predictor(z2)
                 loss = -(criterion(p1, z2.detach()).mean() + criterion(p2, z1.detach()).mean()) * 0.5
@@ -375,7 +375,8 @@ def solo_learn(task: Task, knobs: Knobs, clock: Clock) -> None:
         accelerator="gpu" if task.device.type == "cuda" else "cpu",
         devices=1,
         max_epochs=1000,
-        precision="bf16-mixed" if knobs.best else "16-mixed",  # on a CPU, lightning takes bf16 for fp16
+        # On a CPU, lightning takes bf16 for fp16, also where that has to be emulated.
+        precision="32-true" if not has_bf16(task) else "bf16-mixed" if knobs.best else "16-mixed",
         callbacks=[Stop()],
         logger=False,
         enable_checkpointing=False,
@@ -383,6 +384,11 @@ def solo_learn(task: Task, knobs: Knobs, clock: Clock) -> None:
         enable_model_summary=False,
     )
     trainer.fit(Method().to(memory_format=torch.channels_last), _loader(task, knobs, Two(view), pinned=True))
+
+
+def has_bf16(task: Task) -> bool:
+    """False where the processor emulates it, ten times slower than float32."""
+    return task.device.type != "cpu" or computes_bf16()
 
 
 # --- at defaults and at best ----------------------------------------------------------------------------------------

@@ -45,6 +45,10 @@ def test_other_data_some_evaluations_and_no_labels(run: Path, photos: Path, tmp_
     assert result["collapse"]["std"] > 0 and result["collapse"]["verdict"]
     assert list(evaluate_run(run, photos, names=["knn"])) == ["run", "data", "knn"]
     assert before is None or (run / "evaluation.json").read_text() == before, "only its own data speak about a run"
+    evaluate_run(run)
+    again = evaluate_run(run, names=["knn"], k=1)
+    kept = json.loads((run / "evaluation.json").read_text())
+    assert kept["knn"] == again["knn"] and set(evaluate.names()) <= kept.keys(), "what was not asked for stays"
     with pytest.raises(UserError, match="knn"):
         evaluate_run(run, names=["kNN"])
     with pytest.raises(UserError, match="no trained encoder"):

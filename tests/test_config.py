@@ -59,6 +59,8 @@ def test_values_arrive_with_their_own_types() -> None:
         ({"xyz": 3}, r"Unknown setting train\.xyz\. There is: fast, kind, name, rate, scale, steps, width\."),
         ({"rate": "high"}, r"train\.rate is 'high'.* float"),
         ({"rate": True}, r"train\.rate is True.* float"),
+        ({"rate": float("nan")}, r"train\.rate is nan.* finite"),
+        ({"rate": float("inf")}, r"train\.rate is inf.* finite"),
         ({"steps": 2.5}, r"train\.steps is 2\.5.* int"),
         ({"steps": True}, r"train\.steps is True.* int"),
         ({"fast": 1}, r"train\.fast is 1.* bool"),

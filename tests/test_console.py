@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from simsiam.console import Console
@@ -18,3 +21,19 @@ def test_brackets_in_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[s
         console.say(name)
     shown = capsys.readouterr().err
     assert all(shown.count(name) >= 5 for name in NAMES) and "Title [x]" in shown
+
+
+def test_a_reader_that_leaves_does_not_end_the_run() -> None:
+    """`simsiam train 2>&1 | head -1`."""
+    code = (
+        "import os, sys\n"
+        "from simsiam.console import Console\n"
+        "console = Console()\n"
+        "read, write = os.pipe()\n"
+        "os.dup2(write, 2); os.close(write); os.close(read)\n"
+        "for _ in range(3):\n"
+        "    console.say('x' * 100); console.monitor({'step': 1, 'verdict': 'healthy'})\n"
+        "print('went on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.stdout == "went on\n"

@@ -109,11 +109,26 @@ def test_embed_takes_what_people_have(run: Path, photos: Path) -> None:
         ("one.jpg", "list"),
         ([np.zeros((8, 8, 3))], "float64"),
         ([np.zeros((8, 8, 5), np.uint8)], r"\[8, 8, 5\]"),
+        ([np.zeros((0, 0, 3), np.uint8)], r"\[0, 0, 3\]"),
+        (np.zeros((8, 8, 3), np.uint8), "list"),  # not eight grey images of one line
+        (np.zeros((8, 8), np.uint8), "list"),
     ],
 )
 def test_embed_says_what_it_cannot_take(run: Path, images: object, says: str) -> None:
     with pytest.raises(UserError, match=says):
         simsiam.load(run).embed(images)
+
+
+def test_embed_looks_before_it_works(run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("images were decoded")
+
+    monkeypatch.setattr("simsiam.data.cache.build_cache", never)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"Cannot write to .*file/x.*-o"):
+        embed_to(run, photos, tmp_path / "file" / "x")
+    with pytest.raises(UserError, match=r"holds no trained encoder\. Name a folder that `simsiam train` wrote"):
+        simsiam.load(photos)
 
 
 def test_it_is_a_scikit_learn_transformer(run: Path, photos: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -11,6 +12,7 @@ import tarfile
 import threading
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +132,39 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "real/linked").symlink_to(write(tmp_path / "elsewhere", "3.png"))
     (tmp_path / "real/gone.png").symlink_to(tmp_path / "nowhere.png")
     assert open_images(tmp_path / "real").ids == ["1.png", "linked/3.png", "sub/2.png"]
+
+
+def test_links_never_put_an_image_in_twice(tmp_path: Path) -> None:
+    write(tmp_path / "all", "0.png", "real/1.png", "real/b/2.png")
+    (tmp_path / "all/real/a").symlink_to(tmp_path / "all/real/b")
+    (tmp_path / "all/real/c").symlink_to(tmp_path / "all")
+    assert open_images(tmp_path / "all/real").ids == ["1.png", "b/2.png"], "nor what lies above the folder"
+
+
+def test_what_cannot_be_read_is_named_and_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, "1.png", "closed/2.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    scan = os.scandir
+
+    def scandir(folder: str) -> Iterator[os.DirEntry[str]]:  # root may read what it likes
+        if folder.endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.warns(UserWarning, match=r"cannot read .*closed \(Permission denied\)"):
+        assert open_images(tmp_path).ids == ["1.png"]
+    with pytest.raises(UserError, match=r"Cannot read .*closed: Permission denied"):
+        open_images(tmp_path / "closed")
+
+
+def test_a_run_and_an_empty_name_are_no_images(tmp_path: Path) -> None:
+    for name in ("config.toml", "metrics.jsonl"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"is a run, not images.*--init"):
+        open_images(tmp_path)
+    with pytest.raises(UserError, match="empty"):
+        open_images("")
 
 
 def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:

@@ -127,8 +127,9 @@ class Stop(Listener):
             signal.raise_signal(self.number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("schedule", ["step", "epoch"])
+@pytest.mark.parametrize(
+    ("number", "schedule"), [(signal.SIGINT, "step"), (signal.SIGTERM, "epoch"), (signal.SIGHUP, "step")]
+)
 def test_a_signal_saves_and_resume_gives_the_same_weights(
     photos: Path, tmp_path: Path, number: signal.Signals, schedule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,8 @@ def evaluate_run(
     workers: int | None = None,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a run and, on its own data, writes `evaluation.json` into its folder.
+    """Evaluates a run and, on its own data, writes `evaluation.json` into its folder; what it holds of other evaluations
+    stays.
 
     Args:
         data: labelled images; None for those that the run was trained on. Without a test split of its own, the part that
@@ -122,7 +123,8 @@ def evaluate_run(
     if sgd:
         result["linear_sgd"] = _sgd(encoder, prepare, cache, kinds["trained"], train, compute, seed, listener)
     if data is None:
-        write_json(run / EVALUATION, result)
+        before_this = read_json(run / EVALUATION) if (run / EVALUATION).exists() else {}
+        write_json(run / EVALUATION, {**before_this, **result})
     return result
 
 

@@ -34,6 +34,7 @@ Run = Annotated[Path, typer.Argument(help="A run folder, as `simsiam train` writ
 Embedded = Annotated[
     Path, typer.Argument(metavar="DIR", help="A folder that `simsiam embed` wrote.", show_default=False)
 ]
+_MOST_SEED = (1 << 32) - 1
 _DATA = (
     "A folder of images (any depth, any mix), a Parquet file or folder, a tar, a zip, a shard pattern like "
     "'shard-{000..009}.tar', or a torchvision data set's name."
@@ -90,7 +91,7 @@ def train(
     on_collapse: Annotated[OnCollapse | None, typer.Option(help="What the guard does. Default: stop.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Default: the faster one, measured.")] = None,
     device: Device = "auto",
-    seed: Annotated[int | None, typer.Option(min=0, help="Same seed, same weights.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=_MOST_SEED, help="Same seed, same weights.")] = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -99,10 +100,7 @@ def train(
     On several GPUs: torchrun --nproc-per-node 4 -m simsiam train DATA ...
     """
     console = _console()
-    texts = list(overrides or [])
-    if data is not None and "=" in data and not os.path.exists(data):
-        texts.insert(0, data)
-        data = None
+    data, texts = _data_and_overrides(data, overrides)
     from simsiam.train import train as run_training
 
     summary = run_training(
@@ -154,7 +152,7 @@ def evaluate(
         typer.Option(min=1, help="Neighbours of kNN; default: 200, or 20 where classes have fewer than 1,000 images."),
     ] = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of splits and draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_MOST_SEED, help="Of splits and draws.")] = 0,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -254,7 +252,7 @@ def clusters(
     count: Annotated[
         int | None, typer.Option("--count", "-n", min=2, help="Clusters; default: 20, a tenth of the images at most.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of k-means.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_MOST_SEED, help="Of k-means.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -418,12 +416,13 @@ def plan(
 ) -> None:
     """Probe for half a minute: images/s, time to finish, memory, the bottleneck and what would fit."""
     console = _console()
+    data, texts = _data_and_overrides(data, overrides)
     from simsiam.plan import plan as probe
 
     found = probe(
         data,
         recipe=recipe,
-        overrides=overrides or [],
+        overrides=texts,
         size=size,
         device=device,
         workers=workers,
@@ -505,6 +504,14 @@ def _console() -> Console:
     console = Console()
     console.show_warnings()
     return console
+
+
+def _data_and_overrides(data: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+    """Without DATA the first setting stands in its place."""
+    texts = list(overrides or [])
+    if data is not None and "=" in data and not os.path.exists(data):
+        return None, [data, *texts]
+    return data, texts
 
 
 def _last_line(text: str) -> None:

@@ -56,8 +56,17 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        if len(reason) > 100:  # a list of every kind that torch knows
+            reason = "torch knows no such device"
         raise UserError(f"Device {name!r} cannot be used ({reason}). Try --device cpu.") from None
     return device
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch or numpy say that memory has run out; on a CPU torch has no exception of its own for that."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def cpu_quota() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import tomllib
 import types
@@ -26,7 +27,7 @@ class Interrupted(Exception):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for a mistyped name: ' Did you mean X?', or the list of what there is."""
-    known = sorted(known)
+    known = sorted(set(known))
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else f" There is: {', '.join(known)}."
 
@@ -118,6 +119,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return int(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is not bool and isinstance(value, bool))):
         raise UserError(f"{name} is {value!r}: it must be of type {hint.__name__}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}: it must be a finite number.")
     return value
 
 

@@ -39,8 +39,13 @@ class Console(Listener):
     """Progress bars and lines through rich; plain lines where stderr is no terminal."""
 
     def __init__(self) -> None:
-        from rich.console import Console as Screen
+        from rich.console import Console as Rich
         from rich.progress import Progress
+
+        class Screen(Rich):
+            def on_broken_pipe(self) -> None:
+                """Nobody reads any more (`| head`, a closed pager): the run goes on in silence. rich would end it."""
+                self.quiet = True
 
         self.screen = Screen(stderr=True, highlight=False)
         self._bar: Progress | None = None

@@ -21,7 +21,7 @@ from simsiam.config import UserError, fill
 from simsiam.data.decode import DecodeError, decode
 from simsiam.data.views import plain_view
 from simsiam.encoders import Encoder, EncoderSpec, build, to_table
-from simsiam.runs import ENCODER, read_json, read_tensors, write_json, write_tensors
+from simsiam.runs import ENCODER, RECIPE, read_json, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
     from simsiam.data.cache import Cache
@@ -143,7 +143,8 @@ def read_encoder(run: Path) -> tuple[Encoder, Preprocessing, dict[str, Any]]:
     """
     description, weights = run / f"{ENCODER}.json", run / f"{ENCODER}.safetensors"
     if not description.exists():
-        resume = f" Its training has not finished: `simsiam train --resume -o {run}`." if run.is_dir() else ""
+        begun = (run / RECIPE).exists()
+        resume = f" Its training has not finished: `simsiam train --resume -o {run}`." if begun else ""
         raise UserError(f"{run} holds no trained encoder.{resume or ' Name a folder that `simsiam train` wrote.'}")
     meta = read_json(description)
     spec = fill(EncoderSpec, meta["encoder"], "encoder")
@@ -214,8 +215,10 @@ class ImageEncoder(BaseEstimator, TransformerMixin):
             UserError where an image cannot be read: it says which.
         """
         self.open()
-        if isinstance(images, str | os.PathLike | Image.Image):
+        if isinstance(images, str | os.PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
             raise UserError("embed() takes a list of images: put the one image into a list, [image].")
+        if not hasattr(images, "__len__"):
+            images = list(images)
         rows = [
             self._embed([_pixels(image, self.preprocessing_.short_side) for image in images[start : start + _BATCH]])
             for start in range(0, len(images), _BATCH)
@@ -250,7 +253,8 @@ def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
             raise UserError(f"Cannot read the image {os.fspath(image)}: {error}.") from None
     if not isinstance(image, Image.Image):
         array = np.asarray(image)
-        if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        coloured = array.ndim == 3 and array.shape[2] in (1, 3, 4)
+        if array.dtype != np.uint8 or not array.size or not (coloured or array.ndim == 2):
             raise UserError(
                 f"An image is a path, a PIL image or a uint8 array [H,W,3]; this is {array.dtype} {list(array.shape)}."
             )

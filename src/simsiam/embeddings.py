@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from simsiam.config import UserError, fill
 from simsiam.data.sources import open_images
 from simsiam.embed import ImageEncoder, Preprocessing, Progress, embed_rows
-from simsiam.runs import atomic, read_json, write_json
+from simsiam.runs import atomic, make_writable, read_json, write_json
 
 if TYPE_CHECKING:
     from simsiam.data.cache import Cache
@@ -44,6 +44,7 @@ def embed_to(
     encoder = ImageEncoder(os.fspath(run), device).open()
     out = Path(out)
     known = _known(out, encoder.meta_["sha256"])
+    make_writable(out)  # or say so now, not after hours of embedding
     cache = build_cache(open_images(data), encoder.preprocessing_.short_side, workers=workers, progress=decoding)
     rows = cache.decoded(np.arange(len(cache)))
     digests = [_digest(cache, row) for row in rows]

@@ -94,8 +94,6 @@ def _ours(spec: EncoderSpec) -> tuple[nn.Module, int]:
 
 
 def _foreign(spec: EncoderSpec) -> tuple[nn.Module, int]:
-    if spec.width is not None or spec.stem is not None:
-        raise UserError(f"encoder.width and encoder.stem are for {', '.join(_OURS)}; {spec.name} has no such settings.")
     try:
         model = _from_torchvision(spec) if spec.name in _torchvision_names() else _from_timm(spec)
         # In eval mode: the running statistics of BN stay as they are.
@@ -106,6 +104,8 @@ def _foreign(spec: EncoderSpec) -> tuple[nn.Module, int]:
     except (RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{spec.name} cannot take {spec.size}-pixel views ({reason}). Choose another --size.") from None
+    if spec.width is not None or spec.stem is not None:
+        raise UserError(f"encoder.width and encoder.stem are for {', '.join(_OURS)}; {spec.name} has no such settings.")
     if not isinstance(features, Tensor) or features.ndim != 2:
         raise UserError(f"{spec.name} is no encoder of images: it does not give one vector for each.")
     return model.train(), features.shape[1]

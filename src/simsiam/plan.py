@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsiam.compute import Compute, generator, pick_device, probe_precision, set_threads
+from simsiam.compute import Compute, generator, out_of_memory, pick_device, probe_precision, set_threads
 from simsiam.config import UserError
 from simsiam.data.decode import DecodeError, decode, in_order
 from simsiam.data.sources import ImageSet, open_images
@@ -61,7 +61,9 @@ def plan(
         try:
             precision, views_seconds, step_seconds, memory = _measure(wanted, batch, sizes, where, seconds / 6)
             break
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
             if len(batch) < 4:
                 raise UserError("Not even two images fit into memory: choose a smaller --size or --encoder.") from None
         torch.cuda.empty_cache()

@@ -144,8 +144,8 @@ def read(table: Table) -> Recipe:
         if key not in ("data", "seed", *_TABLES):
             raise UserError(f"Unknown setting {key}.{did_you_mean(key, ['data', 'seed', *_TABLES])}")
     seed = table.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise UserError(f"seed is {seed!r}: it must be a whole number from 0 on.")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 32:
+        raise UserError(f"seed is {seed!r}: it must be a whole number from 0 to {(1 << 32) - 1}.")
     method = {**table["method"]}
     name = method.pop("name")
     module = methods.get(name)
@@ -181,6 +181,8 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
     table: Table = {}
     if init is not None:
         init = asked["train"]["init"] = os.path.abspath(os.path.expanduser(init))
+    if init is not None and not (Path(init) / RECIPE).exists():
+        raise UserError(f"{init} is no run to start from: it has no {RECIPE}.")
     if init is not None and recipe is None:
         table = read_recipe(Path(init) / RECIPE)
         family = str(table["encoder"]["name"]).partition("-")[0]

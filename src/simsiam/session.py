@@ -256,7 +256,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[str]]:
-    """SIGINT and SIGTERM put their name into the list; a second one is not waited for. Only the main thread may ask."""
+    """SIGINT, SIGTERM and SIGHUP put their name into the list; a second one is not waited for. Only the main thread may
+    ask."""
     stopped: list[str] = []
     if threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -269,7 +270,11 @@ def signals() -> Iterator[list[str]]:
             raise KeyboardInterrupt
         stopped.append(signal.Signals(number).name)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    # SIGHUP: the terminal was closed. Windows has none; nohup ignores it, and that stays.
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
         yield stopped
     finally:

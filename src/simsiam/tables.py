@@ -54,6 +54,7 @@ def plan(console: Console, found: dict[str, Any]) -> None:
         return "unknown" if count is None else f"{count / 1e9:,.1f} GB" if count > 1e9 else f"{count / 1e6:,.0f} MB"
 
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found["shares"].items())
+    none = "none: choose a smaller encoder or size" if found["images"] >= 64 else "all: there are few images"
     fits = ", ".join(f"{size} ({memory(count)})" for size, count in found["fits"].items())
     lengths = ", ".join(f"{text}: {epochs:,g}" for text, epochs in found["epochs_in"].items())
     rows = [
@@ -74,7 +75,7 @@ def plan(console: Console, found: dict[str, Any]) -> None:
         ["bottleneck", f"{found['bottleneck']} ({shares})"],
         ["epochs that fit into", lengths],
         ["memory", f"about {memory(found['memory_bytes'])} of {memory(found['memory_available'])}"],
-        ["batches that fit", fits or "none: choose a smaller encoder or size"],
+        ["batches that fit", fits or none],
     ]
     console.results(f"{found['images']:,} images", ["", ""], rows)
 

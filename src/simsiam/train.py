@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simsiam import evaluate, methods, ranks
 from simsiam.assess import Rows, keep_samples, side_by_side
-from simsiam.compute import Compute, Pace, describe, generator, pick_device, seed_of, set_threads
+from simsiam.compute import Compute, Pace, describe, generator, out_of_memory, pick_device, seed_of, set_threads
 from simsiam.config import Interrupted, Table, UserError, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache, open_cache
@@ -74,9 +74,11 @@ def train(
         with ranks.joined(pick_device(device)) as where, torch.random.fork_rng([where] if where.type == "cuda" else []):
             listener = (listener if ranks.main() else None) or Listener()
             return _train(data, out, recipe, overrides, size, resume, where, workers, listener, settings)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise UserError(
-            "The memory of the device is too small for such batches: choose a smaller --batch-size, --size or --encoder; "
+            "The memory is too small for such batches: choose a smaller --batch-size, --size or --encoder; "
             "`simsiam plan` says what fits."
         ) from None
     finally:

@@ -34,6 +34,10 @@ def open_images(data: str | Path | None = None) -> ImageSet:
     """
     text = "demo" if data is None else os.path.expanduser(os.fspath(data))
     path = Path(text)
+    if not text.strip():
+        raise UserError("The name of the data is empty. Name a folder that holds images.")
+    if (path / "config.toml").is_file() and (path / "metrics.jsonl").is_file():
+        raise UserError(f"{data} is a run, not images. To start from its weights: simsiam train DATA --init {data}.")
     if path.is_dir():
         return _from_files(path.resolve().name, _walk(path), str(data))
     if path.is_file():
@@ -57,28 +61,56 @@ def _file(id: str, path: str | Path) -> File:
 
 
 def _walk(root: Path) -> list[File]:
-    """All files below `root`, sorted by id; hidden ones and __MACOSX left out, links followed, but not in circles."""
-    files: list[File] = []
+    """All files below `root`, sorted by id; hidden ones and __MACOSX left out, links followed, but not to a folder that
+    is there already or holds `root`: its images would be in the set twice, in training and held out.
 
-    def enter(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> None:
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:
+    Warns of what cannot be read; raises UserError where that is `root` itself.
+    """
+    files: list[File] = []
+    unread: list[str] = []
+    seen = {_identity(folder) for folder in root.resolve().parents}
+
+    def enter(folder: str, prefix: str) -> None:
+        here = _identity(folder)
+        if here in seen:
             return
+        seen.add(here)
+        links = []
         with os.scandir(folder) as entries:
             for entry in entries:
                 if junk(entry.name):
                     continue
-                if entry.is_dir():
-                    enter(entry.path, f"{prefix}{entry.name}/", (*above, here))
-                elif entry.is_file():  # false for a dangling link
-                    files.append(_file(prefix + entry.name, entry.path))
+                try:
+                    if entry.is_dir() and entry.is_symlink():
+                        links.append(entry)
+                    elif entry.is_dir():
+                        enter(entry.path, f"{prefix}{entry.name}/")
+                    elif entry.is_file():  # false for a dangling link
+                        files.append(_file(prefix + entry.name, entry.path))
+                except OSError as error:
+                    unread.append(f"{prefix}{entry.name} ({error.strerror})")
+        pending.extend((entry.path, f"{prefix}{entry.name}/") for entry in links)
 
+    pending: list[tuple[str, str]] = []
     try:
-        enter(os.fspath(root), "", ())
+        enter(os.fspath(root), "")
     except OSError as error:
         raise UserError(f"Cannot read {error.filename}: {error.strerror}.") from None
+    while pending:  # links last, so that a folder goes by its own name where it has one here
+        path, prefix = pending.pop()
+        try:
+            enter(path, prefix)
+        except OSError as error:
+            unread.append(f"{prefix[:-1]} ({error.strerror})")
+    if unread:
+        more = f" and {len(unread) - 3:,} more" if len(unread) > 3 else ""
+        warnings.warn(f"{root}: cannot read {', '.join(unread[:3])}{more}: left out.", stacklevel=3)
     return sorted(files, key=lambda file: file.id)
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _matching(pattern: str) -> tuple[str, list[File]]:

@@ -1,6 +1,7 @@
 """Embeddings in, a dict of numbers out: one evaluation per file; the file name is the registry.
 
-A module has a docstring, `NEEDS_LABELS`, and
+A module has a docstring, `NEEDS_LABELS`, `BY_KIND` where `score` gives more figures than its "value" (the names of those
+that belong to the features and not to the settings), and
 
     score(features, *, seed=0, **settings) -> dict     "value", the figure to compare, and the settings that it used
 
@@ -84,7 +85,7 @@ def compare(
 ) -> dict[str, dict[str, Any] | None]:
     """Every named evaluation on every kind of features ("trained", "untrained", "pixels") of the same images.
 
-    Returns, ready for JSON, {name: {kind: value, ..., setting: value, ...}}; what differs between the kinds is itself
+    Returns, ready for JSON, {name: {kind: value, ..., setting: value, ...}}; what a module names in `BY_KIND` is itself
     a table by kind. None for an evaluation that needs labels where there are not enough of them.
     Raises UserError for an unknown evaluation or setting, and for features that are not finite.
     """
@@ -107,11 +108,13 @@ def _side_by_side(
             return None
         scores[kind] = module.score(features, seed=seed, **settings)
     table: dict[str, Any] = {kind: score["value"] for kind, score in scores.items()}
+    by_kind_too = getattr(module, "BY_KIND", ())
     first = next(iter(scores.values()))
     for key in first:
-        if key != "value":
-            same = all(score[key] == first[key] for score in scores.values())
-            table[key] = first[key] if same else {kind: score[key] for kind, score in scores.items()}
+        if key in by_kind_too:
+            table[key] = {kind: score[key] for kind, score in scores.items()}
+        elif key != "value":
+            table[key] = first[key]
     return table
 
 

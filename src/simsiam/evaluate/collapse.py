@@ -15,6 +15,7 @@ from simsiam.compute import generator
 from simsiam.evaluate import Features, draw
 
 NEEDS_LABELS = False
+BY_KIND = ("std", "effective_rank", "verdict", "dim")
 
 
 def score(features: Features, *, seed: int = 0, rows: int = 2000) -> dict[str, Any]:

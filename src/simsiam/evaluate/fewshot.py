@@ -16,6 +16,7 @@ from simsiam.evaluate import Features, draw
 from simsiam.evaluate.linear import accuracy, fit, standardise
 
 NEEDS_LABELS = True
+BY_KIND = ("std", "by_labels")
 _AT_ONCE = 1 << 24
 """Values in the draws that are fitted together (64 MiB of float32)."""
 

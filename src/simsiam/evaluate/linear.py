@@ -17,6 +17,7 @@ from simsiam.evaluate import Features, check_finite, draw
 from simsiam.optim import LARS, learning_rate
 
 NEEDS_LABELS = True
+BY_KIND = ("C",)
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Values of C that `score` tries, from the strongest penalty to the weakest."""
 

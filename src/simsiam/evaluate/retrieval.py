@@ -8,6 +8,7 @@ from simsiam.evaluate import Features
 from simsiam.neighbours import top_k
 
 NEEDS_LABELS = True
+BY_KIND = ("nearest",)
 
 
 def score(features: Features, *, seed: int = 0, k: int = 10) -> dict[str, Any]:

@@ -14,7 +14,8 @@
 
 Contenders take turns, each round in another order. A ratio is taken within a round and says how many times better ours is;
 median and std are over the rounds. The start of processes and the first steps are not counted (decode: ours in full).
-"Best" is bf16 autocast (where the processor does not emulate it), channels_last, lasting workers and the fastest choice of workers and threads, tried out before.
+"Best" is bf16 autocast (where the processor does not emulate it), channels_last, lasting workers and the fastest choice
+of workers and threads, tried out before.
 """
 
 from __future__ import annotations

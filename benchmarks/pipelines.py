@@ -73,7 +73,8 @@ class Knobs:
     threads: int
     """Of torch in the training process."""
     best: bool
-    """bf16 autocast where the processor has it, channels_last, pinned memory and workers that live on; else as the peer's own script has it."""
+    """bf16 autocast where the processor has it, channels_last, pinned memory and workers that live on; else as the peer's
+    own script has it."""
 
 
 class Clock:

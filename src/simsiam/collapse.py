@@ -146,7 +146,7 @@ class Guard:
     """Watches a run. A bad verdict must hold for `patience` looks in a row: a healthy run may dip once, early."""
 
     patience: int = 3
-    verdict: Verdict = field(default_factory=lambda: Verdict("healthy", "nothing measured yet."))
+    verdict: Verdict = field(default_factory=lambda: Verdict("healthy", "the run was too short to tell."))
     _recent: deque[Verdict] = field(default_factory=deque)
 
     @property

@@ -135,3 +135,20 @@ def test_an_empty_folder_and_one_image(tmp_path: Path) -> None:
     Image.new("RGB", (50, 50)).save(tmp_path / "one" / "a.png")
     done = simsiam_cli("train", tmp_path / "one", cwd=tmp_path)
     assert done.returncode == 2 and "at least 2" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("nothing",), "'nothing'"),
+        (("train", "--nothing"), "--nothing"),
+        (("evaluate",), "run"),
+        (("search", "d", "x.png", "-k", "0"), "-k"),
+        (("export", "run"), "--to"),
+        (("train", "--seed", str(1 << 32)), "--seed"),
+    ],
+)
+def test_a_command_that_is_wrong_is_answered_by_one_line(arguments: tuple[str, ...], says: str) -> None:
+    done = simsiam_cli(*arguments)
+    assert done.returncode == 2 and not done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1 and says in done.stderr and "--help" in done.stderr, done.stderr

@@ -482,7 +482,7 @@ def version(
 def main() -> None:
     """Runs the command line. Exit status: 0 done, 2 the user's mistake, 1 anything else."""
     try:
-        app(standalone_mode=True)
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except UserError as error:
         _last_line(f"Error in process {launched()}: {error}" if launched() else f"Error: {error}")
         sys.exit(2)
@@ -493,6 +493,15 @@ def main() -> None:
         if not launched():  # one process says it for all
             _last_line(str(error))
         sys.exit(1)
+    except Exception as error:
+        # Of the command line itself: an option that is not there, ... The class is click's, or typer's own copy of it.
+        if not hasattr(error, "format_message"):
+            raise
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context is not None else "simsiam"
+        message = " ".join(error.format_message().split()).rstrip(".")
+        _last_line(f"Error: {message}. `{where} --help` shows how it is called.")
+        sys.exit(2)
 
 
 # --- printing -------------------------------------------------------------------------------------------------------

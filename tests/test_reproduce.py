@@ -81,7 +81,8 @@ def test_what_ran_is_kept_and_what_is_missing_is_run(finished: tuple[Path, dict[
     shutil.rmtree(gone)
     again = reproduce.run("stop-gradient", photos, folder, epochs=2, seeds=2)
     assert again["rows"][0] == result["rows"][0]
-    assert again["rows"][1]["loss"] == pytest.approx(result["rows"][1]["loss"], abs=1e-3)
+    # Not the loss: a summary's is the mean since the last report, which comes by the clock.
+    assert again["rows"][1]["n"] == 2 and (gone / "summary.json").exists()
     for path, stamp in stamps.items():
         assert (path.stat().st_mtime_ns == stamp) == (gone not in path.parents)
 

@@ -13,7 +13,7 @@ import typer
 
 from simsiam import tables
 from simsiam.compute import launched
-from simsiam.config import Interrupted, UserError
+from simsiam.config import MOST_SEED, Interrupted, UserError
 
 if TYPE_CHECKING:
     from simsiam.console import Console
@@ -34,7 +34,6 @@ Run = Annotated[Path, typer.Argument(help="A run folder, as `simsiam train` writ
 Embedded = Annotated[
     Path, typer.Argument(metavar="DIR", help="A folder that `simsiam embed` wrote.", show_default=False)
 ]
-_MOST_SEED = (1 << 32) - 1
 _DATA = (
     "A folder of images (any depth, any mix), a Parquet file or folder, a tar, a zip, a shard pattern like "
     "'shard-{000..009}.tar', or a torchvision data set's name."
@@ -91,7 +90,7 @@ def train(
     on_collapse: Annotated[OnCollapse | None, typer.Option(help="What the guard does. Default: stop.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="Default: the faster one, measured.")] = None,
     device: Device = "auto",
-    seed: Annotated[int | None, typer.Option(min=0, max=_MOST_SEED, help="Same seed, same weights.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="Same seed, same weights.")] = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -152,7 +151,7 @@ def evaluate(
         typer.Option(min=1, help="Neighbours of kNN; default: 200, or 20 where classes have fewer than 1,000 images."),
     ] = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=_MOST_SEED, help="Of splits and draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of splits and draws.")] = 0,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -252,7 +251,7 @@ def clusters(
     count: Annotated[
         int | None, typer.Option("--count", "-n", min=2, help="Clusters; default: 20, a tenth of the images at most.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=_MOST_SEED, help="Of k-means.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of k-means.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:

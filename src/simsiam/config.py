@@ -25,6 +25,10 @@ class Interrupted(Exception):
     """A signal ended the run; its state is saved, and the message says how to go on."""
 
 
+MOST_SEED = (1 << 32) - 1
+"""What scikit-learn takes."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for a mistyped name: ' Did you mean X?', or the list of what there is."""
     known = sorted(set(known))

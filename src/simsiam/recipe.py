@@ -15,6 +15,7 @@ import numpy as np
 from simsiam import methods, recipes
 from simsiam.compute import Precision
 from simsiam.config import (
+    MOST_SEED,
     Table,
     UserError,
     did_you_mean,
@@ -144,8 +145,8 @@ def read(table: Table) -> Recipe:
         if key not in ("data", "seed", *_TABLES):
             raise UserError(f"Unknown setting {key}.{did_you_mean(key, ['data', 'seed', *_TABLES])}")
     seed = table.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 1 << 32:
-        raise UserError(f"seed is {seed!r}: it must be a whole number from 0 to {(1 << 32) - 1}.")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MOST_SEED:
+        raise UserError(f"seed is {seed!r}: it must be a whole number from 0 to {MOST_SEED}.")
     method = {**table["method"]}
     name = method.pop("name")
     module = methods.get(name)

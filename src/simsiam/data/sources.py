@@ -15,6 +15,7 @@ from simsiam.data import archives, parquet
 from simsiam.data.demo import demo_images
 from simsiam.data.imageset import IMAGES, File, ImageSet, fingerprint, junk, layout
 from simsiam.data.torchvision_sets import open_torchvision
+from simsiam.runs import METRICS, RECIPE
 
 _NOT_READ = (".heic", ".heif", ".avif", ".jp2", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".dcm")
 
@@ -36,7 +37,7 @@ def open_images(data: str | Path | None = None) -> ImageSet:
     path = Path(text)
     if not text.strip():
         raise UserError("The name of the data is empty. Name a folder that holds images.")
-    if (path / "config.toml").is_file() and (path / "metrics.jsonl").is_file():
+    if (path / RECIPE).is_file() and (path / METRICS).is_file():
         raise UserError(f"{data} is a run, not images. To start from its weights: simsiam train DATA --init {data}.")
     if path.is_dir():
         return _from_files(path.resolve().name, _walk(path), str(data))

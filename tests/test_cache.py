@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,9 +21,10 @@ import torch
 
 from simsiam.config import UserError
 from simsiam.data import cache as cache_module
-from simsiam.data.cache import META, PIXELS, REASONS, RECORDS, build_cache, open_cache
+from simsiam.data.cache import META, PIXELS, REASONS, RECORDS, Cache, build_cache, open_cache
 from simsiam.data.decode import decode
-from simsiam.data.sources import ImageSet, open_images
+from simsiam.data.imageset import ImageSet, numbered
+from simsiam.data.sources import open_images
 from test_decode import encode, scene, write_nasty_folder
 
 CIFAR = Path(__file__).parents[2] / "shared/data/cifar10"
@@ -36,7 +39,8 @@ def flat_set(count: int = 50, side: int = 8, **changes: object) -> ImageSet:
         "read": files.__getitem__,
         "labels": np.arange(count, dtype=np.int64) % 4,
         "classes": ("a", "b", "c", "d"),
-        "fingerprint": f"{count}-{side}",
+        "root": "/flat",
+        "keys": numbered(f"{count:4}{side:4}".encode(), count),
         "test": np.arange(count - 10, count),
     }
     return ImageSet(**(fields | changes))  # type: ignore[arg-type]
@@ -122,7 +126,130 @@ def test_reused_until_something_changes(tmp_path: Path) -> None:
     every = np.arange(50)
     assert again.directory == first.directory and torch.equal(again.batch(every)[0], first.batch(every)[0])
     assert build_cache(flat_set(), 4, tmp_path).uniform(every) == (4, 4)
-    assert build_cache(flat_set(fingerprint="other"), 8, tmp_path).directory != first.directory
+    assert (
+        build_cache(flat_set(root="/elsewhere", keys=first.images.keys + np.uint64(1)), 8, tmp_path).directory
+        != first.directory
+    )
+
+
+def files(folder: Path, sides: dict[str, int]) -> ImageSet:
+    """A folder of PNG files of these names and sides, in pixels, and no others; files that stay are not touched."""
+    folder.mkdir(exist_ok=True, parents=True)
+    for path in folder.iterdir():
+        if path.stem not in sides:
+            path.unlink()
+    for name, side in sides.items():
+        noise = np.random.default_rng([side, *name.encode()]).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        path = folder / f"{name}.png"
+        if not path.exists() or path.read_bytes() != encode(noise):
+            path.write_bytes(encode(noise))
+    return open_images(folder)
+
+
+def spied(images: ImageSet) -> tuple[ImageSet, list[str]]:
+    read: list[str] = []
+    return dataclasses.replace(images, read=lambda i: (read.append(images.ids[i]), images.read(i))[1]), read
+
+
+def assert_whole(cache: Cache) -> None:
+    """Each image alone, and all at once, are the pixels of its file."""
+    expected = [decode(cache.images.read(row), cache.short_side).transpose(2, 0, 1) for row in range(len(cache))]
+    for pixels, row in zip(expected, range(len(cache)), strict=True):
+        assert np.array_equal(cache.batch(np.array([row]))[0][0], pixels)
+    batch, sizes = cache.batch(np.arange(len(cache)))
+    for image, (h, w), pixels in zip(batch, sizes.tolist(), expected, strict=True):
+        assert np.array_equal(image[:, :h, :w], pixels)
+
+
+def test_images_that_come_go_and_change(tmp_path: Path) -> None:
+    """Decoded is what was not there before; rows, which move as others come, keep their pixels."""
+    data, place = tmp_path / "data", tmp_path / "cache"
+    assert_whole(build_cache(files(data, {"b": 8, "d": 8, "f": 8}), None, place))
+    for sides, expected in [
+        ({"a": 8, "b": 8, "d": 8, "f": 8}, ["a"]),
+        ({"a": 8, "b": 8, "c": 8, "f": 8}, ["c"]),
+        ({"a": 8, "b": 12, "c": 8, "e": 8}, ["b", "e"]),
+        ({"a": 8, "c": 8, "e": 8}, []),
+        ({"a": 8, "c": 8, "e": 8, "f": 8}, ["f"]),  # written anew
+    ]:
+        images, read = spied(files(data, sides))
+        cache = build_cache(images, None, place, workers=1)
+        assert sorted(read) == [f"{name}.png" for name in expected]
+        assert_whole(cache)
+    assert len(list(place.iterdir())) == 1
+    assert_whole(build_cache(files(data, {"a": 8, "z": 8}), 4, place))  # another size, another folder
+    assert len(list(place.iterdir())) == 2
+
+
+def test_two_versions_of_a_set_fill_one_cache_together(tmp_path: Path) -> None:
+    """A run that goes on while images are added, and a later one, take from each other what they share."""
+    data, place = tmp_path / "data", tmp_path / "cache"
+    contents = {f"{i:02}": 8 + i % 3 for i in range(1, 40, 2)}
+    old = open_cache(files(data, contents), None, place, workers=1)
+    old.usable(np.arange(0, 20, 4))
+    images, read = spied(files(data, contents | {f"{i:02}": 9 for i in range(0, 40, 2)}))
+    new = open_cache(images, None, place, workers=1)
+    assert new.directory == old.directory and len(new.decoded(np.arange(40))) == 5
+    new.usable(np.arange(0, 40, 3))
+    old.usable(np.arange(20))
+    assert_whole(old)
+    before = len(read)
+    assert_whole(new)
+    assert len(read) - before - 40 == sum(i % 3 != 0 for i in range(0, 40, 2))
+    assert (place / old.directory.name / RECORDS).stat().st_size == 40 * 24
+
+
+def test_a_bad_image_that_is_mended_is_decoded(tmp_path: Path) -> None:
+    data, place = tmp_path / "data", tmp_path / "cache"
+    files(data, {"a": 8, "b": 8})
+    (data / "b.png").write_bytes(b"")
+    (data / "c.png").write_bytes(b"text")
+    cache = build_cache(open_images(data), None, place)
+    assert [path for path, _ in cache.bad] == ["b.png", "c.png"]
+    (data / "b.png").write_bytes((data / "a.png").read_bytes())
+    (data / "0.png").write_bytes(b"more text")
+    cache = build_cache(open_images(data), None, place)
+    assert cache.bad == [("0.png", "text, not an image"), ("c.png", "text, not an image")]
+    assert torch.equal(*cache.batch(np.array([1, 2]))[0])
+    for path in data.iterdir():
+        path.write_bytes(b"all are text now")
+    with pytest.raises(UserError, match="None of the 4 images"):
+        build_cache(open_images(data), None, place)
+    assert (cache.directory / PIXELS).stat().st_size  # of a cache that was of use nothing is lost
+
+
+def test_a_set_that_was_moved_is_found_again(tmp_path: Path) -> None:
+    place = tmp_path / "cache"
+    images = files(tmp_path / "data", {"a": 8, "b": 8})
+    first = build_cache(images, None, place)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "data").rename(tmp_path / "elsewhere/data")
+    moved, read = spied(open_images(tmp_path / "elsewhere/data"))
+    assert moved.root != images.root and build_cache(moved, None, place).directory == first.directory and not read
+    assert_whole(build_cache(files(tmp_path / "data", {"a": 8, "c": 8}), None, place))  # others in its old place
+    assert_whole(build_cache(files(tmp_path / "third/data", {"a": 9}), None, place))
+    assert len(list(place.iterdir())) == 2
+
+
+def test_tar_files_that_are_added_to_others(tmp_path: Path) -> None:
+    def shard(number: int, count: int) -> None:
+        with tarfile.open(tmp_path / f"data/{number}.tar", "w") as tar:
+            for i in range(count):
+                info = tarfile.TarInfo(f"{i}.png")
+                content = encode(np.full((8, 8, 3), 16 * number + i, np.uint8))
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+    (tmp_path / "data").mkdir()
+    shard(1, 3)
+    shard(3, 2)
+    build_cache(open_images(tmp_path / "data"), None, tmp_path / "cache")
+    shard(2, 4)
+    shard(3, 3)
+    images, read = spied(open_images(tmp_path / "data"))
+    cache = build_cache(images, None, tmp_path / "cache", workers=1)
+    assert read == ["2.tar/0.png", "2.tar/1.png", "2.tar/2.png", "2.tar/3.png", *(f"3.tar/{i}.png" for i in range(3))]
+    assert_whole(cache)
 
 
 @pytest.mark.parametrize("damage", [PIXELS, RECORDS, REASONS, META])

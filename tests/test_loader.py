@@ -113,7 +113,7 @@ def test_decoding_on_the_way_gives_the_batches_of_a_set_that_was_decoded_before(
     """Bad images take no place; the order begins again where they leave too few."""
     images = make_cache(tmp_path, sizes).images
     read = images.read
-    images = dataclasses.replace(images, read=lambda i: b"" if i * bad % COUNT < bad else read(i), fingerprint="bad")
+    images = dataclasses.replace(images, read=lambda i: b"" if i * bad % COUNT < bad else read(i), root="bad")
     rows = np.arange(2, COUNT)
     whole = Loader(build_cache(images, None, tmp_path / "whole"), rows, BATCH, CPU, seed=2)
     good = [i for i in range(len(rows)) if whole.cache.heights[rows[i]] > 0]
@@ -146,7 +146,7 @@ def test_training_does_not_wait_for_the_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize("good", [0, 1])
 def test_too_few_images_that_can_be_decoded_are_a_mistake_of_the_users(tmp_path: Path, good: int) -> None:
     images = make_cache(tmp_path, [(9, 12)]).images
-    broken = dataclasses.replace(images, read=lambda i: images.read(i) if i < good else b"", fingerprint="broken")
+    broken = dataclasses.replace(images, read=lambda i: images.read(i) if i < good else b"", root="broken")
     loader = Loader(open_cache(broken, None, tmp_path / "new"), np.arange(COUNT), BATCH, CPU, seed=0)
     with pytest.raises(UserError, match=f"has {good} usable images? to train on"):
         list(loader.epoch(0))

@@ -26,11 +26,11 @@ from simsiam.data.imageset import (
     File,
     ImageSet,
     encode,
-    fingerprint,
     junk,
     layout,
     one_line,
     split_by_name,
+    within,
 )
 
 _PACKED_TAR: dict[str, Callable[..., Any]] = {
@@ -42,7 +42,7 @@ _PACKED_TAR: dict[str, Callable[..., Any]] = {
 ENDINGS = (".tar", *_PACKED_TAR, ".zip")
 
 
-def open_archives(name: str, files: list[File]) -> ImageSet:
+def open_archives(name: str, root: str, files: list[File]) -> ImageSet:
     """The images in all archives as one image set. Raises UserError where one is damaged, or there are none."""
     ids: list[str] = []
     inner: list[str] = []
@@ -70,7 +70,9 @@ def open_archives(name: str, files: list[File]) -> ImageSet:
     held_out = split_by_name([file.id for file in files])[archive]
     if held_out.any():
         test = np.flatnonzero(held_out)
-    return ImageSet(name, ids, lambda i: readers[i](), labels, classes, fingerprint(files), test)
+    counts = np.bincount(archive, minlength=len(files))
+    parts = [within(file, count) for file, count in zip(files, counts.tolist(), strict=True)]
+    return ImageSet(name, root, ids, lambda i: readers[i](), labels, classes, np.concatenate(parts), test)
 
 
 def _key(path: str) -> str:

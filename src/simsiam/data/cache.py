@@ -25,14 +25,16 @@ from simsiam.data.decode import DecodeError, decode, default_workers, in_order
 from simsiam.data.imageset import ImageSet
 from simsiam.runs import write_json
 
-FORMAT = 3
+FORMAT = 4
 """Part of every cache's key: raise it when the files or what `decode` returns change."""
 
 PIXELS, RECORDS, REASONS, META = "images.bin", "records.bin", "bad.jsonl", "meta.json"
-_RECORD = np.dtype([("row", "<i8"), ("offset", "<i8"), ("height", "<i4"), ("width", "<i4")])
+_RECORD = np.dtype([("key", "<u8"), ("offset", "<i8"), ("height", "<i4"), ("width", "<i4")])
 _BAD = -1
 _TOGETHER, _TOGETHER_BYTES = 1024, 16 << 20
 """Decoded images that are written at once, at most."""
+_SETS = 100
+"""Versions of a set that are remembered, at most."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
 
@@ -43,7 +45,8 @@ class Cache:
     """The images of a set, rows 0..N-1 in its order, each decoded when it is first asked for. Made by `open_cache`.
 
     The folder is valid at any time: pixels are on disk before the record that tells of them, so a killed process loses
-    what it was about to write and nothing else. Threads and processes may fill it together.
+    what it was about to write and nothing else. Threads and processes may fill it together, also with a set that has
+    grown in between: a record tells an image by its key, and those of images that this set does not have are left alone.
     """
 
     def __init__(self, images: ImageSet, short_side: int | None, directory: Path, workers: int | None) -> None:
@@ -54,10 +57,15 @@ class Cache:
         self.heights, self.widths = np.zeros(len(images), np.int32), np.zeros(len(images), np.int32)
         """int32 [N], pixels; 0: not decoded yet, -1: cannot be decoded."""
         self._offsets = np.zeros(len(images), np.int64)
+        self._sorted = np.argsort(images.keys)
+        self._keys = images.keys[self._sorted]
+        assert (self._keys[1:] != self._keys[:-1]).all(), "two images have one key"
         self._reasons: dict[int, str] = {}
+        """By key."""
         self._sizes: set[tuple[int, int]] = set()
         self._end = 0
         """Where the next pixels go, bytes."""
+        self._noted = False
         self._read_bytes = {RECORDS: 0, REASONS: 0}
         self._mapped = np.zeros(0, np.uint8)
         self._decoded, self._decode_seconds = 0, 0.0
@@ -72,7 +80,10 @@ class Cache:
     def bad(self) -> list[tuple[str, str]]:
         """(id, reason) of every image that was asked for and cannot be decoded, in the set's order."""
         rows = np.flatnonzero(self.heights == _BAD).tolist()
-        return [(self.ids[row], self._reasons.get(row, "cannot be decoded")) for row in rows]
+        keys = self.images.keys[rows].tolist()
+        return [
+            (self.ids[row], self._reasons.get(key, "cannot be decoded")) for row, key in zip(rows, keys, strict=True)
+        ]
 
     def split(self) -> tuple[np.ndarray, np.ndarray]:
         """The rows to train on and those held out (`ImageSet.split`), int64 each, without images known to be bad."""
@@ -176,20 +187,30 @@ class Cache:
                 for row, pixels in loaded:
                     if self.heights[row]:  # another thread or process was first
                         continue
+                    key = int(self.images.keys[row])
                     if isinstance(pixels, DecodeError):
-                        records.append((row, 0, _BAD, _BAD))
-                        reasons.append(json.dumps({"row": row, "reason": str(pixels)}) + "\n")
+                        records.append((key, 0, _BAD, _BAD))
+                        reasons.append(json.dumps({"key": key, "reason": str(pixels)}) + "\n")
                     elif isinstance(pixels, Exception):  # of the disk or the network: the next run tries again
-                        self._reasons[row], self.heights[row] = f"cannot be read: {pixels}", _BAD
+                        self._reasons[key], self.heights[row] = f"cannot be read: {pixels}", _BAD
                     else:
-                        records.append((row, end, *pixels.shape[1:]))
+                        records.append((key, end, *pixels.shape[1:]))
                         end += file.write(pixels.data)
+            self._note()
             if reasons:
                 with _written_from(self.directory / REASONS, self._read_bytes[REASONS]) as file:
                     file.write("".join(reasons).encode())
             with _written_from(self.directory / RECORDS, self._read_bytes[RECORDS]) as file:
                 file.write(np.array(records, _RECORD).tobytes())
             self._read()
+
+    def _note(self) -> None:
+        """That this set is decoded into this folder: it will be found again wherever the images are moved to."""
+        if not self._noted:
+            meta = json.loads((self.directory / META).read_text(encoding="utf-8"))
+            others = [each for each in meta["sets"] if each != self.fingerprint]
+            write_json(self.directory / META, meta | {"sets": [*others, self.fingerprint][-_SETS:]})
+            self._noted = True
 
     def _read(self) -> None:
         """Takes in what was recorded since the last time, by this process or another.
@@ -203,17 +224,19 @@ class Cache:
         good = records["height"] > 0
         ends = records["offset"] + 3 * records["height"].astype(np.int64) * records["width"]
         on_disk = (self.directory / PIXELS).stat().st_size
-        sound = (records["row"] >= 0) & (records["row"] < len(self)) & (~good | (ends <= on_disk))
+        sound = (records["height"] == _BAD) | (good & (records["offset"] >= 0) & (ends <= on_disk))
         records = records[: len(records) if sound.all() else int(sound.argmin())]
         good, ends = good[: len(records)], ends[: len(records)]
         with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: the reasons are lost, no more
-            self._reasons |= {line["row"]: line["reason"] for line in map(json.loads, lines.splitlines())}
+            self._reasons |= {line["key"]: line["reason"] for line in map(json.loads, lines.splitlines())}
         self._read_bytes[REASONS] += len(lines)
         self._read_bytes[RECORDS] += records.nbytes
         self._end = max(self._end, int(ends[good].max(initial=0)))
         both = np.unique(records["height"][good].astype(np.int64) << 32 | records["width"][good])
         self._sizes |= {(int(size >> 32), int(size & 0xFFFFFFFF)) for size in both}
-        rows = records["row"]
+        at = np.minimum(np.searchsorted(self._keys, records["key"]), len(self) - 1)
+        own = self._keys[at] == records["key"]
+        rows, records = self._sorted[at[own]], records[own]
         self._offsets[rows], self.widths[rows] = records["offset"], records["width"]
         self.heights[rows] = records["height"]  # last: from here on other threads take the row for decoded
 
@@ -234,8 +257,8 @@ def open_cache(
 ) -> Cache:
     """The cache of `images` at `short_side` (pixels; see `decode`), with what earlier runs have decoded; a new one is empty.
 
-    It lives in a folder of its own under `directory`, or $SIMSIAM_CACHE, or ~/.cache/simsiam, found again by the set's
-    fingerprint.
+    It lives in a folder of its own under `directory`, or $SIMSIAM_CACHE, or ~/.cache/simsiam. A set finds it again by the
+    place where its images lie, also when some have come, gone or changed since, and a set that was moved by its images.
 
     Args:
         workers: decoding threads; None: the cores there are, at most 16.
@@ -243,18 +266,22 @@ def open_cache(
     Raises UserError where the folder cannot be written.
     """
     base = Path(directory or os.environ.get("SIMSIAM_CACHE") or "~/.cache/simsiam").expanduser()
-    about: dict[str, Any] = {"format": FORMAT, "short_side": short_side, "fingerprint": images.fingerprint}
-    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-    folder = base / f"{re.sub(r'[^A-Za-z0-9_-]+', '-', images.name)[:40]}-{short_side or 'full'}-{key}"
+    about: dict[str, Any] = {"format": FORMAT, "short_side": short_side}
+    name = f"{re.sub(r'[^A-Za-z0-9_-]+', '-', images.name)[:40]}-{short_side or 'full'}"
+    key = hashlib.sha256(json.dumps({**about, "root": images.root}).encode()).hexdigest()[:16]
+    folder = base / f"{name}-{key}"
     with _explained(base):
-        if not _is_about(folder, about):
+        if not _holds(folder, about):
+            moved = (each for each in sorted(base.glob(f"{name}-*")) if _holds(each, about, images.fingerprint))
+            folder = next(moved, folder)
+        if not _holds(folder, about):
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / "lock"):
-                if not _is_about(folder, about):  # another process may have been first
+                if not _holds(folder, about):  # another process may have been first
                     (folder / META).unlink(missing_ok=True)
-                    for name in (RECORDS, REASONS, PIXELS):
-                        (folder / name).write_bytes(b"")
-                    write_json(folder / META, {**about, "name": images.name})
+                    for file in (RECORDS, REASONS, PIXELS):
+                        (folder / file).write_bytes(b"")
+                    write_json(folder / META, {**about, "root": images.root, "sets": []})
         return Cache(images, short_side, folder, workers)
 
 
@@ -272,18 +299,21 @@ def build_cache(
     cache = open_cache(images, short_side, directory, workers)
     if not cache.usable(np.arange(len(cache)), progress).any():
         first = "".join(f" ({path}: {reason})" for path, reason in cache.bad[:1])
-        shutil.rmtree(cache.directory, ignore_errors=True)
+        if not (cache.directory / PIXELS).stat().st_size:  # nor any that were here before
+            shutil.rmtree(cache.directory, ignore_errors=True)
         raise UserError(
             f"None of the {len(cache)} images of {images.name} can be decoded{first}. `simsiam check` lists them."
         )
     return cache
 
 
-def _is_about(folder: Path, about: dict[str, Any]) -> bool:
+def _holds(folder: Path, about: dict[str, Any], fingerprint: str | None = None) -> bool:
+    """Whether the folder is a whole cache with these settings, and, if asked, one that this very set was decoded into."""
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         there = all((folder / name).exists() for name in (PIXELS, REASONS, RECORDS))
-        return there and all(meta[key] == value for key, value in about.items())
+        same = all(meta[key] == value for key, value in about.items())
+        return there and same and (fingerprint is None or fingerprint in meta["sets"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from simsiam.config import UserError
-from simsiam.data.imageset import ImageSet
+from simsiam.data.imageset import ImageSet, numbered
 
 PHOTOGRAPHS = {
     "skimage": (
@@ -70,7 +70,8 @@ def demo_images(gray: bool = False, train: int = 8000, test: int = 2000) -> Imag
         for i, (p, t) in enumerate(zip(patches, is_test, strict=True))
     ]
     labels = np.array([patch.photograph for patch in patches], dtype=np.int64)
-    return ImageSet("demo", ids, read, labels, classes, digest.hexdigest(), np.flatnonzero(is_test))
+    keys = numbered(digest.digest(), len(ids))
+    return ImageSet("demo", "demo", ids, read, labels, classes, keys, np.flatnonzero(is_test))
 
 
 def draw(photographs: list[Image.Image], train: int, test: int) -> list[Patch]:

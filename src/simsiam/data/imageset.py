@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ _TEST = {"test", "testing", "val", "valid", "validation"}
 _SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(sorted(_TRAIN | _TEST))})(?=[-_./\d]|$)", re.IGNORECASE)
 _JUNK = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|$))")
 _HELD_OUT = 1000
+_ODD = 0x9E3779B97F4A7C15
 _ENOUGH = 0.95
 """A folder layout means classes or splits when at least this share of the images follows it."""
 
@@ -30,6 +32,8 @@ class ImageSet:
     """N images that are not read yet."""
 
     name: str
+    root: str
+    """Where they lie: an absolute path, or a name. Stays the same while images come and go."""
     ids: Sequence[str]
     """Unique and stable: the path relative to the data set, or inside the archive."""
     read: Callable[[int], bytes | Image.Image]
@@ -37,8 +41,9 @@ class ImageSet:
     labels: np.ndarray | None
     """int64 [N] into `classes`, -1 where unknown; None where there are none, or all are one."""
     classes: tuple[str, ...] | None
-    fingerprint: str
-    """Hex; changes when ids, sizes or modification times do."""
+    keys: np.ndarray
+    """uint64 [N], one for each image, all different: changes when its id, size or modification time does, and not when
+    other images come or go."""
     test: np.ndarray
     """int64, the images of the data's own test and validation splits; empty where it has none."""
     in_order: bool = False
@@ -46,6 +51,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex; changes when an image does, and when images come or go."""
+        return hashlib.sha256(self.keys.astype("<u8").tobytes()).hexdigest()
 
     @property
     def train(self) -> np.ndarray:
@@ -73,12 +83,24 @@ class File(NamedTuple):
     mtime: int
 
 
-def fingerprint(files: Iterable[File]) -> str:
-    """Hex; a function of every file's id, size and modification time."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.id}\0{file.size}\0{file.mtime}\n".encode())
-    return digest.hexdigest()
+def keys(files: Iterable[File]) -> np.ndarray:
+    """uint64 [N]: a function of each file's id, size and modification time."""
+    return np.frombuffer(b"".join(_digest(file) for file in files), np.uint64)
+
+
+def within(file: File, count: int) -> np.ndarray:
+    """uint64 [count]: the keys of the images that one file holds; they change with the file, all together."""
+    return numbered(_digest(file), count)
+
+
+def numbered(digest: bytes, count: int) -> np.ndarray:
+    """uint64 [count], all different: keys for images that change only together, with the `digest` of them all."""
+    start = np.frombuffer(digest[:8], np.uint64)
+    return start + np.arange(count, dtype=np.uint64) * np.uint64(_ODD)  # odd: modulo 2^64 no two are the same
+
+
+def _digest(file: File) -> bytes:
+    return hashlib.blake2b(f"{file.id}\0{file.size}\0{file.mtime}".encode(), digest_size=8).digest()
 
 
 def junk(path: str) -> bool:

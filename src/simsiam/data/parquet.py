@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from simsiam.config import UserError
-from simsiam.data.imageset import LABEL_COLUMNS, File, ImageSet, encode, fingerprint, one_line, split_by_name
+from simsiam.data.imageset import LABEL_COLUMNS, File, ImageSet, encode, one_line, split_by_name, within
 
 ENDINGS = (".parquet", ".pq")
 _HELD_BYTES = 1 << 28
 
 
-def open_parquet(name: str, files: list[File]) -> ImageSet:
+def open_parquet(name: str, root: str, files: list[File]) -> ImageSet:
     """The rows of all files as one image set. Raises UserError where one is damaged, empty or without images."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -61,9 +61,9 @@ def open_parquet(name: str, files: list[File]) -> ImageSet:
     held_out = np.repeat(split_by_name([file.id for file in files]), [each.num_rows for each in metadata])
     read = _RowGroups([file.path for file in files], metadata, columns[0], starts)
     size = sum(each.row_group(g).total_byte_size for each in metadata for g in range(each.num_row_groups))
-    return ImageSet(
-        name, ids, read, labels, classes, fingerprint(files), np.flatnonzero(held_out), in_order=size > _HELD_BYTES
-    )
+    parts = [within(file, meta.num_rows) for file, meta in zip(files, metadata, strict=True)]
+    test = np.flatnonzero(held_out)
+    return ImageSet(name, root, ids, read, labels, classes, np.concatenate(parts), test, in_order=size > _HELD_BYTES)
 
 
 def _columns(schema: Any, file: File) -> tuple[str, str | None, bool, list[str] | None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from simsiam.config import UserError
 from simsiam.data import archives, parquet
 from simsiam.data.demo import demo_images
-from simsiam.data.imageset import IMAGES, File, ImageSet, fingerprint, junk, layout
+from simsiam.data.imageset import IMAGES, File, ImageSet, junk, keys, layout
 from simsiam.data.torchvision_sets import open_torchvision
 from simsiam.runs import METRICS, RECIPE
 
@@ -40,9 +40,9 @@ def open_images(data: str | Path | None = None) -> ImageSet:
     if (path / RECIPE).is_file() and (path / METRICS).is_file():
         raise UserError(f"{data} is a run, not images. To start from its weights: simsiam train DATA --init {data}.")
     if path.is_dir():
-        return _from_files(path.resolve().name, _walk(path), str(data))
+        return _from_files(path.resolve().name, path.resolve(), _walk(path), str(data))
     if path.is_file():
-        return _from_files(path.name.split(".")[0], [_file(path.name, path)], str(data))
+        return _from_files(path.name.split(".")[0], path.resolve(), [_file(path.name, path)], str(data))
     if text == "demo":
         return demo_images()
     if re.search(r"[*?\[{]", text):
@@ -114,7 +114,7 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _matching(pattern: str) -> tuple[str, list[File]]:
+def _matching(pattern: str) -> tuple[str, Path, list[File]]:
     paths: list[str] = []
     for one in _braces(pattern):
         found = sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else [one]
@@ -128,7 +128,7 @@ def _matching(pattern: str) -> tuple[str, list[File]]:
         raise UserError(f"No file matches {pattern}. Check it, and quote it so that the shell leaves it alone.")
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     files = {path: _file(os.path.relpath(path, root), path) for path in paths}
-    return os.path.basename(root), list(files.values())
+    return os.path.basename(root), Path(root).resolve(), list(files.values())
 
 
 def _braces(pattern: str) -> list[str]:
@@ -146,7 +146,7 @@ def _braces(pattern: str) -> list[str]:
     return [head + option + rest for option in options for rest in tail]
 
 
-def _from_files(name: str, files: list[File], data: str) -> ImageSet:
+def _from_files(name: str, root: Path, files: list[File], data: str) -> ImageSet:
     kinds = (IMAGES, _from_images), (parquet.ENDINGS, parquet.open_parquet), (archives.ENDINGS, archives.open_archives)
     for endings, open_kind in kinds:
         chosen = [file for file in files if file.id.lower().endswith(endings)]
@@ -158,7 +158,7 @@ def _from_files(name: str, files: list[File], data: str) -> ImageSet:
                     f"{data}: {len(ignored)} files are not read beside the {len(chosen)} that are: {_count(ignored)}.",
                     stacklevel=3,
                 )
-            return open_kind(name, chosen)
+            return open_kind(name, str(root), chosen)
     if not files:
         raise UserError(f"{data} is empty. Name a folder that holds images.")
     one = "" if len(files) == 1 else "s"
@@ -175,11 +175,11 @@ def _count(files: list[File]) -> str:
     return ", ".join([*first, *([f"others {rest}"] if rest else [])])
 
 
-def _from_images(name: str, files: list[File]) -> ImageSet:
+def _from_images(name: str, root: str, files: list[File]) -> ImageSet:
     def read(i: int) -> bytes:
         with open(files[i].path, "rb") as file:
             return file.read()
 
     ids = [file.id for file in files]
     labels, classes, test = layout(ids)
-    return ImageSet(name, ids, read, labels, classes, fingerprint(files), test)
+    return ImageSet(name, root, ids, read, labels, classes, keys(files), test)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simsiam.config import UserError, did_you_mean
-from simsiam.data.imageset import ImageSet, encode, one_line
+from simsiam.data.imageset import ImageSet, encode, numbered, one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,7 +61,9 @@ def open_torchvision(text: str) -> ImageSet:
     for i in np.linspace(0, len(ids) - 1, min(64, len(ids))).astype(int).tolist():
         image = read(i)
         digest.update(image.tobytes() if hasattr(image, "tobytes") else repr(image).encode())
-    return ImageSet(name, ids, read, labels, classes, digest.hexdigest(), np.arange(lengths[0], len(ids)))
+    keys = numbered(digest.digest(), len(ids))
+    place = f"{name}:{os.path.abspath(root)}"
+    return ImageSet(name, place, ids, read, labels, classes, keys, np.arange(lengths[0], len(ids)))
 
 
 def _splits(kind: Any, name: str, root: str) -> tuple[Any, Any]:

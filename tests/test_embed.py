@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +144,28 @@ def test_it_is_a_scikit_learn_transformer(run: Path, photos: Path) -> None:
     twin = clone(encoder)
     assert twin.get_params() == {"run": str(run), "device": "auto", "precision": "fp32"}
     assert np.array_equal(twin.fit_transform(paths[:4]), encoder.transform(paths[:4]))
+    assert encoder.get_feature_names_out().tolist() == [f"imageencoder{i}" for i in range(encoder.dim)]
+
+
+def test_the_precision_is_that_of_training(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that an embedding that is brought up to date is of one kind; measured where training does not tell."""
+    measured: list[int] = []
+    monkeypatch.setattr("simsiam.embed.probe_encoder", lambda *_: measured.append(1) or "fp32")
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for own, able, expected, asks in [
+        ("bf16", True, "bf16", 0),
+        ("bf16", False, "fp32", 1),
+        ("fp32", True, "fp32", 0),
+        ("auto", True, "fp32", 1),
+    ]:
+        monkeypatch.setattr("simsiam.embed.computes_bf16", lambda able=able: able)
+        text = (run / "config.toml").read_text()
+        (copy / "config.toml").write_text(re.sub(r"precision = .*", f'precision = "{own}"', text))
+        measured.clear()
+        assert simsiam.load(copy).compute_.precision == expected and len(measured) == asks
+    (copy / "config.toml").unlink()  # as `simsiam import` of a linear file leaves it
+    assert simsiam.load(copy).compute_.precision == "fp32" and len(measured) == 2
 
 
 def test_the_encoder_on_disk_is_a_plain_network(run: Path) -> None:

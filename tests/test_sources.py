@@ -24,7 +24,7 @@ from PIL import Image
 from simsiam.config import UserError
 from simsiam.data.check import check
 from simsiam.data.sources import ImageSet, _braces, open_images
-from test_decode import encode, write_nasty_folder
+from test_decode import encode, scene, write_nasty_folder
 
 CIFAR = Path(__file__).parents[2] / "shared/data/cifar10"
 
@@ -78,6 +78,19 @@ def test_check_reports_a_nasty_folder(tmp_path: Path) -> None:
     assert found["sizes"]["min"] == found["sizes"]["max"] == [80, 60] and found["sizes"]["short_side"]["p50"] == 60
     assert found["modes"]["CMYK"] == 1 and found["modes"]["1"] == 1 and found["formats"]["GIF"] == 2
     assert found["labels"] is None and found["splits"] == {"train": found["images"], "test": 0}
+
+
+def test_files_without_an_ending_are_images_if_they_begin_like_one(tmp_path: Path) -> None:
+    kinds = ("JPEG", "PNG", "GIF", "TIFF", "WEBP")
+    for kind in kinds:
+        Image.fromarray(scene(20, 30)).save(tmp_path / f"1.{kind}", kind)
+        (tmp_path / f"1.{kind}").rename(tmp_path / f"blob{kind}")
+    (tmp_path / "Makefile").write_text("all:\n")
+    (tmp_path / "empty").touch()
+    (tmp_path / "sound").write_bytes(b"RIFF\0\0\0\0WAVE")
+    (tmp_path / "data.bin").write_bytes((tmp_path / "blobPNG").read_bytes())  # an ending that says something else
+    found = check(open_images(tmp_path))
+    assert found["images"] == 5 and not found["bad_files"] and set(found["formats"]) == set(kinds)
 
 
 def test_class_folders(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,19 +12,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simsiam import evaluate
-from simsiam.compute import Compute, computes_bf16, generator, pick_device, probe_encoder, set_threads
-from simsiam.config import UserError, read_recipe
+from simsiam.compute import Compute, generator, pick_device, set_threads
+from simsiam.config import UserError
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings, plain_pixels, random_view
-from simsiam.embed import BN_IMAGES, Preprocessing, embed_rows, pixel_rows, read_encoder, untrained
+from simsiam.embed import BN_IMAGES, Preprocessing, compute_of, embed_rows, pixel_rows, read_encoder, untrained
 from simsiam.embeddings import write_embedding
 from simsiam.encoders import Encoder
 from simsiam.evaluate import Features
 from simsiam.evaluate.linear import sgd_probe
 from simsiam.monitor import draw
-from simsiam.runs import ENVIRONMENT, EVALUATION, RECIPE, SUMMARY, read_json, write_json
+from simsiam.runs import EVALUATION, SUMMARY, read_json, write_json
 
 Rows = NDArray[np.int64]
 
@@ -101,8 +101,7 @@ def evaluate_run(
     for name in names or ():
         evaluate.get(name)
     encoder, prepare, meta = read_encoder(run)
-    where = pick_device(device)
-    compute = Compute(where, _precision(run, where) or probe_encoder(encoder, prepare.size, where))
+    compute = compute_of(run, encoder, prepare, pick_device(device))
     compute.place(encoder)
     own = meta["data"] if data is None else str(data)
     cache = build_cache(open_images(own), prepare.short_side, workers=workers, progress=listener.decoding)
@@ -126,17 +125,6 @@ def evaluate_run(
         before_this = read_json(run / EVALUATION) if (run / EVALUATION).exists() else {}
         write_json(run / EVALUATION, {**before_this, **result})
     return result
-
-
-def _precision(run: Path, where: torch.device) -> Literal["bf16", "fp32"] | None:
-    """That of training, so that the figures are those which training ended with; None where it is not known, was chosen on
-    another kind of device, or would be emulated here."""
-    if not (run / RECIPE).exists() or not (run / ENVIRONMENT).exists():
-        return None
-    found = read_recipe(run / RECIPE).get("train", {}).get("precision")
-    same = torch.device(read_json(run / ENVIRONMENT).get("device", "meta")).type == where.type
-    slow = found == "bf16" and where.type == "cpu" and not computes_bf16()
-    return found if same and not slow and found in ("bf16", "fp32") else None
 
 
 def _collapse(run: Path, data: str | Path | None, features: dict[str, Any]) -> dict[str, Any]:

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from torch import Tensor
 
-from simsiam.compute import Compute, pick_device, probe_encoder, set_threads
-from simsiam.config import UserError, fill
+from simsiam.compute import Compute, computes_bf16, pick_device, probe_encoder, set_threads
+from simsiam.config import UserError, fill, read_recipe
 from simsiam.data.decode import DecodeError, decode
 from simsiam.data.views import plain_view
 from simsiam.encoders import Encoder, EncoderSpec, build, to_table
-from simsiam.runs import ENCODER, RECIPE, read_json, read_tensors, write_json, write_tensors
+from simsiam.runs import ENCODER, ENVIRONMENT, RECIPE, read_json, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
     from simsiam.data.cache import Cache
@@ -156,6 +156,20 @@ def read_encoder(run: Path) -> tuple[Encoder, Preprocessing, dict[str, Any]]:
     return encoder.eval(), prepare, meta
 
 
+def compute_of(run: Path, encoder: Encoder, prepare: Preprocessing, device: torch.device) -> Compute:
+    """How a run's encoder is used on a device: in the precision of its training, so that the figures are those which
+    training ended with, and the same every time. Where that is not known, was chosen on another kind of device or would be
+    emulated here, the faster one, measured."""
+    found: Any = None
+    if (run / RECIPE).exists() and (run / ENVIRONMENT).exists():
+        same = torch.device(read_json(run / ENVIRONMENT).get("device", "meta")).type == device.type
+        found = read_recipe(run / RECIPE).get("train", {}).get("precision") if same else None
+    emulated = found == "bf16" and device.type == "cpu" and not computes_bf16()
+    if found not in ("bf16", "fp32") or emulated:
+        found = probe_encoder(encoder, prepare.size, device)
+    return Compute(device, found)
+
+
 def load(run: str | Path, device: str = "auto", precision: str = "auto") -> ImageEncoder:
     """The trained encoder of a run: `simsiam.load("runs/demo").embed(["a.jpg", "b.jpg"])`.
 
@@ -166,13 +180,13 @@ def load(run: str | Path, device: str = "auto", precision: str = "auto") -> Imag
     return encoder
 
 
-class ImageEncoder(BaseEstimator, TransformerMixin):
+class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """A run's encoder as a scikit-learn transformer: images in, float32 [N,D] out; it works inside a `Pipeline`.
 
     Args:
         run: the run folder.
         device: 'auto', 'cpu', 'cuda', ...
-        precision: 'auto' (the faster of the two, measured), 'bf16' or 'fp32'.
+        precision: 'bf16', 'fp32' or 'auto', as `compute_of` chooses.
     """
 
     def __init__(self, run: str, device: str = "auto", precision: str = "auto") -> None:
@@ -184,12 +198,13 @@ class ImageEncoder(BaseEstimator, TransformerMixin):
         """Loads the weights now, not at the first use. Raises UserError where there are none."""
         if not hasattr(self, "encoder_"):
             set_threads()
-            device = pick_device(self.device)
-            self.encoder_, self.preprocessing_, self.meta_ = read_encoder(Path(self.run))
-            precision: Any = self.precision
-            if precision == "auto":
-                precision = probe_encoder(self.encoder_, self.preprocessing_.size, device)
-            self.compute_ = Compute(device, precision)
+            device, run = pick_device(self.device), Path(self.run)
+            self.encoder_, self.preprocessing_, self.meta_ = read_encoder(run)
+            if self.precision == "auto":
+                self.compute_ = compute_of(run, self.encoder_, self.preprocessing_, device)
+            else:
+                precision: Any = self.precision
+                self.compute_ = Compute(device, precision)
             self.compute_.place(self.encoder_)
         return self
 
@@ -199,6 +214,11 @@ class ImageEncoder(BaseEstimator, TransformerMixin):
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
+
+    @property
+    def _n_features_out(self) -> int:
+        """scikit-learn's name for it: the columns are imageencoder0, imageencoder1, ..."""
+        return self.dim
 
     @property
     def dim(self) -> int:

@@ -17,6 +17,7 @@ from simsiam.data.imageset import IMAGES, File, ImageSet, junk, keys, layout
 from simsiam.data.torchvision_sets import open_torchvision
 from simsiam.runs import METRICS, RECIPE
 
+_FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _NOT_READ = (".heic", ".heif", ".avif", ".jp2", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".dcm")
 
 
@@ -25,7 +26,8 @@ def open_images(data: str | Path | None = None) -> ImageSet:
 
     Args:
         data: None or "demo" for the bundled demo set, or one of
-            a folder, nested as it may be: class folders give labels, train/ and test/ (or val/) folders the split;
+            a folder, nested as it may be: class folders give labels, train/ and test/ (or val/) folders the split; a file
+            without an ending is an image if it begins like one;
             a folder of Parquet files or archives only, read as those;
             Parquet: Hugging Face's image column, or raw bytes; file names like test-00000-of-00001 give the split;
             .tar, .tar.gz, .zip, shards by glob or braces, `shard-{000..009}.tar` (WebDataset's .cls, .json labels);
@@ -149,7 +151,11 @@ def _braces(pattern: str) -> list[str]:
 def _from_files(name: str, root: Path, files: list[File], data: str) -> ImageSet:
     kinds = (IMAGES, _from_images), (parquet.ENDINGS, parquet.open_parquet), (archives.ENDINGS, archives.open_archives)
     for endings, open_kind in kinds:
-        chosen = [file for file in files if file.id.lower().endswith(endings)]
+        chosen = [
+            file
+            for file in files
+            if file.id.lower().endswith(endings) or (endings == IMAGES and _begins_like_an_image(file))
+        ]
         if chosen:
             others = (*itertools.chain.from_iterable(e for e, _ in kinds if e != endings), *_NOT_READ)
             ignored = [file for file in files if file.id.lower().endswith(others)]
@@ -166,6 +172,18 @@ def _from_files(name: str, root: Path, files: list[File], data: str) -> ImageSet
         f"No images in {data}: {len(files)} file{one}, none an image: {_count(files)}. "
         f"Read are {' '.join(ending[1:] for ending in IMAGES)}, and parquet, tar, zip."
     )
+
+
+def _begins_like_an_image(file: File) -> bool:
+    """Of a file without an ending, as caches and backups have them."""
+    if os.path.splitext(file.id)[1] or not file.size:
+        return False
+    try:
+        with open(file.path, "rb") as opened:
+            first = opened.read(12)
+    except OSError:
+        return False
+    return first.startswith(_FIRST_BYTES) or (first[:4] == b"RIFF" and first[8:] == b"WEBP")
 
 
 def _count(files: list[File]) -> str:

@@ -14,6 +14,7 @@ import pytest
 
 from simsiam.config import (
     UserError,
+    counted,
     did_you_mean,
     fill,
     merge,
@@ -176,3 +177,12 @@ def test_recipes_are_toml_1() -> None:
         "a": {"b": [1, 2]},
         "c": float("inf"),
     }
+
+
+def test_counted() -> None:
+    assert [counted(n, "bad file") for n in (0, 1, 2, 3000)] == [
+        "0 bad files",
+        "1 bad file",
+        "2 bad files",
+        "3,000 bad files",
+    ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simsiam import evaluate
 from simsiam.compute import Compute, generator, pick_device, set_threads
-from simsiam.config import UserError
+from simsiam.config import UserError, counted
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
@@ -107,7 +107,7 @@ def evaluate_run(
     cache = build_cache(open_images(own), prepare.short_side, workers=workers, progress=listener.decoding)
     train, test = cache.split()
     if len(train) < 2:
-        raise UserError(f"{own} has {len(train)} usable image: an evaluation needs more.")
+        raise UserError(f"{own} has {counted(len(train), 'usable image')}: an evaluation needs more.")
     before = None
     if baselines:
         before = untrained(encoder.spec, meta["seed"], prepare, cache, draw(train, BN_IMAGES), compute)

@@ -13,7 +13,7 @@ import typer
 
 from simsiam import tables
 from simsiam.compute import launched
-from simsiam.config import MOST_SEED, Interrupted, UserError
+from simsiam.config import MOST_SEED, Interrupted, UserError, counted
 
 if TYPE_CHECKING:
     from simsiam.console import Console
@@ -190,8 +190,8 @@ def embed(
     for bad in result["bad_files"]:
         console.say(f"Bad file: {bad['path']}: {bad['reason']}")
     console.say(
-        f"{result['vectors']:,} vectors of length {result['dim']} in {out}, {result['new']:,} of them new, "
-        f"{len(result['bad_files']):,} bad files left out."
+        f"{counted(result['vectors'], 'vector')} of length {result['dim']} in {out}, {result['new']:,} of them new, "
+        f"{counted(len(result['bad_files']), 'bad file')} left out."
     )
     console.say(f"Next     simsiam view {out}")
     console.say(f"         simsiam duplicates {out}")

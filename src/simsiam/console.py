@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from simsiam.config import show_duration
+from simsiam.config import counted, show_duration
 
 
 class Listener:
@@ -79,7 +79,8 @@ class Console(Listener):
     def decoding(self, done: int, total: int, bad: int) -> None:
         self._count("decoding", done, total, f"{bad} bad" if bad else "")
         if done == total:
-            self.say(f"Decoded {done - bad:,} images" + (f"; {bad:,} bad files were left out." if bad else "."))
+            left_out = f"; {counted(bad, 'bad file')} left out." if bad else "."
+            self.say(f"Decoded {counted(done - bad, 'image')}{left_out}")
 
     def checking(self, done: int, total: int, bad: int) -> None:
         """After every image that `check` has read."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simsiam.compute import Compute, generator, out_of_memory, pick_device, probe_precision, set_threads
-from simsiam.config import UserError
+from simsiam.config import UserError, counted
 from simsiam.data.decode import DecodeError, decode, in_order
 from simsiam.data.sources import ImageSet, open_images
 from simsiam.data.views import random_view
@@ -137,7 +137,9 @@ def _decode(images: ImageSet, short_side: int, workers: int | None, seconds: flo
     taken = time.perf_counter() - start
     results.close()
     if not found:
-        raise UserError(f"None of {count} images of {images.name} can be decoded. `simsiam check` lists the reasons.")
+        raise UserError(
+            f"None of {counted(count, 'image')} of {images.name} can be decoded. `simsiam check` lists the reasons."
+        )
     return found, count / taken
 
 

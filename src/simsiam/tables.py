@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from simsiam.config import show_duration
+from simsiam.config import counted, show_duration
 
 if TYPE_CHECKING:
     from simsiam.console import Console
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def training(console: Console, summary: dict[str, Any]) -> None:
     knn = summary["knn"]
     console.say("")
-    if summary["verdict"] != "healthy":
-        console.say(f"{summary['verdict'].upper()}: {summary['evidence']} {summary['advice'] or ''}")
+    name = "Healthy" if summary["verdict"] == "healthy" else summary["verdict"].upper()
+    console.say(f"{name}: {summary['evidence']} {summary['advice'] or ''}".rstrip())
     rows = [
         ["loss", _number(summary["loss"], 3)],
         ["std of z/|z|, times sqrt(d) (1 healthy, 0 collapsed)", _number(summary["std"], 2)],
@@ -77,7 +77,7 @@ def plan(console: Console, found: dict[str, Any]) -> None:
         ["memory", f"about {memory(found['memory_bytes'])} of {memory(found['memory_available'])}"],
         ["batches that fit", fits or none],
     ]
-    console.results(f"{found['images']:,} images", ["", ""], rows)
+    console.results(counted(found["images"], "image"), ["", ""], rows)
 
 
 def duplicates(console: Console, found: dict[str, Any]) -> None:
@@ -92,7 +92,8 @@ def duplicates(console: Console, found: dict[str, Any]) -> None:
     )
     console.say(f"Alike means a similarity of {found['threshold']:.3f} or more{measured}.")
     console.say(
-        f"{found['copies']:,} of {found['images']:,} images could go: they are copies of another, in {len(groups):,} groups."
+        f"{found['copies']:,} of {counted(found['images'], 'image')} could go, being copies of another, in "
+        f"{counted(len(groups), 'group')}."
         if groups
         else f"None of {found['images']:,} images is a copy of another."
     )

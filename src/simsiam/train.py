@@ -19,7 +19,7 @@ from torch import Tensor
 from simsiam import evaluate, methods, ranks
 from simsiam.assess import Rows, keep_samples, side_by_side
 from simsiam.compute import Compute, Pace, describe, generator, out_of_memory, pick_device, seed_of, set_threads
-from simsiam.config import Interrupted, Table, UserError, read_recipe, show_duration, write_recipe
+from simsiam.config import Interrupted, Table, UserError, counted, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache, open_cache
 from simsiam.data.loader import Loader
@@ -116,7 +116,7 @@ def _train(
     images = open_images(asked["data"])
     rows, held_out = images.split()
     if len(rows) < 2:
-        raise UserError(f"{asked['data']} has {len(rows)} images to train on: at least 2 are needed.")
+        raise UserError(f"{asked['data']} has {counted(len(rows), 'image')} to train on: at least 2 are needed.")
     facts = replace(look_at(images, where.type), images=len(rows))
     plan, reasons = (read(asked), []) if resume else resolve(asked, facts, size)
     prepare = plan.prepare

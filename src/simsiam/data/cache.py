@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from simsiam.config import UserError
+from simsiam.config import UserError, counted
 from simsiam.data.decode import DecodeError, decode, default_workers, in_order
 from simsiam.data.imageset import ImageSet
 from simsiam.runs import write_json
@@ -302,7 +302,7 @@ def build_cache(
         if not (cache.directory / PIXELS).stat().st_size:  # nor any that were here before
             shutil.rmtree(cache.directory, ignore_errors=True)
         raise UserError(
-            f"None of the {len(cache)} images of {images.name} can be decoded{first}. `simsiam check` lists them."
+            f"None of the {counted(len(cache), 'image')} of {images.name} can be decoded{first}. `simsiam check` lists them."
         )
     return cache
 

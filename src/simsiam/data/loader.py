@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from simsiam import ranks
-from simsiam.config import UserError
+from simsiam.config import UserError, counted
 from simsiam.data.cache import Cache
 
 _RESIDENT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
@@ -83,7 +83,7 @@ class Loader:
                     count = len(self.cache.decoded(self.rows))
                     if count < 2:
                         raise UserError(
-                            f"{self.cache.name} has {count} usable images to train on: at least 2 are needed."
+                            f"{self.cache.name} has {counted(count, 'usable image')} to train on: at least 2 are needed."
                         )
                 piece = order[at : at + self.batch_size]
                 found = np.concatenate([found, piece[self.cache.usable(self.rows[piece])]])

@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from simsiam.config import UserError
+from simsiam.config import UserError, counted
 from simsiam.data import archives, parquet
 from simsiam.data.demo import demo_images
 from simsiam.data.imageset import IMAGES, File, ImageSet, junk, keys, layout
@@ -161,15 +161,14 @@ def _from_files(name: str, root: Path, files: list[File], data: str) -> ImageSet
             ignored = [file for file in files if file.id.lower().endswith(others)]
             if ignored:
                 warnings.warn(
-                    f"{data}: {len(ignored)} files are not read beside the {len(chosen)} that are: {_count(ignored)}.",
+                    f"{data}: {counted(len(chosen), 'file')} read, others left out: {_count(ignored)}.",
                     stacklevel=3,
                 )
             return open_kind(name, str(root), chosen)
     if not files:
         raise UserError(f"{data} is empty. Name a folder that holds images.")
-    one = "" if len(files) == 1 else "s"
     raise UserError(
-        f"No images in {data}: {len(files)} file{one}, none an image: {_count(files)}. "
+        f"No images in {data}: {counted(len(files), 'file')}, none an image: {_count(files)}. "
         f"Read are {' '.join(ending[1:] for ending in IMAGES)}, and parquet, tar, zip."
     )
 

@@ -180,9 +180,5 @@ def test_recipes_are_toml_1() -> None:
 
 
 def test_counted() -> None:
-    assert [counted(n, "bad file") for n in (0, 1, 2, 3000)] == [
-        "0 bad files",
-        "1 bad file",
-        "2 bad files",
-        "3,000 bad files",
-    ]
+    shown = [counted(count, "bad file") for count in (0, 1, 2, 3000)]
+    assert shown == ["0 bad files", "1 bad file", "2 bad files", "3,000 bad files"]

@@ -19,7 +19,7 @@ ROOMS = {
     1: ("data", "encoders", "heads", "optim", "neighbours", "collapse", "recipes"),
     2: ("methods", "embed", "embeddings"),
     3: ("search", "explore"),
-    4: ("evaluate", "recipe", "monitor", "assess"),
+    4: ("evaluate", "recipe", "monitor", "finetune", "assess"),
     5: ("session", "probe", "train", "show", "export", "released"),
     6: ("reproduce", "plan"),
     7: ("cli", "tables", "catalogue", "__main__", "__init__"),

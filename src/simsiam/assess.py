@@ -23,6 +23,7 @@ from simsiam.embeddings import write_embedding
 from simsiam.encoders import Encoder
 from simsiam.evaluate import Features
 from simsiam.evaluate.linear import sgd_probe
+from simsiam.finetune import check_share, finetune
 from simsiam.monitor import draw
 from simsiam.runs import EVALUATION, SUMMARY, read_json, write_json
 
@@ -75,6 +76,7 @@ def evaluate_run(
     *,
     names: Sequence[str] | None = None,
     sgd: bool = False,
+    share: float | None = None,
     baselines: bool = True,
     device: str = "auto",
     seed: int = 0,
@@ -92,10 +94,14 @@ def evaluate_run(
         baselines: False leaves out raw pixels and the untrained encoder.
         k: neighbours of kNN; None: 200, or 20 where classes have fewer than 1,000 images.
         sgd: the paper's linear protocol too, as "linear_sgd": LARS, 90 epochs of random crops and flips.
+        share: in (0, 1]: the whole network is trained on this share of the labels too, from the trained weights and from
+            the untrained ones, as "finetune". None: not.
     Returns {"knn": {"trained", "untrained", "pixels", settings...}, "linear", "fewshot", "collapse"}, None where there
     are no labels. Raises UserError where `run` has no encoder.
     """
     run = Path(run)
+    if share is not None:
+        check_share(share)
     listener = listener or Listener()
     set_threads()
     for name in names or ():
@@ -121,6 +127,9 @@ def evaluate_run(
         result["collapse"] = _collapse(run, data, collapse)
     if sgd:
         result["linear_sgd"] = _sgd(encoder, prepare, cache, kinds["trained"], train, compute, seed, listener)
+    if share is not None:
+        networks = {"trained": encoder} | ({} if before is None else {"untrained": before})
+        result["finetune"] = _finetuned(networks, prepare, cache, train, test, compute, share, seed, listener)
     if data is None:
         before_this = read_json(run / EVALUATION) if (run / EVALUATION).exists() else {}
         write_json(run / EVALUATION, {**before_this, **result})
@@ -168,6 +177,32 @@ def _sgd(
     result = sgd_probe(epoch, features.train_labels, data.test, data.test_labels, features.classes, seed=seed)
     listener.close()
     return {"trained": result.pop("value"), "untrained": None, "pixels": None, **result}
+
+
+def _finetuned(
+    networks: dict[str, Encoder],
+    prepare: Preprocessing,
+    cache: Cache,
+    train: Rows,
+    test: Rows,
+    compute: Compute,
+    share: float,
+    seed: int,
+    listener: Listener,
+) -> dict[str, Any] | None:
+    found: dict[str, dict[str, Any]] = {}
+    for number, (kind, network) in enumerate(networks.items()):
+
+        def done(part: float, number: int = number) -> None:
+            listener.finetuning((number + part) / len(networks))
+
+        scores = finetune(network, prepare, cache, train, test, compute, share=share, seed=seed, done=done)
+        if scores is None:
+            return None
+        found[kind] = scores
+    values = {kind: scores.pop("value") for kind, scores in found.items()}
+    rates = {kind: scores.pop("lr") for kind, scores in found.items()}
+    return {"untrained": None, "pixels": None, **values, "lr": rates, **found["trained"]}
 
 
 def keep_samples(

@@ -146,6 +146,12 @@ def evaluate(
     sgd: Annotated[
         bool, typer.Option("--sgd", help="The paper's linear protocol: LARS, 90 epochs, crops and flips.")
     ] = False,
+    finetune: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="Also train the whole network on this share of the labels, like 0.1. Takes minutes."
+        ),
+    ] = None,
     k: Annotated[
         int | None,
         typer.Option(min=1, help="Neighbours of kNN; default: 200, or 20 where classes have fewer than 1,000 images."),
@@ -162,7 +168,16 @@ def evaluate(
 
     chosen = None if only is None else [name.strip() for name in only.split(",")]
     result = evaluate_run(
-        run, data, names=chosen, sgd=sgd, k=k, device=device, seed=seed, workers=workers, listener=console
+        run,
+        data,
+        names=chosen,
+        sgd=sgd,
+        share=finetune,
+        k=k,
+        device=device,
+        seed=seed,
+        workers=workers,
+        listener=console,
     )
     console.close()
     tables.evaluation(console, result)

@@ -19,6 +19,9 @@ class Listener:
     def embedding(self, done: int, total: int) -> None:
         """After every batch that is embedded."""
 
+    def finetuning(self, progress: float) -> None:
+        """After every epoch of fine-tuning: the share of it all that is done."""
+
     def plan(self, facts: Sequence[tuple[str, str]], reasons: Sequence[tuple[str, str, str]]) -> None:
         """Before training: what is trained on what, and the reason for every default that was derived."""
 
@@ -88,6 +91,9 @@ class Console(Listener):
 
     def embedding(self, done: int, total: int) -> None:
         self._count("embedding", done, total, "")
+
+    def finetuning(self, progress: float) -> None:
+        self._count("fine-tuning", round(100 * progress), 100, "percent")
 
     def plan(self, facts: Sequence[tuple[str, str]], reasons: Sequence[tuple[str, str, str]]) -> None:
         from rich.markup import escape

@@ -49,7 +49,9 @@ _VERDICTS = {
 _MEASURES = {
     "knn": ("kNN", "the most similar training images vote on the class"),
     "linear": ("Linear", "a linear classifier on the frozen features"),
+    "linear_sgd": ("Linear, SGD", "the same by the paper's protocol: LARS on random crops"),
     "fewshot": ("Few-shot", "a classifier that saw only a few labelled images of each class"),
+    "finetune": ("Fine-tuned", "the whole network trained on a share of the labels"),
     "retrieval": ("Retrieval", "how many of the 10 most similar training images are of the same class"),
     "clusters": ("Clusters", "k-means without labels, its clusters matched with the classes"),
 }

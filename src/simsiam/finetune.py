@@ -1,0 +1,151 @@
+"""Fine-tuning: the whole network trained on a share of the labels, from the weights that the images alone gave it.
+
+The semi-supervised protocol of SimCLR (arXiv 2002.05709, appendix B.5): random crops and flips, SGD with Nesterov momentum,
+no weight decay. Ours are the choice of the learning rate, on a part of the labels, and its cosine decay.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from simsiam.compute import Compute, generator
+from simsiam.config import UserError
+from simsiam.data.cache import Cache
+from simsiam.data.views import ViewSettings, random_view
+from simsiam.embed import Preprocessing, embed_rows
+from simsiam.encoders import Encoder
+from simsiam.optim import learning_rate
+
+RATES = (0.05, 0.5)
+"""Base learning rates (of 256 images) that are tried: a trained encoder wants the lower, an untrained one the higher."""
+_BATCH = 64
+_EPOCHS, _FEWEST_STEPS = 30, 400
+_FEWEST_LABELS = 5
+
+Rows = NDArray[np.int64]
+Done = Callable[[float], None]
+
+
+def finetune(
+    encoder: Encoder,
+    prepare: Preprocessing,
+    cache: Cache,
+    train: Rows,
+    test: Rows,
+    compute: Compute,
+    *,
+    share: float = 0.1,
+    epochs: int | None = None,
+    seed: int = 0,
+    done: Done = lambda part: None,
+) -> dict[str, Any] | None:
+    """Top-1 accuracy, in percent, on the labelled rows of `test` after training on a share of the labelled rows of `train`.
+
+    The encoder itself stays as it is. The rows are a function of the seed and the labels, so they are the same for every
+    encoder. The rate is the one of `RATES` that is best on a fifth of them, after training on the others; then all are
+    trained on.
+
+    Args:
+        share: of each class's labelled images, in (0, 1]; at least 5 of each, where there are so many.
+        epochs: None: 30, or as many as make 400 steps.
+        done: is told the share of the work that is done, in [0, 1].
+    Returns {"value", "share", "lr", "epochs", "batch_size", "train", "test"}; None where fewer than two classes have
+    labels or `test` has none.
+    """
+    check_share(share)
+    labels = cache.labels
+    if labels is None:
+        return None
+    test = test[labels[test] >= 0]
+    if len(np.unique(labels[train][labels[train] >= 0])) < 2 or not len(test):
+        return None
+    kept, held_out = choose(labels, train, share, seed)
+    rows = np.concatenate([kept, held_out])
+    batch_size = min(_BATCH, len(kept))
+    if epochs is None:
+        epochs = max(_EPOCHS, math.ceil(_FEWEST_STEPS / (len(rows) // batch_size)))
+    rates = RATES if len(held_out) else RATES[:1]
+    passes = len(rows) + (len(rates) * len(kept) if len(rates) > 1 else 0)
+    before = 0.0
+
+    def accuracy(part: Rows, lr: float, judged: Rows) -> float:
+        nonlocal before
+        start, weight = before, len(part) / passes
+        before += weight
+        network = _fit(
+            encoder, prepare, cache, part, compute, lr, epochs, batch_size, seed, lambda p: done(start + weight * p)
+        )
+        scores = embed_rows(network, prepare, cache, judged, compute)
+        return float((scores.argmax(1).numpy() == labels[judged]).mean() * 100)
+
+    lr = max(rates, key=lambda rate: accuracy(kept, rate, held_out)) if len(rates) > 1 else rates[0]
+    value = accuracy(rows, lr, test)
+    settings = {"share": share, "lr": lr, "epochs": epochs, "batch_size": batch_size}
+    return {"value": round(value, 2), **settings, "train": len(rows), "test": len(test)}
+
+
+def check_share(share: float) -> None:
+    """Raises UserError where it is not a share of the labels."""
+    if not 0 < share <= 1:
+        raise UserError(f"The share of the labels to fine-tune on is {share:g}: it lies above 0 and is at most 1.")
+
+
+def choose(labels: NDArray[np.int64], train: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
+    """Of each class's labelled rows in `train` the share that is trained on, at least 5: four fifths to learn from, and a
+    fifth to choose the rate on."""
+    draws = np.random.default_rng([seed, 0xF17E])
+    kept, held_out = [], []
+    for label in np.unique(labels[train][labels[train] >= 0]):
+        members = draws.permutation(train[labels[train] == label])
+        members = members[: max(round(share * len(members)), _FEWEST_LABELS)]
+        kept.append(members[len(members) // 5 :])
+        held_out.append(members[: len(members) // 5])
+    return np.concatenate(kept), np.concatenate(held_out)
+
+
+def _fit(
+    encoder: Encoder,
+    prepare: Preprocessing,
+    cache: Cache,
+    rows: Rows,
+    compute: Compute,
+    lr: float,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    done: Done,
+) -> nn.Module:
+    """A copy of the encoder with a linear classifier on top, trained on the rows; in eval mode."""
+    assert cache.labels is not None and cache.classes is not None
+    head = nn.Linear(encoder.dim, len(cache.classes))
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    network = nn.Sequential(copy.deepcopy(encoder), head)
+    compute.place(network).train()
+    views = ViewSettings(prepare.size, jitter_p=0, gray_p=0, blur_p=0, mean=prepare.mean, std=prepare.std)
+    peak = lr * batch_size / 256
+    optimiser = torch.optim.SGD(network.parameters(), lr=peak, momentum=0.9, nesterov=True)
+    steps = len(rows) // batch_size
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(rows)
+        for step in range(steps):
+            part = order[step * batch_size : (step + 1) * batch_size]
+            images, sizes = (each.to(compute.device) for each in cache.batch(part))
+            x = random_view(images, views, generator(compute.device, seed, epoch, step), sizes)
+            optimiser.param_groups[0]["lr"] = learning_rate((epoch + step / steps) / epochs, peak)
+            optimiser.zero_grad()
+            with compute.autocast():
+                scores = network(x)
+            F.cross_entropy(scores.float(), torch.from_numpy(cache.labels[part]).to(compute.device)).backward()
+            optimiser.step()
+        done((epoch + 1) / epochs)
+    return network.eval()

@@ -29,9 +29,9 @@ from simsiam.data.cache import Cache, build_cache
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.recipe import Facts, default_epochs, gather, look_at, read, resolve
-from simsiam.runs import Checkpoints, read_json, read_metrics
+from simsiam.runs import Checkpoints, made, read_json, read_metrics
 from simsiam.session import method_tensors
-from simsiam.train import _made, _sweep, build_method
+from simsiam.train import _sweep, build_method
 
 TINY = ["encoder.width=8", "method.dim=32", "method.projector_hidden=32", "method.predictor_hidden=8", "views.size=16"]
 # Three kinds of simple pictures span few directions: here the guard must not cut a run short.
@@ -338,11 +338,11 @@ def test_dropout_is_a_function_of_the_seed_and_the_step(photos: Path, tmp_path: 
 def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: _made(None, {"data": "imgs"}), range(24)))
-    assert len(set(made)) == 24 and all(path.is_dir() for path in made)
+        folders = list(pool.map(lambda _: made(None, "imgs", "simsiam"), range(24)))
+    assert len(set(folders)) == 24 and all(path.is_dir() for path in folders)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"Cannot make the run folder .*file/run"):
-        _made(tmp_path / "file" / "run", {"data": "imgs"})
+        made(tmp_path / "file" / "run", "imgs", "simsiam")
 
 
 def test_views_are_made_in_float32_before_training_too(photos: Path, tmp_path: Path) -> None:

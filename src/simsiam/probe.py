@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import torch
 
 from simsiam import ranks
-from simsiam.compute import Compute, generator, probe_precision, set_threads
+from simsiam.compute import Compute, Pace, generator, probe_precision, set_threads
 from simsiam.data.loader import Loader
 from simsiam.data.views import random_view
-from simsiam.recipe import Recipe
+from simsiam.recipe import Facts, Reasons, Recipe, default_epochs
 
 _FEW = 64
 """Images that the choice of a precision takes: all of a batch in float32 would set the memory of the whole run."""
@@ -35,6 +35,13 @@ class Probed:
     full_seconds: float = 0.0
     half_seconds: float = 0.0
     """A step on all and on half of them; 0 where that was not tried."""
+
+    def pace(self, recipe: Recipe) -> Pace | None:
+        """What watches the threads of the run; None where half of them were not tried."""
+        if not self.half_seconds:
+            return None
+        adapts = recipe.train.epochs is None and recipe.train.threads is None
+        return Pace(self.full, self.threads, self.full_seconds, self.half_seconds, adapts)
 
 
 def probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch.device) -> Probed:
@@ -80,3 +87,19 @@ def probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch
     full_seconds = seconds[precision]
     threads = full if recipe.train.threads or full_seconds < 1.2 * half_seconds else full // 2
     return Probed(precision, min(half_seconds, full_seconds), why, threads, full, full_seconds, half_seconds)
+
+
+def settle(recipe: Recipe, probed: Probed, facts: Facts, steps_per_epoch: int) -> tuple[Recipe, Reasons]:
+    """The recipe with what only measuring could tell, and the reason for each: precision, threads, and the epochs where
+    nobody asked for a length."""
+    reasons: Reasons = [("train.precision", probed.precision, probed.why)]
+    if probed.threads < probed.full:
+        reasons.append(("train.threads", str(probed.threads), f"faster than {probed.full}: others use the cores"))
+    train = replace(recipe.train, precision=probed.precision)
+    if train.epochs is None and train.budget is None:
+        epochs, why = default_epochs(facts, probed.step_seconds * steps_per_epoch)
+        reasons.append(("train.epochs", f"{epochs:g}", why))
+        train = replace(train, epochs=epochs)
+    if probed.half_seconds and train.epochs is not None:  # same weights after a resume: the same threads
+        train = replace(train, threads=probed.threads)
+    return replace(recipe, train=train), reasons

@@ -31,6 +31,7 @@ from simsiam.data.sources import ImageSet
 from simsiam.data.views import ViewSettings
 from simsiam.embed import Preprocessing, preprocessing
 from simsiam.encoders import EncoderSpec
+from simsiam.optim import Schedule
 from simsiam.runs import RECIPE
 
 Reasons = list[tuple[str, str, str]]
@@ -92,6 +93,10 @@ class TrainSettings:
     @property
     def seconds(self) -> float | None:
         return None if self.budget is None else parse_duration(self.budget)
+
+    def schedule(self, steps_per_epoch: int) -> Schedule:
+        by_epoch = self.cosine == "epoch"
+        return Schedule(self.peak, steps_per_epoch, self.epochs, self.seconds, self.warmup_epochs, by_epoch)
 
 
 @dataclass(frozen=True)

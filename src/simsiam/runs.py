@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import tempfile
@@ -47,6 +48,41 @@ def make_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"Cannot write to {folder}: {error.strerror or error}. Choose another -o.") from None
+
+
+def unused(run: Path) -> Path:
+    """The folder that was asked for, for a new run. Raises UserError where something is in it already."""
+    if (run / RECIPE).exists():
+        raise UserError(f"{run} holds a run already: go on with it by --resume, or choose another -o.")
+    if run.is_file() or (run.is_dir() and any(run.iterdir())):
+        raise UserError(f"{run} exists and is not a run: choose another -o.")
+    return run
+
+
+def made(run: Path | None, data: str, method: str) -> Path:
+    """The run folder, there from now on; None: a new one under `runs/`, which no other process can take as well."""
+    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in data.lower()).strip("-") or "images"
+    names = (Path("runs") / f"{stem}-{method}-{number}" for number in itertools.count(1))
+    for path in names if run is None else [run]:
+        try:
+            path.mkdir(parents=True, exist_ok=run is not None)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(
+                f"Cannot make the run folder {path}: {error.strerror or error}. Choose another -o."
+            ) from None
+        return path
+    raise AssertionError("an -o that is a file is refused before")
+
+
+def resumable(run: Path | None) -> Path:
+    """The run that was asked for. Raises UserError where there is none."""
+    if run is None:
+        raise UserError("--resume needs to know which run: add -o RUN.")
+    if not (run / RECIPE).exists():
+        raise UserError(f"{run} holds no run to resume: it has no {RECIPE}.")
+    return run
 
 
 def write_text(path: Path, text: str) -> None:

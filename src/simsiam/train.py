@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import shlex
 import sys
 import time
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from simsiam import evaluate, methods, ranks
 from simsiam.assess import Rows, keep_samples, side_by_side
-from simsiam.compute import Compute, Pace, describe, generator, out_of_memory, pick_device, seed_of, set_threads
+from simsiam.compute import Compute, describe, generator, out_of_memory, pick_device, seed_of, set_threads
 from simsiam.config import Interrupted, Table, UserError, counted, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache, open_cache
@@ -28,10 +27,22 @@ from simsiam.data.views import random_view
 from simsiam.embed import BN_IMAGES, Preprocessing, read_encoder, save_encoder, untrained
 from simsiam.encoders import Encoder, build
 from simsiam.monitor import Monitor, draw
-from simsiam.optim import LARS, Schedule
-from simsiam.probe import probe
-from simsiam.recipe import Recipe, default_epochs, gather, look_at, read, resolve
-from simsiam.runs import ENVIRONMENT, HEALTHY, RECIPE, SUMMARY, Checkpoints, read_json, write_json, write_text
+from simsiam.optim import LARS
+from simsiam.probe import probe, settle
+from simsiam.recipe import Recipe, gather, look_at, read, resolve
+from simsiam.runs import (
+    ENVIRONMENT,
+    HEALTHY,
+    RECIPE,
+    SUMMARY,
+    Checkpoints,
+    made,
+    read_json,
+    resumable,
+    unused,
+    write_json,
+    write_text,
+)
 from simsiam.session import Session, finite, method_tensors, signals
 
 _BANK, _QUERIES = 10_000, 2_000
@@ -100,7 +111,7 @@ def _train(
     asked = gather(data, recipe, overrides, settings)
     given: Path | None
     if resume:
-        given = run = _resumable(out)
+        given = run = resumable(None if out is None else Path(out))
         if data is not None or recipe is not None or overrides or size is not None or _any(settings):
             listener.say(
                 f"Warning: --resume takes data and settings from {run / RECIPE}; what else was given is ignored."
@@ -111,7 +122,7 @@ def _train(
             return summary
         asked = read_recipe(run / RECIPE)
     else:
-        given = None if out is None else _unused(Path(out))
+        given = None if out is None else unused(Path(out))
 
     images = open_images(asked["data"])
     rows, held_out = images.split()
@@ -132,20 +143,12 @@ def _train(
     loader = Loader(cache, rows, plan.train.batch_size, where, plan.seed)
     own = probe(method, plan, loader, where)
     probed = ranks.same(lambda: own)
-    compute, step_seconds = Compute(where, probed.precision), probed.step_seconds
+    compute = Compute(where, probed.precision)
     torch.set_num_threads(probed.threads)
     if not resume:
-        reasons.append(("train.precision", compute.precision, probed.why))
-        if probed.threads < probed.full:
-            reasons.append(("train.threads", str(probed.threads), f"faster than {probed.full}: others use the cores"))
-        if plan.train.epochs is None and plan.train.budget is None:
-            epochs, why = default_epochs(facts, step_seconds * loader.steps_per_epoch)
-            reasons.append(("train.epochs", f"{epochs:g}", why))
-            plan = replace(plan, train=replace(plan.train, epochs=epochs))
-        plan = replace(plan, train=replace(plan.train, precision=compute.precision))
-        if probed.half_seconds and plan.train.epochs is not None:  # same weights after a resume: the same threads
-            plan = replace(plan, train=replace(plan.train, threads=probed.threads))
-    run = ranks.same(lambda: _made(given, asked))
+        plan, more = settle(plan, probed, facts, loader.steps_per_epoch)
+        reasons += more
+    run = ranks.same(lambda: made(given, Path(asked["data"]).stem, plan.method))
     if ranks.main():
         if not resume:
             write_text(run / RECIPE, write_recipe(plan.table()))
@@ -153,36 +156,22 @@ def _train(
         write_json(run / ENVIRONMENT, {**describe(), **about})
 
     compute.place(method)
-    settings_ = plan.train
-    schedule = Schedule(
-        settings_.peak,
-        loader.steps_per_epoch,
-        settings_.epochs,
-        settings_.seconds,
-        settings_.warmup_epochs,
-        settings_.cosine == "epoch",
-    )
-    monitor = Monitor(cache, rows, held_out, plan.views, prepare, compute, listener.decoding)
-    pace = None
-    if probed.half_seconds:
-        adapts = plan.train.epochs is None and plan.train.threads is None
-        pace = Pace(probed.full, probed.threads, probed.full_seconds, probed.half_seconds, adapts)
     s = Session(
         run,
         plan,
         method,
         optimizer(method, plan),
-        schedule,
+        plan.train.schedule(loader.steps_per_epoch),
         loader,
         compute,
-        monitor,
+        Monitor(cache, rows, held_out, plan.views, prepare, compute, listener.decoding),
         listener,
         cache.fingerprint,
-        pace,
+        probed.pace(plan),
     )
     s.open(resume)
     try:
-        listener.plan(_facts(s, cache, len(rows), len(held_out), step_seconds), reasons)
+        listener.plan(_facts(s, cache, len(rows), len(held_out), probed.step_seconds), reasons)
 
         @functools.cache
         def before() -> Encoder:
@@ -334,42 +323,6 @@ def _initial(plan: Recipe, images: int, listener: Listener) -> torch.nn.Module:
 
 def _any(settings: Table) -> bool:
     return any(value is not None for value in settings.values())
-
-
-def _made(run: Path | None, asked: Table) -> Path:
-    """The run folder, there from now on; None: a new one under `runs/`, which no other process can take as well."""
-    data, method = asked["data"], asked.get("method", {}).get("name", "simsiam")
-    stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(data).stem.lower()).strip("-") or "images"
-    names = (Path("runs") / f"{stem}-{method}-{number}" for number in itertools.count(1))
-    for path in names if run is None else [run]:
-        try:
-            path.mkdir(parents=True, exist_ok=run is not None)
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(
-                f"Cannot make the run folder {path}: {error.strerror or error}. Choose another -o."
-            ) from None
-        return path
-    raise AssertionError("an -o that is a file is refused before")
-
-
-def _unused(run: Path) -> Path:
-    """The folder that was asked for. Raises UserError where something is in it already."""
-    if (run / RECIPE).exists():
-        raise UserError(f"{run} holds a run already: go on with it by --resume, or choose another -o.")
-    if run.is_file() or (run.is_dir() and any(run.iterdir())):
-        raise UserError(f"{run} exists and is not a run: choose another -o.")
-    return run
-
-
-def _resumable(out: str | Path | None) -> Path:
-    if out is None:
-        raise UserError("--resume needs to know which run: add -o RUN.")
-    run = Path(out)
-    if not (run / RECIPE).exists():
-        raise UserError(f"{run} holds no run to resume: it has no {RECIPE}.")
-    return run
 
 
 def _command() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from simsiam.data.decode import DecodeError, decode, in_order
+from simsiam.data.decode import ENDINGS, DecodeError, decode, in_order
 
 H, W = 60, 80
 
@@ -34,7 +35,8 @@ def rotated(orientation: int, kind: str = "JPEG") -> bytes:
     image = Image.fromarray(scene()).transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encode(image, kind, exif=exif, **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
+    # As bytes: from them pillow_heif takes the turn that HEIF stores for itself, as a phone does.
+    return encode(image, kind, exif=exif.tobytes(), **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
 
 
 def write_nasty_folder(root: Path) -> tuple[list[str], dict[str, str]]:
@@ -268,3 +270,18 @@ def test_in_order_keeps_order_bounds_memory_and_passes_errors_on() -> None:
     assert seen == list(range(101)) and 1 < peak[0] <= 2 * 3 * 4 + 4
     with pytest.raises(ZeroDivisionError):
         list(in_order(lambda i: 1 // (5 - i), 10, workers=2, chunk=1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "orientation"), [("JPEG2000", 1), *itertools.product(["AVIF", "HEIF"], [1, 2, 3, 6, 8])]
+)
+def test_the_formats_of_cameras_are_upright_rgb(kind: str, orientation: int) -> None:
+    ending = {"AVIF": ".avif", "HEIF": ".heic", "JPEG2000": ".jp2"}[kind]
+    if ending not in ENDINGS:
+        pytest.skip(f"this installation cannot read {ending}")
+    stored = rotated(orientation, kind) if orientation != 1 else encode(scene(), kind)
+    for short_side, expected in [(None, scene()), (30, decode(encode(scene()), 30))]:
+        pixels = decode(stored, short_side)
+        assert pixels.shape == expected.shape and np.abs(pixels.astype(int) - expected).mean() < 6
+    with pytest.raises(DecodeError):
+        decode(stored[: len(stored) // 2])

@@ -216,9 +216,29 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_ignored_kinds_are_warned_about(tmp_path: Path) -> None:
-    write(tmp_path, "1.png", "2.heic", "3.heic", "more.zip", "notes.txt")
-    with pytest.warns(UserWarning, match=r"1 file read, others left out: \.heic 2, \.zip 1"):
+    write(tmp_path, "1.png", "2.psd", "3.PSD", "more.zip", "notes.txt")
+    with pytest.warns(UserWarning, match=r"1 file read, others left out: \.psd 2, \.zip 1\.$"):
         assert open_images(tmp_path).ids == ["1.png"]
+
+
+def test_photographs_of_iphones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read where the plug-in is there; where it is not, what to install is said."""
+    pytest.importorskip("pillow_heif")
+    (tmp_path / "photos").mkdir()
+    for name in ("IMG_1.HEIC", "IMG_2.heif", "blob"):
+        Image.fromarray(scene()).save(tmp_path / "photos" / name, "HEIF")
+    write_tar(tmp_path / "photos.tar", {"1.heic": (tmp_path / "photos/blob").read_bytes()})
+    assert len(open_images(tmp_path / "photos.tar")) == 1
+    found = check(open_images(tmp_path / "photos"))
+    assert found["images"] == 3 and found["formats"] == {"HEIF": 3} and not found["bad_files"]
+    monkeypatch.setattr("simsiam.data.decode.ENDINGS", (".jpg", ".png"))
+    with pytest.raises(UserError, match=r"none an image: .*\.heic 1.* pip install pillow-heif"):
+        open_images(tmp_path / "photos")
+    write(tmp_path / "photos", "1.png")
+    with pytest.warns(
+        UserWarning, match=r"1 file read, others left out: \.heic 1, \.heif 1\. .*pip install pillow-heif"
+    ):
+        assert open_images(tmp_path / "photos").ids == ["1.png"]
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from simsiam.config import UserError
+from simsiam.data import decode
 from simsiam.data.imageset import (
-    IMAGES,
     LABEL_COLUMNS,
     File,
     ImageSet,
@@ -56,7 +56,7 @@ def open_archives(name: str, root: str, files: list[File]) -> ImageSet:
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
             raise UserError(f"Cannot read {file.path}, copy or download it again: {one_line(error)}") from None
         for path, reader in members.items():
-            if path.lower().endswith(IMAGES):
+            if path.lower().endswith(decode.ENDINGS):
                 ids.append(f"{file.id}/{path}" if len(files) > 1 else path)
                 inner.append(path)
                 archive.append(a)

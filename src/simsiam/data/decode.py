@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, features
 
 T = TypeVar("T")
+
+
+def _further() -> Iterator[str]:
+    """Endings of what this installation of Pillow, and the plug-in for the photographs of iPhones, can read."""
+    if features.check("avif"):
+        yield ".avif"
+    if features.check("jpg_2000"):
+        yield from (".jp2", ".j2k")
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+        yield from (".heic", ".heif", ".hif")
+
+
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", *_further())
+"""Of the files that are taken for images."""
 
 MAX_ASPECT = 4
 """With `short_side`, the long side is centre-cropped to so many short sides: a batch is padded to its widest image."""

@@ -15,7 +15,6 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "category")
 _TRAIN = {"train", "training"}
 _TEST = {"test", "testing", "val", "valid", "validation"}

@@ -11,14 +11,16 @@ from collections import Counter
 from pathlib import Path
 
 from simsiam.config import UserError, counted
-from simsiam.data import archives, parquet
+from simsiam.data import archives, decode, parquet
 from simsiam.data.demo import demo_images
-from simsiam.data.imageset import IMAGES, File, ImageSet, junk, keys, layout
+from simsiam.data.imageset import File, ImageSet, junk, keys, layout
 from simsiam.data.torchvision_sets import open_torchvision
 from simsiam.runs import METRICS, RECIPE
 
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
-_NOT_READ = (".heic", ".heif", ".avif", ".jp2", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".dcm")
+_BRANDS = {b"ftypavif": ".avif", b"ftypheic": ".heic", b"ftypheix": ".heic", b"ftypmif1": ".heic"}
+_HEIC = (".heic", ".heif", ".hif")
+_NOT_READ = (*_HEIC, ".avif", ".jp2", ".j2k", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".dcm")
 
 
 def open_images(data: str | Path | None = None) -> ImageSet:
@@ -149,19 +151,24 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _from_files(name: str, root: Path, files: list[File], data: str) -> ImageSet:
-    kinds = (IMAGES, _from_images), (parquet.ENDINGS, parquet.open_parquet), (archives.ENDINGS, archives.open_archives)
+    kinds = (
+        (decode.ENDINGS, _from_images),
+        (parquet.ENDINGS, parquet.open_parquet),
+        (archives.ENDINGS, archives.open_archives),
+    )
     for endings, open_kind in kinds:
         chosen = [
             file
             for file in files
-            if file.id.lower().endswith(endings) or (endings == IMAGES and _begins_like_an_image(file))
+            if file.id.lower().endswith(endings) or (open_kind is _from_images and _begins_like_an_image(file))
         ]
         if chosen:
-            others = (*itertools.chain.from_iterable(e for e, _ in kinds if e != endings), *_NOT_READ)
+            others = (*itertools.chain.from_iterable(e for e, _ in kinds), *_NOT_READ)
+            others = tuple(ending for ending in others if ending not in endings)
             ignored = [file for file in files if file.id.lower().endswith(others)]
             if ignored:
                 warnings.warn(
-                    f"{data}: {counted(len(chosen), 'file')} read, others left out: {_count(ignored)}.",
+                    f"{data}: {counted(len(chosen), 'file')} read, others left out: {_count(ignored)}.{_hint(ignored)}",
                     stacklevel=3,
                 )
             return open_kind(name, str(root), chosen)
@@ -169,7 +176,7 @@ def _from_files(name: str, root: Path, files: list[File], data: str) -> ImageSet
         raise UserError(f"{data} is empty. Name a folder that holds images.")
     raise UserError(
         f"No images in {data}: {counted(len(files), 'file')}, none an image: {_count(files)}. "
-        f"Read are {' '.join(ending[1:] for ending in IMAGES)}, and parquet, tar, zip."
+        f"Read are {' '.join(ending[1:] for ending in decode.ENDINGS)}, and parquet, tar, zip.{_hint(files)}"
     )
 
 
@@ -182,7 +189,14 @@ def _begins_like_an_image(file: File) -> bool:
             first = opened.read(12)
     except OSError:
         return False
-    return first.startswith(_FIRST_BYTES) or (first[:4] == b"RIFF" and first[8:] == b"WEBP")
+    webp = first[:4] == b"RIFF" and first[8:] == b"WEBP"
+    return first.startswith(_FIRST_BYTES) or webp or _BRANDS.get(first[4:]) in decode.ENDINGS
+
+
+def _hint(files: list[File]) -> str:
+    """What to install so that the photographs of iPhones are read, where these hold some and it is missing."""
+    missing = any(file.id.lower().endswith(_HEIC) for file in files) and ".heic" not in decode.ENDINGS
+    return " To read .heic: pip install pillow-heif." if missing else ""
 
 
 def _count(files: list[File]) -> str:

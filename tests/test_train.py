@@ -271,7 +271,7 @@ def test_the_clock_ends_a_run_with_a_budget(photos: Path, tmp_path: Path) -> Non
     train = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
     rates = [line["lr"] for line in train]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2 * rates[0]
-    assert train[-1]["progress"] == 1
+    assert train[-1]["progress"] > 0.8  # a last look at the held-out images may take the rest
 
 
 def test_the_predictor_moves_by_its_own_learning_rate(photos: Path, tmp_path: Path) -> None:

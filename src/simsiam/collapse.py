@@ -123,7 +123,7 @@ def judge(
         same = (
             "every image gets one of two opposite outputs"
             if line
-            else "all images, or all but a few, get the same output"
+            else "all images, or all but a few, get nearly the same output"
         )
         return Verdict(
             "collapsed",

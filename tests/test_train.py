@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import simsiam
@@ -28,6 +29,7 @@ from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
+from simsiam.embeddings import read_embeddings
 from simsiam.recipe import Facts, default_epochs, gather, look_at, read, resolve
 from simsiam.runs import Checkpoints, made, read_json, read_metrics
 from simsiam.session import method_tensors
@@ -92,6 +94,10 @@ def test_a_run_leaves_what_the_docs_promise(photos: Path, tmp_path: Path) -> Non
     assert not list(run.rglob("*.tmp")) and not list(run.rglob("*.pkl")) and not list(run.rglob("*.pt"))
     views = np.load(run / "samples" / "views.npy")
     assert views.dtype == np.uint8 and views.shape == (8, 3, 16, 16, 3)
+    stored = read_embeddings(run / "samples" / "embedding", ["id", "pixels"])  # one to search in like any other
+    cache, rows = stored.images()
+    found = stored.encoder().embed([Image.fromarray(cache.batch(rows[:1])[0][0].permute(1, 2, 0).numpy())])
+    assert np.allclose(found[0], stored.vectors[0], atol=1e-4) and len(set(stored.items["pixels"])) == len(stored)
 
 
 def test_config_runs_again_to_the_same_weights(photos: Path, tmp_path: Path) -> None:

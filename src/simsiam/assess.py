@@ -19,13 +19,13 @@ from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings, plain_pixels, random_view
 from simsiam.embed import BN_IMAGES, Preprocessing, compute_of, embed_rows, pixel_rows, read_encoder, untrained
-from simsiam.embeddings import write_embedding
+from simsiam.embeddings import digest, origin, write_embedding
 from simsiam.encoders import Encoder
 from simsiam.evaluate import Features
 from simsiam.evaluate.linear import sgd_probe
 from simsiam.finetune import check_share, finetune
 from simsiam.monitor import draw
-from simsiam.runs import EVALUATION, SUMMARY, read_json, write_json
+from simsiam.runs import ENCODER, EVALUATION, SUMMARY, read_json, write_json
 
 Rows = NDArray[np.int64]
 
@@ -217,7 +217,7 @@ def keep_samples(
     compute: Compute,
 ) -> None:
     """`samples/`, for people to look at: the views of a few images as the network saw them, and up to 2,000 of the
-    `shown` images with their embeddings after and before training."""
+    `shown` images with their embeddings after and before training. The encoder is in the run folder already."""
     folder = run / "samples"
     folder.mkdir(exist_ok=True)
     images, sizes = cache.batch(draw(train, 8))
@@ -231,7 +231,9 @@ def keep_samples(
     vectors, untrained_vectors = (
         embed_rows(network, prepare, cache, some, compute).numpy() for network in (encoder, before)
     )
-    write_embedding(folder / "embedding", vectors, cache, some, {"format": 1, "run": str(run), "dim": encoder.dim})
+    about = read_json(run / f"{ENCODER}.json")
+    made = origin(run, about, about["data"], cache)
+    write_embedding(folder / "embedding", vectors, cache, some, made, [digest(cache, row) for row in some])
     np.save(folder / "untrained.npy", untrained_vectors)
     side = min(96, max(prepare.size, 32))
     chunks = (cache.batch(some[start : start + 64]) for start in range(0, len(some), 64))

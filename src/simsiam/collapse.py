@@ -88,6 +88,10 @@ class Verdict:
         return f"{self.name}: {self.evidence}" + (f" {self.advice}" if self.advice else "")
 
 
+TOO_SHORT = "the run was too short to tell."
+"""Evidence where nothing was seen yet, or too little to call it a collapse."""
+
+
 def collapsed_std(count: int) -> float:
     """The std under which `count` images have collapsed: one output against the rest has 2/sqrt(count), BN's floor."""
     return max(COLLAPSED_STD, min(2.2 / math.sqrt(count), 0.3))
@@ -146,7 +150,7 @@ class Guard:
     """Watches a run. A bad verdict must hold for `patience` looks in a row: a healthy run may dip once, early."""
 
     patience: int = 3
-    verdict: Verdict = field(default_factory=lambda: Verdict("healthy", "the run was too short to tell."))
+    verdict: Verdict = field(default_factory=lambda: Verdict("healthy", TOO_SHORT))
     _recent: deque[Verdict] = field(default_factory=deque)
 
     @property

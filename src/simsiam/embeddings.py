@@ -47,28 +47,32 @@ def embed_to(
     make_writable(out)  # or say so now, not after hours of embedding
     cache = build_cache(open_images(data), encoder.preprocessing_.short_side, workers=workers, progress=decoding)
     rows = cache.decoded(np.arange(len(cache)))
-    digests = [_digest(cache, row) for row in rows]
-    new = np.array([i for i, digest in enumerate(digests) if digest not in known], dtype=np.int64)
+    digests = [digest(cache, row) for row in rows]
+    new = np.array([i for i, each in enumerate(digests) if each not in known], dtype=np.int64)
     vectors = np.empty((len(rows), encoder.dim), np.float32)
-    for i, digest in enumerate(digests):
-        if digest in known:
-            vectors[i] = known[digest]
+    for i, each in enumerate(digests):
+        if each in known:
+            vectors[i] = known[each]
     if len(new):
         vectors[new] = embed_rows(
             encoder.encoder_, encoder.preprocessing_, cache, rows[new], encoder.compute_, progress
         ).numpy()
-    meta = {
+    write_embedding(out, vectors, cache, rows, origin(run, encoder.meta_, data, cache), digests)
+    bad = [{"path": path, "reason": reason} for path, reason in cache.bad]
+    return {"vectors": len(vectors), "dim": encoder.dim, "new": len(new), "bad_files": bad}
+
+
+def origin(run: str | Path, encoder: dict[str, Any], data: str | Path, cache: Cache) -> dict[str, Any]:
+    """For `meta.json`: what made the vectors, and of what. encoder: all of `encoder.json`."""
+    return {
         "format": 1,
         "run": os.path.abspath(run),
-        "encoder": encoder.meta_["sha256"],
-        "preprocessing": encoder.meta_["preprocessing"],
-        "dim": encoder.dim,
+        "encoder": encoder["sha256"],
+        "preprocessing": encoder["preprocessing"],
+        "dim": encoder["dim"],
         "data": os.path.abspath(data) if os.path.exists(data) else str(data),
         "fingerprint": cache.fingerprint,
     }
-    write_embedding(out, vectors, cache, rows, meta, digests)
-    bad = [{"path": path, "reason": reason} for path, reason in cache.bad]
-    return {"vectors": len(vectors), "dim": encoder.dim, "new": len(new), "bad_files": bad}
 
 
 def write_embedding(
@@ -77,7 +81,7 @@ def write_embedding(
     cache: Cache,
     rows: NDArray[np.int64],
     meta: dict[str, Any],
-    digests: Sequence[str] | None = None,
+    digests: Sequence[str],
 ) -> None:
     """The three files of an embedding; `items.parquet` has a row for every vector: id, label, class and pixels' hash."""
     import pyarrow as pa
@@ -91,9 +95,8 @@ def write_embedding(
             [None if labels is None or label < 0 else label for label in labels or [-1] * len(rows)], pa.int64()
         ),
         "class": pa.array([names[label] if label >= 0 else None for label in labels or [-1] * len(rows)], pa.string()),
+        "pixels": pa.array(digests, pa.string()),
     }
-    if digests is not None:
-        columns["pixels"] = pa.array(digests, pa.string())
     out.mkdir(parents=True, exist_ok=True)
     # meta.json goes first and comes last: while it is missing, the other two are not trusted.
     (out / META).unlink(missing_ok=True)
@@ -188,7 +191,8 @@ def _known(out: Path, sha256: str) -> dict[str, NDArray[np.float32]]:
     return dict(zip(stored.items["pixels"], stored.vectors, strict=True))
 
 
-def _digest(cache: Cache, row: int) -> str:
+def digest(cache: Cache, row: int) -> str:
+    """Hash of an image's decoded pixels and their shape."""
     images, _ = cache.batch(np.array([row]))
     shape = f"{tuple(images.shape)}".encode()
     return hashlib.blake2b(images.numpy().tobytes() + shape, digest_size=16).hexdigest()

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
 
 
 def training(console: Console, summary: dict[str, Any]) -> None:
+    from simsiam.collapse import TOO_SHORT
+
     knn = summary["knn"]
     console.say("")
-    name = "Healthy" if summary["verdict"] == "healthy" else summary["verdict"].upper()
-    console.say(f"{name}: {summary['evidence']} {summary['advice'] or ''}".rstrip())
+    if summary["verdict"] != "healthy" or summary["evidence"] == TOO_SHORT:
+        console.say(f"{summary['verdict'].upper()}: {summary['evidence']} {summary['advice'] or ''}".rstrip())
     rows = [
         ["loss", _number(summary["loss"], 3)],
         ["std of z/|z|, times sqrt(d) (1 healthy, 0 collapsed)", _number(summary["std"], 2)],

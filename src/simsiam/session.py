@@ -73,7 +73,7 @@ class Session:
             if state["fingerprint"] != self.fingerprint:
                 raise UserError(
                     f"The images of {self.recipe.data} have changed since {self.run} began: bring them back, "
-                    "or start a new run."
+                    f"or start a new run from its weights: --init {self.run}."
                 )
             self.step, self.seconds, self.latest = state["step"], state["seconds"], state["latest"]
             self.training_seconds = state["training_seconds"]

@@ -389,7 +389,7 @@ def solo_learn(task: Task, knobs: Knobs, clock: Clock) -> None:
 
 def has_bf16(task: Task) -> bool:
     """False where the processor emulates it, ten times slower than float32."""
-    return task.device.type != "cpu" or computes_bf16()
+    return computes_bf16(task.device)
 
 
 # --- at defaults and at best ----------------------------------------------------------------------------------------

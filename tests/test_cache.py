@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -227,8 +228,91 @@ def test_a_set_that_was_moved_is_found_again(tmp_path: Path) -> None:
     moved, read = spied(open_images(tmp_path / "elsewhere/data"))
     assert moved.root != images.root and build_cache(moved, None, place).directory == first.directory and not read
     assert_whole(build_cache(files(tmp_path / "data", {"a": 8, "c": 8}), None, place))  # others in its old place
-    assert_whole(build_cache(files(tmp_path / "third/data", {"a": 9}), None, place))
     assert len(list(place.iterdir())) == 2
+
+
+def test_a_set_that_was_moved_goes_on_where_it_is(tmp_path: Path) -> None:
+    """Moved when it had lost an image since the last decoding, and grown after it was moved: one cache, one decoding."""
+    place = tmp_path / "cache"
+    build_cache(files(tmp_path / "data", {"a": 8, "b": 8, "c": 8}), None, place)
+    build_cache(files(tmp_path / "data", {"a": 8, "b": 8}), None, place)
+    (tmp_path / "data").rename(tmp_path / "renamed")
+    images, read = spied(open_images(tmp_path / "renamed"))
+    assert_whole(build_cache(images, None, place))
+    assert len(read) == 2  # by assert_whole alone
+    images, read = spied(files(tmp_path / "renamed", {"a": 8, "b": 8, "d": 8}))
+    build_cache(images, None, place)
+    assert read == ["d.png"] and len(list(place.iterdir())) == 1
+
+
+def test_a_copy_that_differs_only_in_its_pixels_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    """Two versions of a set with the names, sizes and times that archives give: nothing but the place tells them apart."""
+    for version in (1, 2):
+        for i in range(4):
+            path = tmp_path / f"v{version}/images/{i}.bmp"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode(np.full((8, 8, 3), 40 * version + i, np.uint8), "BMP"))
+            os.utime(path, (0, 0))
+    first, second = (open_images(tmp_path / f"v{version}/images") for version in (1, 2))
+    assert first.fingerprint == second.fingerprint
+    for images in (first, second, first):
+        assert_whole(build_cache(images, None, tmp_path / "cache"))
+    (tmp_path / "v1").rename(tmp_path / "v3")  # and what takes the place of a set that was moved
+    assert_whole(build_cache(open_images(tmp_path / "v3/images"), None, tmp_path / "cache"))
+    (tmp_path / "v2").rename(tmp_path / "v1")
+    assert_whole(build_cache(open_images(tmp_path / "v1/images"), None, tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_an_archive_of_which_more_can_be_read_later(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plug-in is installed, and images in between the known ones appear: each keeps its own pixels."""
+    contents = {
+        f"{name}.{end}": encode(scene(8, 9 + i)) for i, (name, end) in enumerate(["ap", "bg", "cp", "dg", "ep"])
+    }
+    contents = {name.replace(".p", ".png").replace(".g", ".gif"): content for name, content in contents.items()}
+    if kind == "tar":
+        with tarfile.open(tmp_path / "set.tar", "w") as tar:
+            for name, content in contents.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    else:
+        with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+            for name, content in contents.items():
+                archive.writestr(name, content)
+    with monkeypatch.context() as before:
+        before.setattr("simsiam.data.decode.ENDINGS", (".png",))
+        assert len(build_cache(open_images(tmp_path / f"set.{kind}"), None, tmp_path / "cache")) == 3
+    images, read = spied(open_images(tmp_path / f"set.{kind}"))
+    cache = build_cache(images, None, tmp_path / "cache", workers=1)
+    assert read == ["b.gif", "d.gif"]
+    assert_whole(cache)
+
+
+def test_what_another_version_called_bad_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, read = flat_set(), []
+    images = flat_set(read=lambda i: (read.append(i), b"" if i in (7, 9) else whole.read(i))[1])
+    build_cache(images, 8, tmp_path)
+    read.clear()
+    assert len(build_cache(images, 8, tmp_path).bad) == 2 and not read
+    monkeypatch.setattr("simsiam.data.cache.VERSION", "another")
+    for expected in ([7, 9], []):
+        mended = dataclasses.replace(images, read=lambda i: (read.append(i), b"" if i == 7 else whole.read(i))[1])
+        read.clear()
+        cache = build_cache(mended, 8, tmp_path, workers=1)
+        assert read == expected and cache.bad == [("7.png", "empty file (0 bytes)")]
+        assert np.array_equal(cache.batch(np.array([9]))[0][0].permute(1, 2, 0).numpy(), decode(whole.read(9)))
+
+
+def test_a_set_without_a_good_image_leaves_another_version_alone(tmp_path: Path) -> None:
+    data, place = tmp_path / "data", tmp_path / "cache"
+    data.mkdir()
+    (data / "broken.png").write_bytes(b"")
+    broken = dataclasses.replace(open_images(data), read=lambda i: b"")
+    filling = open_cache(files(data, {"a": 8, "broken": 8}), None, place)
+    with pytest.raises(UserError, match="None of the 1 image of data"):
+        build_cache(broken, None, place)
+    assert_whole(filling)
 
 
 def test_tar_files_that_are_added_to_others(tmp_path: Path) -> None:
@@ -349,7 +433,8 @@ def test_an_image_that_cannot_be_read_is_bad_until_the_next_run(tmp_path: Path) 
 def test_nothing_decodable(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"None of the 50 images of flat can be decoded \(0.png: empty file"):
         build_cache(flat_set(read=lambda i: b""), 8, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="None of the 50 images of flat"):
+        build_cache(flat_set(read=refuse), 8, tmp_path)
 
 
 def test_where_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

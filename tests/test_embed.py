@@ -159,7 +159,7 @@ def test_the_precision_is_that_of_training(run: Path, tmp_path: Path, monkeypatc
         ("fp32", True, "fp32", 0),
         ("auto", True, "fp32", 1),
     ]:
-        monkeypatch.setattr("simsiam.embed.computes_bf16", lambda able=able: able)
+        monkeypatch.setattr("simsiam.embed.computes_bf16", lambda device, able=able: able)
         text = (run / "config.toml").read_text()
         (copy / "config.toml").write_text(re.sub(r"precision = .*", f'precision = "{own}"', text))
         measured.clear()

@@ -17,7 +17,7 @@ from simsiam.config import UserError
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
 from simsiam.embed import Preprocessing, read_encoder
-from simsiam.encoders import Encoder
+from simsiam.encoders import Encoder, EncoderSpec, build
 from simsiam.finetune import choose, finetune
 from simsiam.runs import read_json
 from test_train import SMALL
@@ -70,8 +70,8 @@ def test_it_sees_the_labels_of_its_rows_and_no_others(
     monkeypatch.setattr("simsiam.finetune.choose", lambda *_: chosen)  # which rows, labels may decide
     monkeypatch.setattr("simsiam.finetune.RATES", (0.1,))
     networks: list[torch.nn.Module] = []
-    fit = finetune_module._fit
-    monkeypatch.setattr(finetune_module, "_fit", lambda *a: networks.append(fit(*a)) or networks[-1])
+    fit = finetune_module.fit
+    monkeypatch.setattr(finetune_module, "fit", lambda *a: networks.append(fit(*a)) or networks[-1])
 
     def weights(labels: np.ndarray) -> torch.Tensor:
         twin = build_cache(dataclasses.replace(cache.images, labels=labels), prepare.short_side)
@@ -89,8 +89,8 @@ def test_the_rate_is_chosen_on_rows_that_are_not_trained_on(
     """A rate that learns nothing loses against one that does, wherever it stands; the last fit takes all rows."""
     encoder, prepare, cache = parts
     train, test = cache.split()
-    fit, seen = finetune_module._fit, []
-    monkeypatch.setattr(finetune_module, "_fit", lambda *a: seen.append((len(a[3]), a[5])) or fit(*a))
+    fit, seen = finetune_module.fit, []
+    monkeypatch.setattr(finetune_module, "fit", lambda *a: seen.append((len(a[3]), a[5])) or fit(*a))
     for rates in ((1e-9, 0.5), (0.5, 1e-9)):
         seen.clear()
         monkeypatch.setattr("simsiam.finetune.RATES", rates)
@@ -132,3 +132,19 @@ def test_evaluate_sets_it_beside_training_from_scratch(
     for share in (0, -0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match="share of the labels"):
             evaluate_run(run, share=share)
+
+
+def test_dropout_too_is_a_function_of_the_seed(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = build(EncoderSpec("mobilenet_v3_small", 32), 0).eval()
+    prepare = Preprocessing(32, 1.0, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    cache = build_cache(open_images(photos), prepare.short_side)
+    train, test = cache.split()
+    monkeypatch.setattr("simsiam.finetune.RATES", (0.1,))
+    fit, networks = finetune_module.fit, []
+    monkeypatch.setattr(finetune_module, "fit", lambda *a: networks.append(fit(*a)) or networks[-1])
+    before = torch.random.get_rng_state()
+    for seed in (0, 0, 1):
+        assert finetune(encoder, prepare, cache, train, test, FP32, share=0.3, epochs=2, seed=seed) is not None
+    assert torch.equal(torch.random.get_rng_state(), before)
+    first, again, other = (list(network.parameters()) for network in networks)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) and not torch.equal(first[-1], other[-1])

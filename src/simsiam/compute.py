@@ -175,14 +175,13 @@ def probe_precision(device: torch.device, step: Callable[[Compute], None]) -> tu
 
     Two timed repetitions after one warm-up each; the minimum counts, because noise only ever adds time.
     """
-    import torch
 
     if device.type == "mps":
         return "fp32", "bf16 autocast is not used on mps"
     if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = computes_bf16(device)
         return ("bf16", "this GPU has bf16 units") if bf16 else ("fp32", "this GPU has no bf16 units")
-    if not computes_bf16():
+    if not computes_bf16(device):
         return "fp32", "this processor would have to emulate bf16"
     seconds = {}
     choices: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
@@ -200,10 +199,13 @@ def probe_precision(device: torch.device, step: Callable[[Compute], None]) -> tu
     return "fp32", f"measured {1 / ratio:.1f}x faster than bf16 here"
 
 
-def computes_bf16() -> bool:
-    """False where this processor emulates bf16, ten times slower than fp32: even trying takes longer than it is worth."""
+def computes_bf16(device: torch.device) -> bool:
+    """False where the device emulates bf16; a CPU does so ten times slower than fp32: even trying takes longer than it is
+    worth."""
     import torch
 
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except AttributeError:  # an internal name of torch

@@ -164,7 +164,7 @@ def compute_of(run: Path, encoder: Encoder, prepare: Preprocessing, device: torc
     if (run / RECIPE).exists() and (run / ENVIRONMENT).exists():
         same = torch.device(read_json(run / ENVIRONMENT).get("device", "meta")).type == device.type
         found = read_recipe(run / RECIPE).get("train", {}).get("precision") if same else None
-    emulated = found == "bf16" and device.type == "cpu" and not computes_bf16()
+    emulated = found == "bf16" and not computes_bf16(device)
     if found not in ("bf16", "fp32") or emulated:
         found = probe_encoder(encoder, prepare.size, device)
     return Compute(device, found)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from simsiam.compute import Compute, generator
+from simsiam.compute import Compute, generator, seed_of
 from simsiam.config import UserError
 from simsiam.data.cache import Cache
 from simsiam.data.views import ViewSettings, random_view
@@ -81,9 +81,10 @@ def finetune(
         nonlocal before
         start, weight = before, len(part) / passes
         before += weight
-        network = _fit(
-            encoder, prepare, cache, part, compute, lr, epochs, batch_size, seed, lambda p: done(start + weight * p)
-        )
+        with torch.random.fork_rng([compute.device] if compute.device.type == "cuda" else []):
+            network = fit(
+                encoder, prepare, cache, part, compute, lr, epochs, batch_size, seed, lambda p: done(start + weight * p)
+            )
         scores = embed_rows(network, prepare, cache, judged, compute)
         return float((scores.argmax(1).numpy() == labels[judged]).mean() * 100)
 
@@ -112,7 +113,7 @@ def choose(labels: NDArray[np.int64], train: Rows, share: float, seed: int) -> t
     return np.concatenate(kept), np.concatenate(held_out)
 
 
-def _fit(
+def fit(
     encoder: Encoder,
     prepare: Preprocessing,
     cache: Cache,
@@ -124,7 +125,7 @@ def _fit(
     seed: int,
     done: Done,
 ) -> nn.Module:
-    """A copy of the encoder with a linear classifier on top, trained on the rows; in eval mode."""
+    """A copy of the encoder with a linear classifier on top, trained on the rows; in eval mode. A function of the seed."""
     assert cache.labels is not None and cache.classes is not None
     head = nn.Linear(encoder.dim, len(cache.classes))
     nn.init.zeros_(head.weight)
@@ -143,6 +144,7 @@ def _fit(
             x = random_view(images, views, generator(compute.device, seed, epoch, step), sizes)
             optimiser.param_groups[0]["lr"] = learning_rate((epoch + step / steps) / epochs, peak)
             optimiser.zero_grad()
+            torch.manual_seed(seed_of(seed, epoch, step, -1))  # dropout's, where there is any
             with compute.autocast():
                 scores = network(x)
             F.cross_entropy(scores.float(), torch.from_numpy(cache.labels[part]).to(compute.device)).backward()

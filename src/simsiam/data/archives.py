@@ -28,9 +28,9 @@ from simsiam.data.imageset import (
     encode,
     junk,
     layout,
+    member_keys,
     one_line,
     split_by_name,
-    within,
 )
 
 _PACKED_TAR: dict[str, Callable[..., Any]] = {
@@ -70,9 +70,8 @@ def open_archives(name: str, root: str, files: list[File]) -> ImageSet:
     held_out = split_by_name([file.id for file in files])[archive]
     if held_out.any():
         test = np.flatnonzero(held_out)
-    counts = np.bincount(archive, minlength=len(files))
-    parts = [within(file, count) for file, count in zip(files, counts.tolist(), strict=True)]
-    return ImageSet(name, root, ids, lambda i: readers[i](), labels, classes, np.concatenate(parts), test)
+    keys = member_keys((files[a], path) for a, path in zip(archive, inner, strict=True))
+    return ImageSet(name, root, ids, lambda i: readers[i](), labels, classes, keys, test)
 
 
 def _key(path: str) -> str:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
+import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image, features
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 def _further() -> Iterator[str]:
     """Endings of what this installation of Pillow, and the plug-in for the photographs of iPhones, can read."""
-    if features.check("avif"):
+    if "avif" in features.modules and features.check("avif"):  # Pillow before 11.3 warns of a name it does not know
         yield ".avif"
     if features.check("jpg_2000"):
         yield from (".jp2", ".j2k")
@@ -33,6 +34,9 @@ def _further() -> Iterator[str]:
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", *_further())
 """Of the files that are taken for images."""
+
+VERSION = f"Pillow {PIL.__version__}: {' '.join(ENDINGS)}"
+"""What decides which files can be decoded: others may know more."""
 
 MAX_ASPECT = 4
 """With `short_side`, the long side is centre-cropped to so many short sides: a batch is padded to its widest image."""

@@ -82,13 +82,18 @@ class File(NamedTuple):
     mtime: int
 
 
-def keys(files: Iterable[File]) -> np.ndarray:
+def file_keys(files: Iterable[File]) -> np.ndarray:
     """uint64 [N]: a function of each file's id, size and modification time."""
     return np.frombuffer(b"".join(_digest(file) for file in files), np.uint64)
 
 
-def within(file: File, count: int) -> np.ndarray:
-    """uint64 [count]: the keys of the images that one file holds; they change with the file, all together."""
+def member_keys(files: Iterable[tuple[File, str]]) -> np.ndarray:
+    """uint64 [N]: keys of images that lie in a file, by their names in it; they change with the file."""
+    return file_keys(file._replace(id=f"{file.id}\0{name}") for file, name in files)
+
+
+def row_keys(file: File, count: int) -> np.ndarray:
+    """uint64 [count]: keys of images that are the rows of a file; they change with the file."""
     return numbered(_digest(file), count)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from simsiam.config import UserError
-from simsiam.data.imageset import LABEL_COLUMNS, File, ImageSet, encode, one_line, split_by_name, within
+from simsiam.data.imageset import LABEL_COLUMNS, File, ImageSet, encode, one_line, row_keys, split_by_name
 
 ENDINGS = (".parquet", ".pq")
 _HELD_BYTES = 1 << 28
@@ -61,7 +61,7 @@ def open_parquet(name: str, root: str, files: list[File]) -> ImageSet:
     held_out = np.repeat(split_by_name([file.id for file in files]), [each.num_rows for each in metadata])
     read = _RowGroups([file.path for file in files], metadata, columns[0], starts)
     size = sum(each.row_group(g).total_byte_size for each in metadata for g in range(each.num_row_groups))
-    parts = [within(file, meta.num_rows) for file, meta in zip(files, metadata, strict=True)]
+    parts = [row_keys(file, meta.num_rows) for file, meta in zip(files, metadata, strict=True)]
     test = np.flatnonzero(held_out)
     return ImageSet(name, root, ids, read, labels, classes, np.concatenate(parts), test, in_order=size > _HELD_BYTES)
 

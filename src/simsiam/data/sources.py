@@ -13,7 +13,7 @@ from pathlib import Path
 from simsiam.config import UserError, counted
 from simsiam.data import archives, decode, parquet
 from simsiam.data.demo import demo_images
-from simsiam.data.imageset import File, ImageSet, junk, keys, layout
+from simsiam.data.imageset import File, ImageSet, file_keys, junk, layout
 from simsiam.data.torchvision_sets import open_torchvision
 from simsiam.runs import METRICS, RECIPE
 
@@ -28,8 +28,8 @@ def open_images(data: str | Path | None = None) -> ImageSet:
 
     Args:
         data: None or "demo" for the bundled demo set, or one of
-            a folder, nested as it may be: class folders give labels, train/ and test/ (or val/) folders the split; a file
-            without an ending is an image if it begins like one;
+            a folder, nested as it may be: class folders give labels, train/ and test/ (or val/) folders the split; where no
+            file has the ending of an image, those without one that begin like an image;
             a folder of Parquet files or archives only, read as those;
             Parquet: Hugging Face's image column, or raw bytes; file names like test-00000-of-00001 give the split;
             .tar, .tar.gz, .zip, shards by glob or braces, `shard-{000..009}.tar` (WebDataset's .cls, .json labels);
@@ -131,7 +131,7 @@ def _matching(pattern: str) -> tuple[str, Path, list[File]]:
     if not paths:
         raise UserError(f"No file matches {pattern}. Check it, and quote it so that the shell leaves it alone.")
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    files = {path: _file(os.path.relpath(path, root), path) for path in paths}
+    files = {file.id: file for file in (_file(os.path.relpath(path, root), path) for path in paths)}
     return os.path.basename(root), Path(root).resolve(), list(files.values())
 
 
@@ -157,11 +157,7 @@ def _from_files(name: str, root: Path, files: list[File], data: str) -> ImageSet
         (archives.ENDINGS, archives.open_archives),
     )
     for endings, open_kind in kinds:
-        chosen = [
-            file
-            for file in files
-            if file.id.lower().endswith(endings) or (open_kind is _from_images and _begins_like_an_image(file))
-        ]
+        chosen = [file for file in files if file.id.lower().endswith(endings)]
         if chosen:
             others = (*itertools.chain.from_iterable(e for e, _ in kinds), *_NOT_READ)
             others = tuple(ending for ending in others if ending not in endings)
@@ -172,6 +168,10 @@ def _from_files(name: str, root: Path, files: list[File], data: str) -> ImageSet
                     stacklevel=3,
                 )
             return open_kind(name, str(root), chosen)
+    # Last: beside files that have their endings, these may be the same ones under other names (Hugging Face's blobs).
+    chosen = [file for file in files if _begins_like_an_image(file)]
+    if chosen:
+        return _from_images(name, str(root), chosen)
     if not files:
         raise UserError(f"{data} is empty. Name a folder that holds images.")
     raise UserError(
@@ -213,4 +213,4 @@ def _from_images(name: str, root: str, files: list[File]) -> ImageSet:
 
     ids = [file.id for file in files]
     labels, classes, test = layout(ids)
-    return ImageSet(name, root, ids, read, labels, classes, keys(files), test)
+    return ImageSet(name, root, ids, read, labels, classes, file_keys(files), test)

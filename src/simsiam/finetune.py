@@ -26,7 +26,7 @@ from simsiam.encoders import Encoder
 from simsiam.optim import learning_rate
 
 RATES = (0.05, 0.5)
-"""Base learning rates (of 256 images) that are tried: a trained encoder wants the lower, an untrained one the higher."""
+"""Base learning rates (of 256 images) that are tried: which is better depends on the data more than on the weights."""
 _BATCH = 64
 _EPOCHS, _FEWEST_STEPS = 30, 400
 _FEWEST_LABELS = 5

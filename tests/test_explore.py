@@ -119,13 +119,23 @@ def test_flat_pictures_are_no_copies_of_each_other(planted: Path, tmp_path: Path
     )
 
 
-def test_changed_images_are_refused(planted: Path, tmp_path: Path) -> None:
+def test_changed_images_are_refused_and_new_ones_are_not(planted: Path, tmp_path: Path) -> None:
     images = tmp_path / "images"
     shutil.copytree(json.loads((planted / "meta.json").read_text())["data"], images)
     embed_to(planted.parent / "run", images, tmp_path / "vectors")
-    picture(999).save(images / "new.png")
-    with pytest.raises(UserError, match="simsiam embed"):
+    before = near_duplicates(tmp_path / "vectors")
+    picture(999).save(images / "0.png")  # another image in front of all others
+    assert near_duplicates(tmp_path / "vectors") == before
+    count = len(read_embeddings(tmp_path / "vectors"))
+    first, second, *_ = sorted(path for path in images.rglob("*.png") if path.name != "0.png")
+    picture(999).save(first)
+    with pytest.raises(UserError, match=rf"1 of the {count} images in .* have changed or are gone .*simsiam embed"):
         near_duplicates(tmp_path / "vectors")
+    second.unlink()
+    with pytest.raises(UserError, match=rf"2 of the {count} images .*simsiam embed"):
+        near_duplicates(tmp_path / "vectors")
+    embed_to(planted.parent / "run", images, tmp_path / "vectors")
+    assert near_duplicates(tmp_path / "vectors")["images"] == count
 
 
 def test_groups_are_those_of_a_literal_search() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simsiam.config import UserError, fill
+from simsiam.config import UserError, counted, fill
 from simsiam.data.sources import open_images
 from simsiam.embed import ImageEncoder, Preprocessing, Progress, embed_rows
 from simsiam.runs import atomic, make_writable, read_json, write_json
@@ -83,7 +83,7 @@ def write_embedding(
     meta: dict[str, Any],
     digests: Sequence[str],
 ) -> None:
-    """The three files of an embedding; `items.parquet` has a row for every vector: id, label, class and pixels' hash."""
+    """The three files of an embedding; `items.parquet` has a row for every vector: id, label, class, pixels' hash, key."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -96,6 +96,7 @@ def write_embedding(
         ),
         "class": pa.array([names[label] if label >= 0 else None for label in labels or [-1] * len(rows)], pa.string()),
         "pixels": pa.array(digests, pa.string()),
+        "key": pa.array(cache.images.keys[rows], pa.uint64()),
     }
     out.mkdir(parents=True, exist_ok=True)
     # meta.json goes first and comes last: while it is missing, the other two are not trusted.
@@ -140,16 +141,22 @@ class Embeddings:
     def images(self) -> tuple[Cache, NDArray[np.int64]]:
         """The images that the vectors are of, in the size that the encoder was given, and the row there of each: int64 [N].
 
-        Raises UserError where the images are gone or were changed since.
+        Others may have come since. Raises UserError where one of these is gone or was changed.
         """
         from simsiam.data.cache import open_cache
 
         source = open_images(self.meta["data"])
-        if source.fingerprint != self.meta["fingerprint"]:
-            raise UserError(f"The images in {self.meta['data']} have changed since: run `simsiam embed` again.")
+        keys = np.array(read_embeddings(self.folder, ["key"]).items["key"], np.uint64)
+        there = {id_: row for row, id_ in enumerate(source.ids)}
+        rows = np.array([there.get(id_, -1) for id_ in self.ids], np.int64)
+        changed = int(((rows < 0) | (source.keys[rows] != keys)).sum())
+        if changed:
+            raise UserError(
+                f"{changed:,} of the {counted(len(self), 'image')} in {self.folder} have changed or are gone from "
+                f"{self.meta['data']} since: run `simsiam embed` again."
+            )
         prepare = fill(Preprocessing, self.meta["preprocessing"], "preprocessing")
-        rows = {id_: row for row, id_ in enumerate(source.ids)}
-        return open_cache(source, prepare.short_side), np.array([rows[id_] for id_ in self.ids], np.int64)
+        return open_cache(source, prepare.short_side), rows
 
 
 def read_embeddings(folder: str | Path, columns: Sequence[str] = ("id",)) -> Embeddings:

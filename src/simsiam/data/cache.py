@@ -221,7 +221,9 @@ class Cache:
         self._read_bytes[REASONS] += len(lines)
         self._read_bytes[RECORDS] += records.nbytes
         self._end = max(self._end, int(ends[good].max(initial=0)))
-        at = np.minimum(np.searchsorted(self._keys, records["key"]), len(self) - 1)
+        order, at = np.argsort(records["key"]), np.empty(len(records), np.int64)
+        at[order] = np.searchsorted(self._keys, records["key"][order])  # four times as fast as out of order
+        at = np.minimum(at, len(self) - 1)
         own = self._keys[at] == records["key"]
         if not good.all():  # what another version of Pillow, or without a plug-in, called bad is tried again
             own[~good] &= np.isin(records["key"][~good], np.array(list(self._reasons), np.uint64))

@@ -315,6 +315,17 @@ def test_a_set_without_a_good_image_leaves_another_version_alone(tmp_path: Path)
     assert_whole(filling)
 
 
+def test_a_folder_whose_name_is_not_utf8(tmp_path: Path) -> None:
+    data = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    try:
+        files(data, {"a": 8, "b": 8})
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert_whole(build_cache(open_images(data), None, tmp_path / "cache"))
+    images, read = spied(open_images(data))
+    assert len(build_cache(images, None, tmp_path / "cache")) == 2 and not read
+
+
 def test_tar_files_that_are_added_to_others(tmp_path: Path) -> None:
     def shard(number: int, count: int) -> None:
         with tarfile.open(tmp_path / f"data/{number}.tar", "w") as tar:

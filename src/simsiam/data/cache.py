@@ -299,7 +299,7 @@ def _folder(base: Path, images: ImageSet, short_side: int | None) -> Path:
         return _noted(moved, images, short_side)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", images.name)[:40] + kind
     for number in itertools.count():
-        folder = base / (name + hashlib.sha256(f"{images.root}\0{number}".encode()).hexdigest()[:16])
+        folder = base / (name + hashlib.sha256(os.fsencode(f"{images.root}\0{number}")).hexdigest()[:16])
         meta = _meta(folder, short_side)
         if meta is not None and meta["root"] != images.root:  # that of images which lie elsewhere now
             continue

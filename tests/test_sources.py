@@ -147,8 +147,16 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     write(tmp_path / "real", "1.png", "sub/2.png")
     (tmp_path / "real/sub/up").symlink_to(tmp_path / "real")
     (tmp_path / "real/linked").symlink_to(write(tmp_path / "elsewhere", "3.png"))
-    (tmp_path / "real/gone.png").symlink_to(tmp_path / "nowhere.png")
     assert open_images(tmp_path / "real").ids == ["1.png", "linked/3.png", "sub/2.png"]
+
+
+def test_links_to_nothing_are_named(tmp_path: Path) -> None:
+    """As git-annex leaves them for what was not fetched."""
+    write(tmp_path, "0.png", "a/1.png")
+    for i in range(5):
+        (tmp_path / f"a/gone{i}.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.warns(UserWarning, match=r"cannot read a/gone\d.png \(a link to nothing\), .* and 2 more: left out"):
+        assert open_images(tmp_path).ids == ["0.png", "a/1.png"]
 
 
 def test_links_never_put_an_image_in_twice(tmp_path: Path) -> None:

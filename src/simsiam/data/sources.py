@@ -90,8 +90,10 @@ def _walk(root: Path) -> list[File]:
                         links.append(entry)
                     elif entry.is_dir():
                         enter(entry.path, f"{prefix}{entry.name}/")
-                    elif entry.is_file():  # false for a dangling link
+                    elif entry.is_file():
                         files.append(_file(prefix + entry.name, entry.path))
+                    elif entry.is_symlink():  # as git-annex leaves them where the content was not fetched
+                        unread.append(f"{prefix}{entry.name} (a link to nothing)")
                 except OSError as error:
                     unread.append(f"{prefix}{entry.name} ({error.strerror})")
         pending.extend((entry.path, f"{prefix}{entry.name}/") for entry in links)

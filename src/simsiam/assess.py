@@ -160,10 +160,7 @@ def _sgd(
     data = features.labelled()
     if data is None or features.train_labels is None or data.test_labels is None:
         return None
-    # The released code's linear training: random resized crop at its default scale, and flips; no colour.
-    views = ViewSettings(
-        prepare.size, scale=(0.08, 1.0), jitter_p=0, gray_p=0, blur_p=0, mean=prepare.mean, std=prepare.std
-    )
+    views = prepare.crops((0.08, 1.0))  # as the released code's linear training
 
     def epoch(number: int) -> Tensor:
         draws = generator(compute.device, seed, number)

@@ -175,7 +175,6 @@ def probe_precision(device: torch.device, step: Callable[[Compute], None]) -> tu
 
     Two timed repetitions after one warm-up each; the minimum counts, because noise only ever adds time.
     """
-
     if device.type == "mps":
         return "fp32", "bf16 autocast is not used on mps"
     if device.type == "cuda":

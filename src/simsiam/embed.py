@@ -19,7 +19,7 @@ from torch import Tensor
 from simsiam.compute import Compute, computes_bf16, pick_device, probe_encoder, set_threads
 from simsiam.config import UserError, fill, read_recipe
 from simsiam.data.decode import DecodeError, decode
-from simsiam.data.views import plain_view
+from simsiam.data.views import ViewSettings, plain_view
 from simsiam.encoders import Encoder, EncoderSpec, build, to_table
 from simsiam.runs import ENCODER, ENVIRONMENT, RECIPE, read_json, read_tensors, write_json, write_tensors
 
@@ -49,6 +49,10 @@ class Preprocessing:
     def short_side(self) -> int:
         """What images are decoded to: `size` pixels are left after the central crop."""
         return round(self.size / self.share)
+
+    def crops(self, scale: tuple[float, float]) -> ViewSettings:
+        """Random crops of such a share of the area, and flips, as a classifier is trained on; no colour, no blur."""
+        return ViewSettings(self.size, scale, jitter_p=0, gray_p=0, blur_p=0, mean=self.mean, std=self.std)
 
     def __call__(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """uint8 [B,3,H,W] and each image's (height, width) -> float32 [B,3,size,size]."""

@@ -20,7 +20,7 @@ from torch import nn
 from simsiam.compute import Compute, generator, seed_of
 from simsiam.config import UserError
 from simsiam.data.cache import Cache
-from simsiam.data.views import ViewSettings, random_view
+from simsiam.data.views import random_view
 from simsiam.embed import Preprocessing, embed_rows
 from simsiam.encoders import Encoder
 from simsiam.optim import learning_rate
@@ -73,8 +73,8 @@ def finetune(
     batch_size = min(_BATCH, len(kept))
     if epochs is None:
         epochs = max(_EPOCHS, math.ceil(_FEWEST_STEPS / (len(rows) // batch_size)))
-    rates = RATES if len(held_out) else RATES[:1]
-    passes = len(rows) + (len(rates) * len(kept) if len(rates) > 1 else 0)
+    tried = RATES if len(held_out) and len(RATES) > 1 else ()
+    passes = len(rows) + len(tried) * len(kept)
     before = 0.0
 
     def accuracy(part: Rows, lr: float, judged: Rows) -> float:
@@ -88,7 +88,7 @@ def finetune(
         scores = embed_rows(network, prepare, cache, judged, compute)
         return float((scores.argmax(1).numpy() == labels[judged]).mean() * 100)
 
-    lr = max(rates, key=lambda rate: accuracy(kept, rate, held_out)) if len(rates) > 1 else rates[0]
+    lr = max(tried, key=lambda rate: accuracy(kept, rate, held_out)) if tried else RATES[0]
     value = accuracy(rows, lr, test)
     settings = {"share": share, "lr": lr, "epochs": epochs, "batch_size": batch_size}
     return {"value": round(value, 2), **settings, "train": len(rows), "test": len(test)}
@@ -132,7 +132,7 @@ def fit(
     nn.init.zeros_(head.bias)
     network = nn.Sequential(copy.deepcopy(encoder), head)
     compute.place(network).train()
-    views = ViewSettings(prepare.size, jitter_p=0, gray_p=0, blur_p=0, mean=prepare.mean, std=prepare.std)
+    views = prepare.crops((0.2, 1.0))
     peak = lr * batch_size / 256
     optimiser = torch.optim.SGD(network.parameters(), lr=peak, momentum=0.9, nesterov=True)
     steps = len(rows) // batch_size

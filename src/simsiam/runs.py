@@ -50,13 +50,12 @@ def make_writable(folder: Path) -> None:
         raise UserError(f"Cannot write to {folder}: {error.strerror or error}. Choose another -o.") from None
 
 
-def unused(run: Path) -> Path:
-    """The folder that was asked for, for a new run. Raises UserError where something is in it already."""
+def check_unused(run: Path) -> None:
+    """Raises UserError where something is already in the folder that was asked for, for a new run."""
     if (run / RECIPE).exists():
         raise UserError(f"{run} holds a run already: go on with it by --resume, or choose another -o.")
     if run.is_file() or (run.is_dir() and any(run.iterdir())):
         raise UserError(f"{run} exists and is not a run: choose another -o.")
-    return run
 
 
 def made(run: Path | None, data: str, method: str) -> Path:

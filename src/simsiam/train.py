@@ -36,10 +36,10 @@ from simsiam.runs import (
     RECIPE,
     SUMMARY,
     Checkpoints,
+    check_unused,
     made,
     read_json,
     resumable,
-    unused,
     write_json,
     write_text,
 )
@@ -109,9 +109,9 @@ def _train(
     settings: Table,
 ) -> dict[str, Any]:
     asked = gather(data, recipe, overrides, settings)
-    given: Path | None
+    given = None if out is None else Path(out)
     if resume:
-        given = run = resumable(None if out is None else Path(out))
+        run = resumable(given)
         if data is not None or recipe is not None or overrides or size is not None or _any(settings):
             listener.say(
                 f"Warning: --resume takes data and settings from {run / RECIPE}; what else was given is ignored."
@@ -121,8 +121,8 @@ def _train(
             summary: dict[str, Any] = read_json(run / SUMMARY)
             return summary
         asked = read_recipe(run / RECIPE)
-    else:
-        given = None if out is None else unused(Path(out))
+    elif given is not None:
+        check_unused(given)
 
     images = open_images(asked["data"])
     rows, held_out = images.split()
@@ -331,7 +331,7 @@ def _command() -> dict[str, str]:
 
 def _threads() -> str:
     threads, processes = torch.get_num_threads(), ranks.count()
-    text = f"{threads} thread{'s' if threads > 1 else ''}"
+    text = counted(threads, "thread")
     return text if processes == 1 else f"{processes} processes, {text} each"
 
 

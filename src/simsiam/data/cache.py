@@ -298,21 +298,23 @@ def _folder(base: Path, images: ImageSet, short_side: int | None) -> Path:
     if moved is not None:
         return _noted(moved, images, short_side)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", images.name)[:40] + kind
-    for number in itertools.count():
-        folder = base / (name + hashlib.sha256(os.fsencode(f"{images.root}\0{number}")).hexdigest()[:16])
+
+    def free(folder: Path) -> bool:
+        """Not that of images which lay here and lie elsewhere now."""
         meta = _meta(folder, short_side)
-        if meta is not None and meta["root"] != images.root:  # that of images which lie elsewhere now
-            continue
-        folder.mkdir(exist_ok=True)
-        with FileLock(folder / "lock"):
-            if _meta(folder, short_side) is None:  # another process may have been first
-                (folder / META).unlink(missing_ok=True)
-                for file in (RECORDS, REASONS, PIXELS):
-                    (folder / file).write_bytes(b"")
-                about = {"format": FORMAT, "short_side": short_side, "root": images.root, "sets": [images.fingerprint]}
-                write_json(folder / META, about)
-        return folder
-    raise AssertionError
+        return meta is None or meta["root"] == images.root
+
+    keys = (hashlib.sha256(os.fsencode(f"{images.root}\0{number}")).hexdigest() for number in itertools.count())
+    folder = next(filter(free, (base / (name + key[:16]) for key in keys)))
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if _meta(folder, short_side) is None:  # another process may have been first
+            (folder / META).unlink(missing_ok=True)
+            for file in (RECORDS, REASONS, PIXELS):
+                (folder / file).write_bytes(b"")
+            about = {"format": FORMAT, "short_side": short_side, "root": images.root, "sets": [images.fingerprint]}
+            write_json(folder / META, about)
+    return folder
 
 
 def _meta(folder: Path, short_side: int | None) -> dict[str, Any] | None:

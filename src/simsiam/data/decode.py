@@ -18,6 +18,8 @@ from PIL import Image, features
 
 T = TypeVar("T")
 
+HEIC = (".heic", ".heif", ".hif")
+
 
 def _further() -> Iterator[str]:
     """Endings of what this installation of Pillow, and the plug-in for the photographs of iPhones, can read."""
@@ -29,7 +31,7 @@ def _further() -> Iterator[str]:
         from pillow_heif import register_heif_opener
 
         register_heif_opener()
-        yield from (".heic", ".heif", ".hif")
+        yield from HEIC
 
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", *_further())

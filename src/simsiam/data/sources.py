@@ -19,8 +19,7 @@ from simsiam.runs import METRICS, RECIPE
 
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _BRANDS = {b"ftypavif": ".avif", b"ftypheic": ".heic", b"ftypheix": ".heic", b"ftypmif1": ".heic"}
-_HEIC = (".heic", ".heif", ".hif")
-_NOT_READ = (*_HEIC, ".avif", ".jp2", ".j2k", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".dcm")
+_NOT_READ = (*decode.HEIC, ".avif", ".jp2", ".j2k", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".dcm")
 
 
 def open_images(data: str | Path | None = None) -> ImageSet:
@@ -44,9 +43,9 @@ def open_images(data: str | Path | None = None) -> ImageSet:
     if (path / RECIPE).is_file() and (path / METRICS).is_file():
         raise UserError(f"{data} is a run, not images. To start from its weights: simsiam train DATA --init {data}.")
     if path.is_dir():
-        return _from_files(path.resolve().name, path.resolve(), _walk(path), str(data))
+        return _from_files(path.resolve().name, str(path.resolve()), _walk(path), str(data))
     if path.is_file():
-        return _from_files(path.name.split(".")[0], path.resolve(), [_file(path.name, path)], str(data))
+        return _from_files(path.name.split(".")[0], str(path.resolve()), [_file(path.name, path)], str(data))
     if text == "demo":
         return demo_images()
     if re.search(r"[*?\[{]", text):
@@ -120,7 +119,7 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _matching(pattern: str) -> tuple[str, Path, list[File]]:
+def _matching(pattern: str) -> tuple[str, str, list[File]]:
     paths: list[str] = []
     for one in _braces(pattern):
         found = sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else [one]
@@ -134,7 +133,7 @@ def _matching(pattern: str) -> tuple[str, Path, list[File]]:
         raise UserError(f"No file matches {pattern}. Check it, and quote it so that the shell leaves it alone.")
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     files = {file.id: file for file in (_file(os.path.relpath(path, root), path) for path in paths)}
-    return os.path.basename(root), Path(root).resolve(), list(files.values())
+    return os.path.basename(root), os.path.realpath(root), list(files.values())
 
 
 def _braces(pattern: str) -> list[str]:
@@ -152,7 +151,7 @@ def _braces(pattern: str) -> list[str]:
     return [head + option + rest for option in options for rest in tail]
 
 
-def _from_files(name: str, root: Path, files: list[File], data: str) -> ImageSet:
+def _from_files(name: str, root: str, files: list[File], data: str) -> ImageSet:
     kinds = (
         (decode.ENDINGS, _from_images),
         (parquet.ENDINGS, parquet.open_parquet),
@@ -161,19 +160,18 @@ def _from_files(name: str, root: Path, files: list[File], data: str) -> ImageSet
     for endings, open_kind in kinds:
         chosen = [file for file in files if file.id.lower().endswith(endings)]
         if chosen:
-            others = (*itertools.chain.from_iterable(e for e, _ in kinds), *_NOT_READ)
-            others = tuple(ending for ending in others if ending not in endings)
+            others = tuple({*itertools.chain.from_iterable(e for e, _ in kinds), *_NOT_READ}.difference(endings))
             ignored = [file for file in files if file.id.lower().endswith(others)]
             if ignored:
                 warnings.warn(
                     f"{data}: {counted(len(chosen), 'file')} read, others left out: {_count(ignored)}.{_hint(ignored)}",
                     stacklevel=3,
                 )
-            return open_kind(name, str(root), chosen)
+            return open_kind(name, root, chosen)
     # Last: beside files that have their endings, these may be the same ones under other names (Hugging Face's blobs).
     chosen = [file for file in files if _begins_like_an_image(file)]
     if chosen:
-        return _from_images(name, str(root), chosen)
+        return _from_images(name, root, chosen)
     if not files:
         raise UserError(f"{data} is empty. Name a folder that holds images.")
     raise UserError(
@@ -197,7 +195,7 @@ def _begins_like_an_image(file: File) -> bool:
 
 def _hint(files: list[File]) -> str:
     """What to install so that the photographs of iPhones are read, where these hold some and it is missing."""
-    missing = any(file.id.lower().endswith(_HEIC) for file in files) and ".heic" not in decode.ENDINGS
+    missing = any(file.id.lower().endswith(decode.HEIC) for file in files) and ".heic" not in decode.ENDINGS
     return " To read .heic: pip install pillow-heif." if missing else ""
 
 

@@ -97,6 +97,17 @@ def test_uniform_sizes_and_splits_without_bad_images(tmp_path: Path) -> None:
     assert cache.batch(np.array([6]))[0].any()
 
 
+def test_a_set_that_grows_holds_out_what_it_held_out_before() -> None:
+    sets = [flat_set(1, ids=[f"{i}.png" for i in range(n)], test=np.arange(0)) for n in (2_000, 2_400, 12_000)]
+    few, more, many = [[set(part.tolist()) for part in images.split()] for images in sets]
+    assert [len(held_out) for _, held_out in (few, more, many)] == [200, 240, 1_000]
+    for images, (rows, held_out) in zip(sets, (few, more, many), strict=True):
+        assert not rows & held_out and rows | held_out == set(range(len(images)))
+        assert abs(np.mean([*held_out]) / len(images) - 0.5) < 0.06, "drawn from all over the set"
+    assert len(more[1] & few[0]) < 0.01 * len(few[0]), "held out now, trained on before"
+    assert not many[1] & few[0]
+
+
 def test_an_image_is_decoded_when_it_is_asked_for_and_never_again(tmp_path: Path) -> None:
     whole, read = flat_set(), []
     images = flat_set(read=lambda i: (read.append(i), b"" if i == 7 else whole.read(i))[1])

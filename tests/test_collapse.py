@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from simsiam.collapse import (
+    COLLAPSED_RANK,
     COLLAPSED_STD,
     PARTIAL_SHARE,
     Guard,
@@ -22,6 +23,7 @@ from simsiam.collapse import (
     normalised_std,
     retrieval,
     spectrum,
+    suspicious,
 )
 
 
@@ -129,6 +131,8 @@ def test_retrieval() -> None:
         ((-0.9, 0.98, 512 * PARTIAL_SHARE - 0.01, None, 512), "partial"),
         ((-1.0, COLLAPSED_STD - 1e-6, 0.0), "collapsed"),
         ((-1.0, 0.0, 60.0), "collapsed"),
+        ((-0.9, 0.16, 147.0, None, 512), "healthy"),  # no BN in the heads: a large mean, and many directions about it
+        ((-0.98, 0.18, 1.01, None, 512), "collapsed"),  # BN: one output against the rest
         ((math.nan, 0.98), "diverged"),
         ((math.inf, 0.0), "diverged"),
         ((-0.5, math.nan, 1.0), "diverged"),
@@ -138,6 +142,15 @@ def test_verdicts(figures: tuple[float, ...], name: str) -> None:
     verdict = judge(*figures)
     assert verdict.name == name and str(verdict).startswith(f"{name}: ")
     assert "\n" not in str(verdict) and bool(verdict.advice) == (name != "healthy")
+
+
+@pytest.mark.parametrize("count", [64, 128, 512])
+def test_one_output_against_the_rest_is_suspicious(count: int) -> None:
+    vector = noise(512)
+    z = vector.repeat(count, 1)
+    z[0] = -vector
+    assert suspicious(float(normalised_std(z)), count) and effective_rank(z) < COLLAPSED_RANK
+    assert not suspicious(float(normalised_std(noise(count, 512))), count)
 
 
 def look(*sequence: Name, patience: int = 3) -> Name:

@@ -92,9 +92,10 @@ TOO_SHORT = "the run was too short to tell."
 """Evidence where nothing was seen yet, or too little to call it a collapse."""
 
 
-def collapsed_std(count: int) -> float:
-    """The std under which `count` images have collapsed: one output against the rest has 2/sqrt(count), BN's floor."""
-    return max(COLLAPSED_STD, min(2.2 / math.sqrt(count), 0.3))
+def suspicious(std: float, count: int) -> bool:
+    """Whether so low a std of `count` images may be a collapse under BN: one output against the rest has 2/sqrt(count).
+    It may as well be z with a large mean and many directions: the rank tells."""
+    return std < min(2.2 / math.sqrt(count), 0.3)
 
 
 def judge(
@@ -103,7 +104,6 @@ def judge(
     rank: float | None = None,
     std_features: float | None = None,
     most: int = 0,
-    count: int = 1000,
 ) -> Verdict:
     """A verdict from one set of figures.
 
@@ -113,7 +113,6 @@ def judge(
         rank: effective rank of z on held-out images, where measured.
         std_features: `normalised_std` of the backbone's features, where measured.
         most: min(N,d), the largest rank that could have been measured.
-        count: how many images `std` was measured on.
     """
     if not math.isfinite(loss) or not math.isfinite(std):
         return Verdict(
@@ -122,7 +121,7 @@ def judge(
             "Lower train.lr, or train with --precision fp32.",
         )
     line = rank is not None and rank < COLLAPSED_RANK
-    if std < collapsed_std(count) or line:
+    if std < COLLAPSED_STD or line:
         seen = f", effective rank {rank:.1f}" if rank is not None and line else ""
         same = (
             "every image gets one of two opposite outputs"

@@ -49,7 +49,6 @@ class Monitor:
         asked = parts if labels is not None else parts[:1]
         cache.usable(np.concatenate(asked), progress)
         self.sample, self.bank, self.queries = (cache.decoded(part) for part in parts)
-        self.count = len(self.sample)
         self.labelled = labels is not None and len(self.queries) > 0 and bool((labels[self.queries] >= 0).any())
 
     def look(self, method: nn.Module, knn: bool = True) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from simsiam import ranks
-from simsiam.collapse import Guard, Verdict, judge
+from simsiam.collapse import Guard, Verdict, judge, suspicious
 from simsiam.compute import Compute, Pace
 from simsiam.config import UserError
 from simsiam.console import Listener
@@ -151,10 +151,12 @@ class Session:
         whole = self.seconds / progress if progress > 0.005 else None
         self.listener.step(figures, progress, None if whole is None else whole - self.seconds)
         before = self.verdict.name
-        self.guards[0].look(judge(loss, std, count=self.loader.batch_size))
-        pause = max(self._look_seconds / _MONITOR_SHARE, (whole or math.inf) / _LOOKS)
+        self.guards[0].look(judge(loss, std))
+        pause = self._look_seconds / _MONITOR_SHARE
         if self.guards[1].suspects:  # settled by looking again at once
             pause = 0.0
+        elif not suspicious(std, self.loader.batch_size):
+            pause = max(pause, (whole or math.inf) / _LOOKS)
         if self.verdict.name != before or (now - self._looked >= pause and not self.over):
             self.look()
             self._looked = time.perf_counter()
@@ -171,7 +173,7 @@ class Session:
         if self.step:
             std, rank = figures.get("std_z", math.nan), figures.get("effective_rank")
             loss, most = self.latest.get("loss", math.nan), figures.get("most_rank", 0)
-            self.guards[1].look(judge(loss, std, rank, figures.get("std_features"), most, self.monitor.count))
+            self.guards[1].look(judge(loss, std, rank, figures.get("std_features"), most))
             self.latest["effective_rank"] = rank
         line = {"step": self.step, "seconds": round(self.seconds, 3), **figures, "verdict": self.verdict.name}
         self.record("monitor", line)

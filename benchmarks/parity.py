@@ -4,7 +4,8 @@
 
 DIR is a checkout of facebookresearch/simsiam, whose `builder.py` (model) and `main_simsiam.py` (learning rate) are run as
 they are; the loop between them is theirs too, less the distributed wrapper, which needs a GPU. Ours is the recipe `imagenet`
-with a batch of 16, a rate that moves the weights in a few steps, and views of 32 pixels of the demo set. In float64, so that no difference is rounding.
+with a batch of 16, a rate that moves the weights in a few steps, and views of 32 pixels of the demo set. In float64, so that
+no difference is rounding.
 """
 
 from __future__ import annotations

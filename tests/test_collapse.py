@@ -132,6 +132,7 @@ def test_retrieval() -> None:
         ((-1.0, COLLAPSED_STD - 1e-6, 0.0), "collapsed"),
         ((-1.0, 0.0, 60.0), "collapsed"),
         ((-0.9, 0.16, 147.0, None, 512), "healthy"),  # no BN in the heads: a large mean, and many directions about it
+        ((-0.9, 0.98, 1.0, None, 1), "healthy"),  # two images: there is one direction
         ((-0.98, 0.18, 1.01, None, 512), "collapsed"),  # BN: one output against the rest
         ((math.nan, 0.98), "diverged"),
         ((math.inf, 0.0), "diverged"),

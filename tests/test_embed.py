@@ -18,9 +18,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.validation import check_is_fitted
 
 import simsiam
+from simsiam.compute import Compute
 from simsiam.config import UserError
-from simsiam.embed import ImageEncoder, Preprocessing, preprocessing, read_encoder
+from simsiam.data.cache import build_cache
+from simsiam.data.sources import open_images
+from simsiam.embed import ImageEncoder, Preprocessing, preprocessing, read_encoder, untrained
 from simsiam.embeddings import embed_to
+from simsiam.encoders import EncoderSpec
 from test_train import SMALL
 
 
@@ -184,3 +188,15 @@ def test_preprocessing_leaves_its_size(size: int) -> None:
     assert isinstance(prepare, Preprocessing) and round(prepare.short_side * prepare.share) == size
     white = torch.full((2, 3, prepare.short_side, prepare.short_side + 9), 255, dtype=torch.uint8)
     assert torch.allclose(prepare(white), torch.tensor(2.0), atol=1e-3)
+
+
+def test_the_untrained_encoder_is_a_function_of_its_seed(photos: Path, tmp_path: Path) -> None:
+    """Where it has dropout and stochastic depth, too: only BN's statistics are measured."""
+    spec, prepare = EncoderSpec("efficientnet_b0", 32), preprocessing(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    cache = build_cache(open_images(photos), prepare.short_side, tmp_path)
+    compute = Compute(torch.device("cpu"), "fp32")
+    rows = cache.usable(np.arange(len(cache)))
+    rows = np.arange(len(cache))[rows][:32]
+    first, second = (untrained(spec, 0, prepare, cache, rows, compute).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(value.ne(0).any() for name, value in first.items() if name.endswith("running_mean"))

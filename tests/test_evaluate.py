@@ -350,11 +350,10 @@ def test_sgd_probe_is_plain_lars_with_the_cosine_of_the_epoch() -> None:
         loss = F.cross_entropy(features.train.double() @ weight.T + bias, labels)
         gradients = torch.autograd.grad(loss, [weight, bias])
         rate = lr * 96 / 256 * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        trust = 0.001 * weight.norm() / gradients[0].norm()
         with torch.no_grad():
-            velocity = [0.9 * velocity[0] + trust * gradients[0], 0.9 * velocity[1] + gradients[1]]
-            weight -= rate * velocity[0]
-            bias -= rate * velocity[1]
+            for v, w, g in zip(velocity, (weight, bias), gradients, strict=True):
+                v.mul_(0.9).add_(g * (0.001 * w.norm() / g.norm() if w.any() else 1.0))
+                w -= rate * v
     right = (features.test.double() @ weight.T + bias).argmax(1) == features.test_labels
     result = probe(features, lambda epoch: features.train, epochs=epochs, lr=lr)
     assert result["value"] == round(100 * float(right.double().mean()), 2)

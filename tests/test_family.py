@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -108,6 +109,85 @@ def test_moco_keys_get_no_gradient_and_the_queue_holds_the_newest() -> None:
     kept = [any(torch.equal(row, other) for other in seen[3]) for row in seen[2]]
     assert sum(kept) == len(seen[2]) - B  # each step replaces as many keys as a batch has, the oldest ones
     torch.testing.assert_close(seen[3].norm(dim=1), torch.ones(2 * B + 4))
+
+
+def keys_of(method: Any, x: Tensor) -> Tensor:
+    """Without BN, keys are their image's own, whatever the order and the groups that they are computed in."""
+    with torch.no_grad():
+        return unit(method.key_network(x))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_moco_is_the_naive_twins_with_every_view_as_query_where_it_is_symmetric(symmetric: bool) -> None:
+    method, (x1, x2) = build(moco, queue=3 * B, symmetric=symmetric), views()
+    with torch.no_grad():
+        for parameter in method.key_network.parameters():
+            parameter.add_(0.1)  # keys are not the queries
+        before, q = method.queue.clone(), [unit(method.embed(x)[1]) for x in (x1, x2)]
+    k = [keys_of(method, x) for x in (x1, x2)]
+    losses = [moco.info_nce(q[0], k[1], before, 0.2).item(), moco.info_nce(q[1], k[0], before, 0.2).item()]
+    assert abs(losses[0] - losses[1]) > 1e-3
+    loss, _ = method([x1, x2], torch.arange(B))
+    assert loss.item() == pytest.approx(sum(losses) / 2 if symmetric else losses[0], rel=1e-5)
+    fresh = [k[1], k[0]] if symmetric else [k[1]]
+    torch.testing.assert_close(method.queue, torch.cat([*fresh, before[len(fresh) * B :]]))
+
+
+@pytest.mark.parametrize("queue", [2 * B + 4, B - 5])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_mocos_queue_is_a_ring_of_the_last_keys(queue: int, symmetric: bool) -> None:
+    method = build(moco, queue=queue, symmetric=symmetric)
+    naive, came = list(method.queue), 0
+    for number in range(5):
+        x = [vectors(10 * number + view, B, 3, 2, 2) for view in range(2)]
+        keys = torch.cat([keys_of(method, x[1]), keys_of(method, x[0])] if symmetric else [keys_of(method, x[1])])
+        method(x, torch.arange(B))
+        for key in keys[-queue:]:
+            naive[came % queue] = key
+            came += 1
+        torch.testing.assert_close(method.queue, torch.stack(naive))
+
+
+def test_mocos_keys_are_shuffled_between_the_groups_and_come_back_in_order() -> None:
+    """Shuffled BN (MoCo, section 3.3): a key and its query share no statistics."""
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8))
+    settings = moco.Settings(dim=D, queue=5 * B, bn_groups=3)
+    method = moco.Method(Encoder(EncoderSpec("linear", 2), backbone, 8), settings)
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {"queries": [], "keys": []}
+    method.encoder.register_forward_hook(lambda _, given, out: seen["queries"].append((given[0], out)))
+    method.key_network.register_forward_hook(lambda _, given, out: seen["keys"].append((given[0], out)))
+    x = views()
+    orders = []
+    for number in range(3):
+        for parts in seen.values():
+            parts.clear()
+        method(x, torch.arange(B))
+        assert [len(given) for given, _ in seen["keys"]] == [len(given) for given, _ in seen["queries"]] == [4, 4, 4]
+        assert torch.equal(torch.cat([given for given, _ in seen["queries"]]), x[0])
+        given, keys = (torch.cat(each) for each in zip(*seen["keys"], strict=True))
+        order = [int((given == image).flatten(1).all(1).nonzero()) for image in x[1]]  # where each image went
+        assert sorted(order) == list(range(B))
+        groups = {frozenset(image for image in range(B) if order[image] // 4 == part) for part in range(3)}
+        assert groups != {frozenset(range(first, first + 4)) for first in (0, 4, 8)}  # which the queries have
+        torch.testing.assert_close(method.queue[number * B : (number + 1) * B], unit(keys.detach())[order])
+        orders.append(tuple(order))
+    assert len(set(orders)) == 3
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.5])
+def test_mocos_key_network_follows_by_its_momentum(momentum: float) -> None:
+    method = build(moco, queue=2 * B, momentum=momentum)
+    before = copy.deepcopy(method.key_network)
+    sgd = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.5)
+    method(views(), torch.arange(B))[0].backward()
+    sgd.step()
+    assert all(torch.equal(a, b) for a, b in zip(method.key_network.parameters(), before.parameters(), strict=True))
+    method.after_step(0.3)
+    online = [*method.encoder.parameters(), *method.projector.parameters()]
+    for key, old, query in zip(method.key_network.parameters(), before.parameters(), online, strict=True):
+        assert (query - old).abs().max() > 1e-4
+        torch.testing.assert_close(key, momentum * old + (1 - momentum) * query)
 
 
 def test_the_twin_follows() -> None:
@@ -278,6 +358,26 @@ def test_swavs_queue_helps_the_codes_once_it_is_full() -> None:
     torch.testing.assert_close(method.queue[0, :B], newest)
 
 
+def test_swavs_queues_are_each_views_own() -> None:
+    """The code of a view is computed with the features of that view, the newest first."""
+    method = swav_method(queue=2 * B, queue_epoch=0)
+    stored: list[list[Tensor]] = [[], []]
+    with torch.no_grad():
+        for step in range(4):
+            x = [vectors(10 * step + view, B, 3, 2, 2) for view in range(2)]
+            z = [unit(method.embed(each)[1]) for each in x]
+            scores = [similarities(each, method.prototypes.weight) for each in z]
+            rows = [torch.cat([*old[:2], new]) for old, new in zip(stored, z, strict=True)]
+            codes = [swav.sinkhorn(similarities(each, method.prototypes.weight), 0.05, 3)[-B:] for each in rows]
+            loss, _ = method(x, torch.arange(B))
+            for old, new in zip(stored, z, strict=True):
+                old.insert(0, new)
+            if step >= 2:
+                assert loss.item() == pytest.approx(swav.swapped_prediction(scores, codes, 0.1).item(), rel=1e-5)
+                for view in range(2):
+                    torch.testing.assert_close(method.queue[view], torch.cat(stored[view][:2]))
+
+
 def test_swavs_queue_waits_until_no_row_is_empty() -> None:
     method = swav_method(queue=2 * B + 1, queue_epoch=0)
     used = []
@@ -327,6 +427,26 @@ def test_deepcluster_alternates() -> None:
     assert loss.item() == pytest.approx(torch.stack(naive).mean().item(), rel=1e-5)
     assert torch.equal(method.memory[1, index], z[1])
     assert "prototypes" not in dict(method.named_parameters())  # they are computed, not trained
+
+
+def test_deepclusters_heads_cluster_the_two_views_in_turn() -> None:
+    """Each is a k-means of its own memory that has converged; heads of one memory differ by their draws."""
+    images, k, heads = 40, 4, 4
+    method = build(deepcluster, images=images, projector_hidden=10, prototypes=k, heads=heads, iterations=50)
+    data = [vectors(view, images, 3, 2, 2) for view in range(2)]
+    method.before_training(iter([(data, torch.arange(images))]))
+    with torch.no_grad():
+        own = [unit(method.embed(x)[1]) for x in data]
+    for view in range(2):
+        torch.testing.assert_close(method.memory[view], own[view])
+    method.before_epoch(0)
+    for head in range(heads):
+        z, prototypes, assigned = own[head % 2], method.prototypes[head], method.assigned[head]
+        assert torch.equal(assigned, (z @ prototypes.T).argmax(1))
+        assert not torch.equal(assigned, (own[1 - head % 2] @ prototypes.T).argmax(1))
+        centres = torch.stack([z[assigned == cluster].sum(0) for cluster in range(k)])
+        torch.testing.assert_close(prototypes, unit(centres))
+    assert not torch.equal(method.prototypes[0], method.prototypes[2])
 
 
 def test_deepcluster_leaves_out_images_it_has_not_seen() -> None:
@@ -390,6 +510,21 @@ def test_fastsiam_with_two_views_would_be_simsiam() -> None:
     p, z = [vectors(0, B, D), vectors(1, B, D)], [vectors(2, B, D), vectors(3, B, D)]
     expected = (simsiam.negative_cosine(p[0], z[1]) + simsiam.negative_cosine(p[1], z[0])) / 2
     assert fastsiam.averaged_target_loss(p, z).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_fastsiam_draws_every_views_prediction_to_the_mean_of_all_others(count: int) -> None:
+    method = build(fastsiam, projector_layers=2, projector_hidden=10, predictor_hidden=4)
+    with torch.no_grad():
+        z = [method.embed(x)[1] for x in views(count)]
+        p = [method.predictor(each).double().numpy() for each in z]
+    total = 0.0
+    for i in range(count):
+        target = sum(z[j].double().numpy() for j in range(count) if j != i) / (count - 1)
+        for a, b in zip(p[i], target, strict=True):
+            total -= float(a @ b) / (np.linalg.norm(a) * np.linalg.norm(b))
+    loss, _ = method(views(count), torch.arange(B))
+    assert loss.item() == pytest.approx(total / count / B, rel=1e-4)
 
 
 def test_fastsiams_targets_get_no_gradient() -> None:

@@ -52,6 +52,16 @@ def test_a_schedule_by_epoch_is_the_released_codes() -> None:
         assert math.isclose(schedule.rate(step, 0), 0.4 * (1 + math.cos(math.pi * (step // 7) / 5)) / 2)
 
 
+@pytest.mark.parametrize("warmup", [0.0, 1.0, 1.5, 2.0, 4.0, 9.0])
+@pytest.mark.parametrize("by_epoch", [False, True])
+def test_warm_up_only_rises_and_the_cosine_only_falls(warmup: float, by_epoch: bool) -> None:
+    """Wherever within an epoch it ends; it takes half of a short run at most."""
+    schedule = Schedule(1.0, steps_per_epoch=10, epochs=5, seconds=None, warmup_epochs=warmup, by_epoch=by_epoch)
+    rates, turn = [schedule.rate(step, 0) for step in range(50)], round(min(10 * warmup, 25))
+    assert rates[:turn] == sorted(rates[:turn]) and rates[turn:] == sorted(rates[turn:], reverse=True)
+    assert rates[turn] == pytest.approx(1.0) and rates[-1] < (0.4 if by_epoch else 0.02)
+
+
 def test_a_schedule_by_the_clock() -> None:
     schedule = Schedule(0.4, steps_per_epoch=10, epochs=None, seconds=60.0)
     assert schedule.steps is None and not schedule.over(0, 1e9)  # one step at least
@@ -98,7 +108,7 @@ def naive_lars(
         w, v = parameter.double().numpy().copy(), np.zeros(parameter.shape)
         for gradients in steps:
             g = gradients[name].double().numpy()
-            if w.ndim > 1:
+            if w.ndim > 1 or settings.get("vectors"):
                 g = g + decay * w
                 w_norm, g_norm = math.sqrt((w**2).sum()), math.sqrt((g**2).sum())
                 if w_norm > 0 and g_norm > 0:
@@ -112,7 +122,11 @@ def naive_lars(
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize(
     "settings",
-    [{"lr": 0.3, "momentum": 0.9, "trust_coefficient": 0.001}, {"lr": 2.0, "momentum": 0.0, "trust_coefficient": 0.1}],
+    [
+        {"lr": 0.3, "momentum": 0.9, "trust_coefficient": 0.001},
+        {"lr": 2.0, "momentum": 0.0, "trust_coefficient": 0.1},
+        {"lr": 0.3, "momentum": 0.9, "trust_coefficient": 0.001, "vectors": True},
+    ],
 )
 def test_lars_is_its_naive_twin(settings: dict[str, Any], decay: float) -> None:
     parameters, steps = problem()

@@ -81,6 +81,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in methods.names()),
     ("simsiam", {"predictor": False, "target_momentum": 0.8}),
     ("simsiam", {"target_steps": 2}),
+    ("swav", {"stop_gradient": False}),
 ]
 
 

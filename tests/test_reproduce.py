@@ -21,7 +21,8 @@ every_experiment = pytest.mark.parametrize("name", reproduce.names())
 def test_every_variant_can_be_run(name: str, scale: Any) -> None:
     """And differs from the others in its settings, its length or its method."""
     experiment = reproduce.get(name, scale)
-    assert experiment.title and experiment.source and len(experiment.variants) >= 2
+    assert experiment.title and experiment.source and experiment.scales
+    assert bool(experiment.variants) == (scale in experiment.scales) and len(experiment.variants) != 1
     assert len({variant.slug for variant in experiment.variants}) == len(experiment.variants)
     plans = []
     for variant in experiment.variants:
@@ -31,6 +32,33 @@ def test_every_variant_can_be_run(name: str, scale: Any) -> None:
         assert plan.method in methods.names() and plan.train.epochs == 10 * variant.epochs
         plans.append(plan)
     assert all(first != second for i, first in enumerate(plans) for second in plans[i + 1 :])
+
+
+def planned(name: str, scale: Any) -> dict[str, Any]:
+    """Variant -> recipe, as `run` trains it on ImageNet or CIFAR-10."""
+    plans = {}
+    for variant in reproduce.get(name, scale).variants:
+        texts = [f"{key}={json.dumps(value)}" for key, value in reproduce._flat(variant.settings)]
+        length = {"epochs": reproduce._EPOCHS[scale] * variant.epochs}
+        plans[variant.name], _ = resolve(
+            gather("x", reproduce._RECIPES[scale], texts, length), Facts(50_000, 32, "cuda")
+        )
+    return plans
+
+
+def test_what_is_compared_is_what_the_paper_ran() -> None:
+    plans = planned("comparison", "imagenet")
+    assert {len(plan.views.each()) for plan in plans.values()} == {2}, "SwAV without multi-crop"
+    assert {plan.train.batch_size for name, plan in plans.items() if name.startswith("SimSiam")} == {256}
+    assert sorted({plan.train.epochs for plan in plans.values()}) == [100, 200, 400, 800]
+    assert {len(plan.views.each()) for plan in planned("swav", "imagenet").values()} == {2}
+    assert {plan.train.epochs for plan in planned("cifar", "cifar").values()} == {800}
+    # 67.7 is with a predictor whose rate decays; 68.1 with a constant one.
+    assert {plan.method_settings.predictor_fixed_lr for plan in planned("stop-gradient", "imagenet").values()} == {
+        False
+    }
+    rates = {name: plan.method_settings.predictor_fixed_lr for name, plan in planned("predictor", "imagenet").items()}
+    assert (rates["learning rate with cosine decay"], rates["constant learning rate"]) == (False, True)
 
 
 def row(name: str, published: float | None, linear: float, spread: float) -> dict[str, Any]:
@@ -95,5 +123,7 @@ def test_other_settings_need_another_folder(finished: tuple[Path, dict[str, Any]
 def test_mistakes_are_one_line() -> None:
     with pytest.raises(UserError, match="Did you mean 'stop-gradient'"):
         reproduce.run("stop-gradeint")
+    with pytest.raises(UserError, match="add --scale cifar"):
+        reproduce.run("cifar")
     with pytest.raises(UserError, match="add --data"):
         reproduce.run("stop-gradient", scale="cifar")

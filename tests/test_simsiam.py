@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simsiam.encoders import Encoder, EncoderSpec, build
-from simsiam.methods.simsiam import Method, Settings, negative_cosine
+from simsiam.methods.simsiam import Method, Settings, negative_cosine, softmax_cross_entropy
 
 Array = NDArray[np.float64]
 D, HIDDEN, DIM, BATCH = 12, 3, 10, 16
@@ -29,16 +30,23 @@ def linear_method(**changes: Any) -> Method:
     """SimSiam on the plainest of encoders, a linear layer on 3x2x2 pixels, with BN weights that are not 1 and 0."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, DIM))
-    method = Method(Encoder(EncoderSpec("linear", 2), backbone, DIM), Settings(dim=D, **changes))
+    settings = Settings(dim=D, **changes)
+    method = Method(Encoder(EncoderSpec("linear", 2), backbone, DIM), settings)
     for module in method.modules():
         if isinstance(module, nn.BatchNorm1d) and module.affine:
             nn.init.uniform_(module.weight, 0.5, 2)
             nn.init.uniform_(module.bias, -0.5, 0.5)
+    if settings.target_steps != 1:
+        method.target.load_state_dict(nn.Sequential(method.encoder, method.projector).state_dict())
     return method
 
 
 def two_views(batch: int = BATCH) -> list[Tensor]:
     return [vectors(seed, batch, 3, 2, 2) for seed in (1, 2)]
+
+
+def four_views() -> list[Tensor]:
+    return [vectors(seed, BATCH, 3, 2, 2) for seed in (1, 2, 3, 4)]
 
 
 INDEX = torch.arange(BATCH)
@@ -64,17 +72,31 @@ def naive_mlp(layers: nn.Sequential, x: Array) -> Array:
     return x
 
 
-def naive_loss(method: Method, views: list[Tensor]) -> float:
-    """Algorithm 1 of the paper, one image at a time."""
+def naive_sides(method: Method, views: list[Tensor]) -> tuple[list[Array], list[Array]]:
+    """p and z of every view."""
     assert isinstance(method.encoder.backbone, nn.Sequential) and isinstance(method.predictor, nn.Sequential)
-    z1, z2 = (naive_mlp(method.projector, naive_mlp(method.encoder.backbone, x.double().numpy())) for x in views)
-    p1, p2 = naive_mlp(method.predictor, z1), naive_mlp(method.predictor, z2)
+    z = [naive_mlp(method.projector, naive_mlp(method.encoder.backbone, x.double().numpy())) for x in views]
+    return [naive_mlp(method.predictor, each) for each in z], z
 
-    def distance(p: Array, z: Array) -> float:
-        cosines = [float(a @ b) / (np.sqrt(a @ a) * np.sqrt(b @ b)) for a, b in zip(p, z, strict=True)]
-        return -sum(cosines) / len(cosines)
 
-    return distance(p1, z2) / 2 + distance(p2, z1) / 2
+def naive_cosine(p: Array, z: Array) -> float:
+    """Equation 1, one image at a time."""
+    cosines = [float(a @ b) / (np.sqrt(a @ a) * np.sqrt(b @ b)) for a, b in zip(p, z, strict=True)]
+    return -sum(cosines) / len(cosines)
+
+
+def naive_softmax(p: Array, z: Array) -> float:
+    """Section 4.5, one channel at a time: the cross-entropy of p's distribution with z's."""
+    total = 0.0
+    for a, b in zip(p, z, strict=True):
+        total -= sum(np.exp(b[i]) / np.exp(b).sum() * (a[i] - np.log(np.exp(a).sum())) for i in range(len(a)))
+    return total / len(p)
+
+
+def naive_loss(method: Method, views: list[Tensor]) -> float:
+    """Algorithm 1 of the paper."""
+    (p1, p2), (z1, z2) = naive_sides(method, views)
+    return naive_cosine(p1, z2) / 2 + naive_cosine(p2, z1) / 2
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -83,6 +105,34 @@ def test_the_loss_is_the_naive_twins(layers: int) -> None:
     loss, _ = method(views, INDEX)
     assert loss.item() == pytest.approx(naive_loss(method, views), abs=1e-5)
     assert method(views[::-1], INDEX)[0].item() == pytest.approx(loss.item(), abs=1e-6)  # symmetric
+
+
+def test_the_asymmetric_loss_is_the_first_views_prediction_alone() -> None:
+    method, views = linear_method(symmetric=False), two_views()
+    p, z = naive_sides(method, views)
+    assert abs(naive_cosine(p[0], z[1]) - naive_cosine(p[1], z[0])) > 1e-3
+    assert method(views, INDEX)[0].item() == pytest.approx(naive_cosine(p[0], z[1]), abs=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_of_four_views_the_first_two_are_a_pair_and_the_last_two(symmetric: bool) -> None:
+    method, views = linear_method(symmetric=symmetric), four_views()
+    p, z = naive_sides(method, views)
+    pairs = [(0, 1), (1, 0), (2, 3), (3, 2)] if symmetric else [(0, 1), (2, 3)]
+    expected = sum(naive_cosine(p[a], z[b]) for a, b in pairs) / len(pairs)
+    assert method(views, INDEX)[0].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_softmax_similarity_is_the_naive_twins() -> None:
+    p, z = vectors(0, BATCH, D), 2 * vectors(1, BATCH, D)
+    expected = naive_softmax(p.double().numpy(), z.double().numpy())
+    assert abs(expected - naive_softmax(z.double().numpy(), p.double().numpy())) > 0.1  # which side is which matters
+    assert softmax_cross_entropy(p, z).item() == pytest.approx(expected, rel=1e-5)
+    assert softmax_cross_entropy(torch.zeros(2, D), z[:2]).item() == pytest.approx(np.log(D), rel=1e-6)
+    method, views = linear_method(similarity="softmax"), two_views()
+    (p1, p2), (z1, z2) = naive_sides(method, views)
+    expected = naive_softmax(p1, z2) / 2 + naive_softmax(p2, z1) / 2
+    assert method(views, INDEX)[0].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_limits_of_negative_cosine() -> None:
@@ -173,6 +223,69 @@ def test_the_gradient_is_that_of_constant_targets() -> None:
     assert min(encoder) > 0.01
 
 
+# --- other targets, section 5.2 ---------------------------------------------------------------------------------------
+
+
+def moved(method: Method, loss: Tensor) -> None:
+    """A step so large that other weights give another loss."""
+    sgd = torch.optim.SGD(method.param_groups(), lr=0.5)
+    sgd.zero_grad()
+    loss.backward()
+    sgd.step()
+
+
+@pytest.mark.parametrize("steps", [2, 3, 0])
+def test_targets_are_those_of_the_network_at_the_last_refresh(steps: int) -> None:
+    """k-step alternation, and for 0 an epoch's: of three steps here, begun anew in between as after a resume."""
+    method, views = linear_method(target_steps=steps), two_views()
+    every = steps or 3
+    losses = []
+    for number in range(7):
+        if number % 3 == 0:
+            method.before_epoch(number // 3)
+        if number % every == 0:
+            kept = copy.deepcopy(nn.Sequential(method.encoder, method.projector))
+            for name, value in method.target.state_dict().items():  # BN's statistics too
+                assert torch.equal(value, kept.state_dict()[name]), name
+        p = [method.predictor(method.embed(x)[1]) for x in views]
+        z = [kept(x) for x in views]
+        expected = (negative_cosine(p[0], z[1]) / 2 + negative_cosine(p[1], z[0]) / 2).item()
+        now = (negative_cosine(p[0], method.embed(views[1])[1]) + negative_cosine(p[1], method.embed(views[0])[1])) / 2
+        loss, _ = method(views, INDEX)
+        assert loss.item() == pytest.approx(expected, abs=1e-6)
+        assert (abs(loss.item() - now.item()) < 1e-5) == (number % every == 0)
+        moved(method, loss)
+        method.after_step(number / 7)
+        losses.append(loss.item())
+        if number == 3:
+            state = copy.deepcopy(method.state_dict())
+            method = linear_method(target_steps=steps)
+            method.load_state_dict(state)
+    assert len(set(losses)) == 7
+
+
+def test_moving_averages_are_of_each_image_and_begin_with_its_first_projection() -> None:
+    """eta <- m eta + (1 - m) z2, and p1 is drawn to it (section 5.2). Images 6 and 7 come by twice, in another place."""
+    m, method = 0.8, linear_method(target_momentum=0.8, predictor=False)
+    method.allocate(12)
+    first, second = torch.tensor([5, 6, 7, 2]), torch.tensor([7, 0, 6, 11])
+    kept = torch.zeros(12, D)
+    for number, index in enumerate((first, second)):
+        views = [vectors(2 * number + view, len(index), 3, 2, 2) for view in (0, 1)]
+        z = [method.embed(x)[1].detach() for x in views]
+        targets = [each.clone() for each in z]
+        for row, image in enumerate(index.tolist()):
+            for view in (0, 1):
+                if number == 1 and image in (6, 7):
+                    targets[view][row] = m * kept[image] + (1 - m) * z[view][row]
+        expected = negative_cosine(z[0], targets[1]) / 2 + negative_cosine(z[1], targets[0]) / 2
+        kept[index] = targets[1]
+        loss, _ = method(views, index)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+        torch.testing.assert_close(method.memory, kept)
+    assert method.remembered.nonzero()[:, 0].tolist() == [0, 2, 5, 6, 7, 11]
+
+
 # --- heads and BN -----------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +336,41 @@ def test_heads_are_the_papers_for_cifar() -> None:
     narrow = Method(build(EncoderSpec("thin-resnet18", 32, width=8), 0), Settings(dim=64))
     assert shapes(narrow.projector)[0] == "fc 64-64"  # hidden width is the backbone's, as in the released code
     assert shapes(narrow.predictor) == ["fc 64-16", "BatchNorm1d affine", "ReLU", "fc 16-64 bias"]
+
+
+_PLAIN, _NORMED = ["fc 10-10 bias", "ReLU"], ["fc 10-10", "BatchNorm1d affine", "ReLU"]
+_NARROW = ["fc 12-3", "BatchNorm1d affine", "ReLU"]
+
+
+@pytest.mark.parametrize(
+    ("bn", "projector", "predictor"),
+    [
+        ("none", [*_PLAIN, "fc 10-12 bias"], ["fc 12-3 bias", "ReLU", "fc 3-12 bias"]),
+        ("hidden", [*_NORMED, "fc 10-12 bias"], [*_NARROW, "fc 3-12 bias"]),
+        ("default", [*_NORMED, "fc 10-12", "BatchNorm1d"], [*_NARROW, "fc 3-12 bias"]),
+        ("all", [*_NORMED, "fc 10-12", "BatchNorm1d"], [*_NARROW, "fc 3-12", "BatchNorm1d affine"]),
+    ],
+)
+def test_bn_in_the_heads_is_where_table_3_has_it(
+    bn: Literal["none", "hidden", "default", "all"], projector: list[str], predictor: list[str]
+) -> None:
+    method = linear_method(projector_layers=2, bn=bn)
+    assert shapes(method.projector) == projector and shapes(method.predictor) == predictor
+
+
+def test_a_predictor_that_is_not_trained_stays_and_hands_on_the_gradient() -> None:
+    """Table 1b: the encoder's gradient is that which a trained predictor gives it; the predictor has none."""
+    method, trained, views = linear_method(predictor_trained=False), linear_method(), two_views()
+    before = copy.deepcopy(method)
+    loss, _ = method(views, INDEX)
+    trained(views, INDEX)[0].backward()
+    moved(method, loss)
+    for ours, theirs in zip(method.encoder.parameters(), trained.encoder.parameters(), strict=True):
+        assert ours.grad is not None and torch.equal(ours.grad, theirs.grad)
+    for parameter, old in zip(method.predictor.parameters(), before.predictor.parameters(), strict=True):
+        assert parameter.grad is None and torch.equal(parameter, old)
+    assert next(method.encoder.parameters()).grad.norm() > 1e-3
+    assert len(method.param_groups()) == 1 and len(trained.param_groups()) == 2
 
 
 @pytest.mark.parametrize(("fixed", "predictor"), [(True, True), (False, True), (True, False)])

@@ -388,7 +388,8 @@ def reproduce(
     if name is None:
         found = {each: experiments.get(each) for each in experiments.names()}
         for each, experiment in found.items():
-            console.entry(each, f"{experiment.title} ({experiment.source}; {len(experiment.variants)} variants)")
+            size = f"{len(experiment.variants)} variants" if experiment.variants else f"--scale {experiment.scales[0]}"
+            console.entry(each, f"{experiment.title} ({experiment.source}; {size})")
         if as_json:
             _print_json([{"name": each, "title": e.title, "source": e.source} for each, e in found.items()])
         return

@@ -28,8 +28,8 @@ COLLAPSED_STD = 0.1
 COLLAPSED_RANK = 1.5
 """Complete collapse: effective rank of z, on held-out images, below this. z/|z| then has two values."""
 PARTIAL_SHARE = 0.02
-"""Partial collapse: effective rank of z, on held-out images, below this share of min(N,d). Healthy runs of the demo set and
-of CIFAR-10 stay above 0.04 (d = 512); without stop-gradient or predictor they fall below 0.015 within a minute."""
+"""Partial collapse: effective rank of z, on held-out images, below this share of min(N-1,d). Healthy runs of the demo set
+and of CIFAR-10 stay above 0.04 (d = 512); without stop-gradient or predictor they fall below 0.015 within a minute."""
 
 
 def normalised_std(z: Tensor) -> Tensor:
@@ -40,6 +40,12 @@ def normalised_std(z: Tensor) -> Tensor:
     return F.normalize(z.float(), dim=1).std(0).mean() * math.sqrt(z.shape[1])
 
 
+@torch.no_grad()
+def spread(*z: Tensor) -> Tensor:
+    """`normalised_std` of each view's z, their mean: the "std" among a method's stats."""
+    return torch.stack([normalised_std(each) for each in z]).mean()
+
+
 def spectrum(z: Tensor) -> Tensor:
     """Singular values, descending, of the centred embeddings: float [N,d] -> float [min(N,d)]."""
     z = z.float()
@@ -47,7 +53,7 @@ def spectrum(z: Tensor) -> Tensor:
 
 
 def effective_rank(z: Tensor) -> float:
-    """exp of the entropy of the normalised spectrum: in 1..min(N,d), the number of directions in use.
+    """exp of the entropy of the normalised spectrum: in 1..min(N-1,d), the number of directions in use.
 
     Source: Roy & Vetterli 2007; as a monitor, RankMe (arXiv 2210.02885). 0 for a constant output, and for one that is
     not finite.
@@ -112,8 +118,10 @@ def judge(
         std: `normalised_std` of z.
         rank: effective rank of z on held-out images, where measured.
         std_features: `normalised_std` of the backbone's features, where measured.
-        most: min(N,d), the largest rank that could have been measured.
+        most: min(N-1,d), the largest rank that could have been measured; of less than 4 the rank tells nothing. 0: unknown.
     """
+    if 0 < most < 4:
+        rank = None
     if not math.isfinite(loss) or not math.isfinite(std):
         return Verdict(
             "diverged",

@@ -114,7 +114,9 @@ def untrained(
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
-    encoder.train()
+    encoder.eval()
+    for norm in norms:  # no other part: dropout and stochastic depth would draw
+        norm.train()
     embed_rows(encoder, prepare, cache, rows, compute)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -1,7 +1,8 @@
 """Fine-tuning: the whole network trained on a share of the labels, from the weights that the images alone gave it.
 
 The semi-supervised protocol of SimCLR (arXiv 2002.05709, appendix B.5): random crops and flips, SGD with Nesterov momentum,
-no weight decay. Ours are the choice of the learning rate, on a part of the labels, and its cosine decay.
+no weight decay. Ours are the choice of the learning rate, on a part of the labels, its cosine decay, and crops of at least a
+fifth of the area.
 """
 
 from __future__ import annotations

@@ -48,6 +48,11 @@ class Siamese(nn.Module):
     sync_bn = True
     """Over several processes, BN takes its statistics from the whole batch (`ranks.parallel`)."""
 
+    @property
+    def network(self) -> nn.Sequential:
+        """f: encoder and projection MLP in a row; the same modules, not copies."""
+        return nn.Sequential(self.encoder, self.projector)
+
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """float [B,3,h,w] -> features h [B,dim] and projection z [B,d], not normalised."""
         h = self.encoder(x)

@@ -102,7 +102,7 @@ class Monitor:
             "std_z": float(normalised_std(z1)),
             "std_features": float(normalised_std(h1)),
             "effective_rank": effective_rank(z1.cpu()),
-            "most_rank": min(z1.shape),
+            "most_rank": min(len(z1) - 1, z1.shape[1]),
             "effective_rank_features": effective_rank(h1.cpu()),
             "alignment": alignment(z1, z2),
             "retrieval": retrieval(z1, z2),

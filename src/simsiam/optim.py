@@ -33,6 +33,7 @@ class Schedule:
     seconds: float | None
     """One of the two is None: a run ends after so many epochs, or so many seconds."""
     warmup_epochs: float = 0.0
+    """Linear from 0 to the peak; half of the run at most."""
     by_epoch: bool = False
     """The rate changes every epoch, as in the released code, not every step. By the clock it always changes."""
 
@@ -60,17 +61,20 @@ class Schedule:
         else:
             assert self.seconds is not None
             warmup = self.warmup_epochs * self.steps_per_epoch * (seconds / step if step else 0.0) / self.seconds
+        warmup = min(warmup, 0.5)
         progress = self.progress(step, seconds)
-        if self.by_epoch and self.steps is not None and progress >= warmup:
-            progress = self.progress(step - step % self.steps_per_epoch, seconds)
-        return learning_rate(progress, self.peak, min(warmup, 0.5))
+        if self.by_epoch and self.steps is not None and progress >= warmup:  # which may have ended within this epoch
+            progress = max(warmup, self.progress(step - step % self.steps_per_epoch, seconds))
+        return learning_rate(progress, self.peak, warmup)
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with layer-wise adaptive rates (You et al. 2017), as the linear protocol of SimSiam and SimCLR uses it.
+    """SGD with layer-wise adaptive rates (You et al. 2017).
 
-    Each parameter of two or more dimensions has its gradient (weight decay added) scaled by
-    trust_coefficient * |w| / |g|; vectors (biases, BN) are left as in SGD.
+    A parameter's gradient g, weight decay added, is scaled by trust_coefficient * |w| / |g|.
+
+    vectors: True: every parameter's, as apex's LARC does it for SwAV, DeepCluster v2 and SimSiam's linear protocol. False:
+        biases and BN, of one dimension, have neither that nor weight decay, as in SimCLR, BYOL, Barlow Twins and VICReg.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class LARS(torch.optim.Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
+        vectors: bool = False,
     ) -> None:
         assert lr >= 0 and momentum >= 0 and weight_decay >= 0
         defaults = {
@@ -88,6 +93,7 @@ class LARS(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
         }
+        self.vectors = vectors
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -98,7 +104,7 @@ class LARS(torch.optim.Optimizer):
                 if parameter.grad is None:
                     continue
                 update: Tensor = parameter.grad
-                if parameter.ndim > 1:
+                if self.vectors or parameter.ndim > 1:
                     update = update.add(parameter, alpha=group["weight_decay"])
                     norm, update_norm = parameter.norm(), update.norm()
                     trust = group["trust_coefficient"] * norm / update_norm

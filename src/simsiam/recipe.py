@@ -37,6 +37,8 @@ from simsiam.runs import RECIPE
 Reasons = list[tuple[str, str, str]]
 """(setting, value, why) of every default that the data decided."""
 
+OPEN = "open"
+"""In a table: no recipe was asked for."""
 _SMALL_IMAGE = 48
 _TABLES = ("method", "encoder", "train", "views", "eval")
 _PATIENCE = {"cpu": 1800.0, "cuda": 4 * 3600.0, "mps": 1800.0}
@@ -51,14 +53,16 @@ class TrainSettings:
     budget: str | None = None
     """Train for so long ('10m'): the schedule follows the clock. Instead of epochs."""
     batch_size: int = 512
-    optimizer: Literal["sgd", "lars"] = "sgd"
-    """lars scales each layer's step by its weights' norm; BN and biases then have neither that nor weight decay."""
+    optimizer: Literal["sgd", "lars", "larc"] = "sgd"
+    """lars scales each layer's step by its weights' norm; BN and biases then have neither that nor weight decay. larc treats
+    them like the others."""
     lr: float = 0.05
     """Base learning rate: the rate is lr x batch_size / 256."""
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    """On everything, BN and biases too."""
+    """On everything, BN and biases too, but with lars."""
     warmup_epochs: float = 0.0
+    """In which the rate rises from 0 in a line; half of the run at most."""
     cosine: Literal["step", "epoch"] = "step"
     """The learning rate changes every step, or every epoch as in the paper."""
     precision: Precision = "auto"
@@ -174,7 +178,8 @@ def read(table: Table) -> Recipe:
 
 
 def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Table:
-    """What the user asked for as one table: recipe, then settings by name, then overrides. Always with "data"."""
+    """What the user asked for as one table: recipe, then settings by name, then overrides. Always with "data"; with `OPEN`
+    where there is no recipe but what `resolve` chooses."""
     given = [{key: value} for key, value in settings.items() if value is not None]
     asked: Table = {}
     for override in [*given, *map(parse_override, overrides)]:
@@ -202,7 +207,7 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
         text = os.path.expanduser(os.fspath(data))
         # A path must mean the same from any folder; names and patterns stay as they are.
         table["data"] = os.path.abspath(text) if os.path.exists(text) else text
-    return {"data": "demo", **table}
+    return {"data": "demo", **({OPEN: True} if recipe is None and init is None and data is not None else {}), **table}
 
 
 def preset(recipe: str, method: str | None = None) -> Table:
@@ -278,22 +283,22 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
     neither epochs nor budget is given: `default_epochs` decides when the speed is known.
     """
     why: Reasons = []
-    small = facts.short_side <= _SMALL_IMAGE
+    small, table = facts.short_side <= _SMALL_IMAGE, dict(table)
     images = f"images are {facts.short_side} px on their short side (median)"
-    if "name" not in table.get("encoder", {}):
-        base = "thin" if facts.device != "cuda" else "cifar" if small else "imagenet"
-        reason = {"thin": "no GPU", "cifar": f"a GPU, and {images}", "imagenet": f"a GPU, and {images}"}[base]
+    named = table.get("encoder", {}).get("name")
+    base, reason = _base(named, facts, images)
+    defaults = preset(base, table.get("method", {}).get("name"))
+    defaults["train"].pop("epochs", None)
+    defaults["views"].pop("size", None)
+    if table.pop(OPEN, False) or named is None:
         why.append(("recipe", base, reason))
-        chosen = table.get("method", {}).get("name")
-        defaults = preset(base, chosen)
-        defaults["train"].pop("epochs", None)
-        defaults["views"].pop("size", None)
-        if base == "imagenet" and facts.images < 200_000:
+        if named is None and base == "imagenet" and facts.images < 200_000:
             defaults["encoder"] = {"name": "resnet18"}
             why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))
-        if defaults["train"].get("batch_size", 0) > 512:  # of a paper that had a hundred devices
-            defaults["train"]["batch_size"] = 512
-            why.append(("train.batch_size", "512", "one device"))
+        most = 512 if facts.device == "cuda" else 256
+        if defaults["train"].get("batch_size", 0) > most:  # of a paper that had a hundred devices
+            defaults["train"]["batch_size"] = most
+            why.append(("train.batch_size", str(most), "one device"))
         if base == "thin" and facts.images < 20_000:
             defaults["train"] |= {"weight_decay": 1e-4, "batch_size": 64}
         table = merge(defaults, table)
@@ -329,6 +334,16 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
         why.append(("train.batch_size", str(train["batch_size"]), f"there are only {facts.images:,} images"))
     full = {**table, "views": views, "eval": use, "train": train, "encoder": encoder}
     return read(full), why
+
+
+def _base(encoder: Any, facts: Facts, images: str) -> tuple[str, str]:
+    """The built-in recipe that fills in what is open, and why: by the encoder's family, where one is asked for."""
+    if encoder is not None:
+        family = str(encoder).partition("-")[0]
+        return family if family in ("thin", "cifar") else "imagenet", f"the encoder is {encoder}"
+    if facts.device != "cuda":
+        return "thin", "no GPU"
+    return "cifar" if facts.short_side <= _SMALL_IMAGE else "imagenet", f"a GPU, and {images}"
 
 
 def _upto(most: int, side: int, step: int) -> int:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ _MONITOR_SHARE = 0.05
 _LOOKS = 20
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Session:
     """What the loop works on, and everything around a step that is not the step."""
 
@@ -71,12 +71,11 @@ class Session:
         if found is not None:
             tensors, state = found
             if state["fingerprint"] != self.fingerprint:
-                raise UserError(
-                    f"The images of {self.recipe.data} have changed since {self.run} began: bring them back, "
-                    f"or start a new run from its weights: --init {self.run}."
-                )
+                raise images_changed(self.recipe.data, self.run)
             self.step, self.seconds, self.latest = state["step"], state["seconds"], state["latest"]
             self.training_seconds = state["training_seconds"]
+            for guard, verdict in zip(self.guards, state.get("verdicts", ()), strict=False):
+                guard.verdict = Verdict(**verdict)
             self._load(tensors)
             _load_optimizer(self.optimizer, tensors)
         self.board: Any = None
@@ -155,7 +154,7 @@ class Session:
         pause = self._look_seconds / _MONITOR_SHARE
         if self.guards[1].suspects:  # settled by looking again at once
             pause = 0.0
-        elif not suspicious(std, self.loader.batch_size):
+        elif not suspicious(std, self.loader.batch_size // ranks.count()):
             pause = max(pause, (whole or math.inf) / _LOOKS)
         if self.verdict.name != before or (now - self._looked >= pause and not self.over):
             self.look()
@@ -209,6 +208,7 @@ class Session:
             "training_seconds": self.training_seconds,
             "fingerprint": self.fingerprint,
             "latest": {key: value for key, value in self.latest.items() if finite(value)},
+            "verdicts": [asdict(guard.verdict) for guard in self.guards],
         }
         # The loss is from before the last step: weights that this step destroyed would pass for healthy.
         healthy = self.verdict.name == "healthy" and all(bool(value.isfinite().all()) for value in tensors.values())
@@ -230,6 +230,14 @@ class Session:
             self.metrics.close()
         if self.board is not None:
             self.board.close()
+
+
+def images_changed(data: str, run: Path) -> UserError:
+    """What to say where a run cannot be resumed on the images that are there."""
+    return UserError(
+        f"The images of {data} have changed since {run} began: bring them back, "
+        f"or start a new run from its weights: --init {run}."
+    )
 
 
 def method_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ from simsiam.runs import (
     write_json,
     write_text,
 )
-from simsiam.session import Session, finite, method_tensors, signals
+from simsiam.session import Session, finite, images_changed, method_tensors, signals
 
 _BANK, _QUERIES = 10_000, 2_000
 """Images of the final kNN; `simsiam evaluate` takes all."""
@@ -130,6 +130,9 @@ def _train(
         raise UserError(f"{asked['data']} has {counted(len(rows), 'image')} to train on: at least 2 are needed.")
     facts = replace(look_at(images, where.type), images=len(rows))
     plan, reasons = (read(asked), []) if resume else resolve(asked, facts, size)
+    if len(rows) < plan.train.batch_size:  # a new run gets a batch that fits
+        assert resume
+        raise images_changed(plan.data, run)
     prepare = plan.prepare
     # All at once where all ranks have to know which images are bad, where a method looks at every one beforehand, and where
     # reading them in another order than the files' takes many times as long.
@@ -157,17 +160,17 @@ def _train(
 
     compute.place(method)
     s = Session(
-        run,
-        plan,
-        method,
-        optimizer(method, plan),
-        plan.train.schedule(loader.steps_per_epoch),
-        loader,
-        compute,
-        Monitor(cache, rows, held_out, plan.views, prepare, compute, listener.decoding),
-        listener,
-        cache.fingerprint,
-        probed.pace(plan),
+        run=run,
+        recipe=plan,
+        method=method,
+        optimizer=optimizer(method, plan),
+        schedule=plan.train.schedule(loader.steps_per_epoch),
+        loader=loader,
+        compute=compute,
+        monitor=Monitor(cache, rows, held_out, plan.views, prepare, compute, listener.decoding),
+        listener=listener,
+        fingerprint=cache.fingerprint,
+        pace=probed.pace(plan),
     )
     s.open(resume)
     try:
@@ -269,18 +272,11 @@ def build_method(recipe: Recipe, images: int, encoder: Encoder | None = None) ->
 
 def optimizer(method: Any, recipe: Recipe) -> torch.optim.Optimizer:
     """SGD with momentum and weight decay on everything (section 4.1), or LARS; fused: one pass over the weights."""
-    train = recipe.train
-    groups = methods.param_groups(method)
-    if train.optimizer == "lars":
-        return LARS(groups, lr=train.peak, momentum=train.momentum, weight_decay=train.weight_decay)
-    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")
-    return torch.optim.SGD(
-        groups,
-        lr=train.peak,
-        momentum=train.momentum,
-        weight_decay=train.weight_decay,
-        fused=fused,
-    )
+    train, groups = recipe.train, methods.param_groups(method)
+    settings: Table = {"lr": train.peak, "momentum": train.momentum, "weight_decay": train.weight_decay}
+    if train.optimizer != "sgd":
+        return LARS(groups, **settings, vectors=train.optimizer == "larc")
+    return torch.optim.SGD(groups, **settings, fused=groups[0]["params"][0].device.type in ("cpu", "cuda"))
 
 
 # --- before the loop ------------------------------------------------------------------------------------------------
@@ -316,6 +312,7 @@ def _initial(plan: Recipe, images: int, listener: Listener) -> torch.nn.Module:
     fits = {key: value.shape for key, value in theirs.items()} == {k: v.shape for k, v in method.state_dict().items()}
     if fits:
         method.load_state_dict(theirs)
+        hook(method, "allocate", images)  # what it remembered of each image was of that run's
     what = "all weights" if fits else "the encoder (not the heads: they are of another method or other widths)"
     listener.say(f"Starts from {what} of {run}.")
     return method

@@ -118,7 +118,10 @@ def _side_by_side(
     return table
 
 
-def draw(count: int, most: int, generator: torch.Generator) -> Tensor:
-    """Which of `count` rows to use where `most` are enough: a random choice, ascending, or all of them."""
+def sample_rows(count: int, most: int, generator: torch.Generator) -> Tensor:
+    """Which of `count` rows to use where `most` are enough: a random choice, ascending, or all of them.
+
+    int64 [min(count, most)] in 0..count-1.
+    """
     chosen = torch.randperm(count, generator=generator)[:most]
     return chosen.sort().values

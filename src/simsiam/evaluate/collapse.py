@@ -12,20 +12,20 @@ import torch
 
 from simsiam.collapse import effective_rank, judge, normalised_std
 from simsiam.compute import generator
-from simsiam.evaluate import Features, draw
+from simsiam.evaluate import Features, sample_rows
 
 NEEDS_LABELS = False
 BY_KIND = ("std", "effective_rank", "verdict", "dim")
 
 
 def score(features: Features, *, seed: int = 0, rows: int = 2000) -> dict[str, Any]:
-    """std (times sqrt(d)), effective rank (at most the number of rows) and the verdict on them, on at most `rows` test
-    rows, or training rows where there are no test rows."""
-    given = features.test if len(features.test) > 1 else features.train
+    """std (times sqrt(d)), effective rank (less than the number of rows) and the verdict on them, on at most `rows` test
+    rows, or training rows where there are less than 16 test rows."""
+    given = features.test if len(features.test) >= 16 else features.train
     assert len(given) > 1
-    z = given[draw(len(given), rows, generator(torch.device("cpu"), seed)).to(given.device)]
+    z = given[sample_rows(len(given), rows, generator(torch.device("cpu"), seed)).to(given.device)]
     std, rank = float(normalised_std(z)), effective_rank(z)
     # There is no loss here; any finite one leaves the verdict to the std and the rank.
-    verdict = judge(0.0, std, rank, most=min(z.shape)).name
+    verdict = judge(0.0, std, rank, most=min(len(z) - 1, z.shape[1])).name
     figures = {"value": round(std, 4), "std": round(std, 4), "effective_rank": round(rank, 2), "verdict": verdict}
     return {**figures, "dim": z.shape[1], "rows": len(z)}

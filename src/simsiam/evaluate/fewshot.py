@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from simsiam.compute import generator
-from simsiam.evaluate import Features, draw
+from simsiam.evaluate import Features, sample_rows
 from simsiam.evaluate.linear import accuracy, fit, standardise
 
 NEEDS_LABELS = True
@@ -45,7 +45,7 @@ def score(
     assert data is not None and data.train_labels is not None and data.test_labels is not None and draws > 0
     labels, smallest = data.train_labels, int(data.train_labels.unique(return_counts=True)[1].min())
     train, test = standardise(data.train, data.test)
-    rows = draw(len(test), most_test, generator(torch.device("cpu"), seed, 0)).to(test.device)
+    rows = sample_rows(len(test), most_test, generator(torch.device("cpu"), seed, 0)).to(test.device)
     test, test_labels = test[rows], data.test_labels[rows]
     by_labels = {}
     for count in sorted(n for n in labels_per_class if n <= smallest):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simsiam.compute import generator
-from simsiam.evaluate import Features, check_finite, draw
+from simsiam.evaluate import Features, check_finite, sample_rows
 from simsiam.optim import LARS, learning_rate
 
 NEEDS_LABELS = True
@@ -33,7 +33,7 @@ def score(features: Features, *, seed: int = 0, C: float | None = None, tune_row
     train, test = standardise(data.train, data.test)
     labels = data.train_labels
     if C is None:
-        chosen = draw(len(train), tune_rows, generator(torch.device("cpu"), seed, 0)).to(train.device)
+        chosen = sample_rows(len(train), tune_rows, generator(torch.device("cpu"), seed, 0)).to(train.device)
         C = _choose(train[chosen], labels[chosen], data.classes, seed)
     value = accuracy(fit(train, labels, data.classes, C), test, data.test_labels)
     return {"value": round(float(value), 2), "C": C, "train": len(train), "test": len(test)}
@@ -121,8 +121,8 @@ def sgd_probe(
     batch_size: int = 4096,
     lr: float = 0.1,
 ) -> dict[str, Any]:
-    """The paper's linear protocol (appendix A; lr as in the released code): LARS on frozen features, cosine decay per
-    epoch, no weight decay, no normalisation. The value is that of the last epoch.
+    """The paper's linear protocol (appendix A; lr as in the released code): LARS (apex's LARC) on frozen features, cosine
+    decay per epoch, no weight decay, no normalisation. The value is that of the last epoch.
 
     It was made for ImageNet: LARS moves the weights by a small share of their size, so with few steps (less than some
     20,000 rows at these settings) they stay near their start.
@@ -144,7 +144,7 @@ def sgd_probe(
     batch_size = min(batch_size, len(labels))
     weight = torch.empty(classes, test.shape[1]).normal_(0, 0.01, generator=generator(torch.device("cpu"), seed))
     weight, bias = weight.to(device).requires_grad_(), torch.zeros(classes, device=device, requires_grad=True)
-    optimiser = LARS([weight, bias], lr=0.0)
+    optimiser = LARS([weight, bias], lr=0.0, vectors=True)
     for epoch in range(epochs):
         x = views_of_epoch(epoch)[known.to(device)].to(device, torch.float32)
         check_finite(x)

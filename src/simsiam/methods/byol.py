@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from simsiam.collapse import normalised_std
+from simsiam.collapse import spread
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, follow, mlp, twin, unit
 
@@ -88,7 +88,7 @@ class Method(Siamese):
         self.settings, self.encoder = settings, encoder
         self.projector = mlp([encoder.dim, settings.hidden, settings.dim])
         self.predictor = mlp([settings.dim, settings.hidden, settings.dim])
-        self.target = twin(nn.Sequential(encoder, self.projector))
+        self.target = twin(self.network)
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         x1, x2 = views
@@ -96,8 +96,8 @@ class Method(Siamese):
         with torch.no_grad():
             t1, t2 = self.target(x1), self.target(x2)
         loss = regression(self.predictor(z1), t2) + regression(self.predictor(z2), t1)
-        return loss, {"std": ((normalised_std(z1) + normalised_std(z2)) / 2).detach()}
+        return loss, {"std": spread(z1, z2)}
 
     def after_step(self, progress: float) -> None:
         momentum = target_momentum(self.settings.momentum, progress)
-        follow(self.target, nn.Sequential(self.encoder, self.projector), momentum)
+        follow(self.target, self.network, momentum)

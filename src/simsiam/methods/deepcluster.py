@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simsiam.collapse import normalised_std
+from simsiam.collapse import spread
 from simsiam.compute import generator
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, mlp, similarities, unit, wide
@@ -84,7 +84,7 @@ class Method(Siamese):
     """Alternates between clustering the features of the last epoch and predicting each image's cluster.
 
     The features are those that the network had when an image last came by (version 2: no extra pass over the data),
-    remembered for two views.
+    remembered for two views. Unlike the released code, each view is its own forward pass, with BN statistics of its own.
     """
 
     memory: Tensor
@@ -95,6 +95,7 @@ class Method(Siamese):
         super().__init__()
         self.settings, self.encoder = settings, encoder
         self.projector = mlp([encoder.dim, settings.projector_hidden, settings.dim])
+        self.seed = int(torch.randint(2**31, ()))
 
     def allocate(self, images: int) -> None:
         settings = self.settings
@@ -115,7 +116,7 @@ class Method(Siamese):
         rows = known.nonzero()[:, 0]
         for head, prototypes in enumerate(self.prototypes):
             x = self.memory[head % 2]
-            draws = generator(torch.device("cpu"), epoch, head)
+            draws = generator(torch.device("cpu"), self.seed, epoch, head)
             centroids, _ = spherical_kmeans(x[rows], len(prototypes), self.settings.iterations, draws)
             prototypes.zero_()
             prototypes[: len(centroids)] = centroids
@@ -137,8 +138,7 @@ class Method(Siamese):
         ]
         with torch.no_grad():
             self._remember(z[:2], index)
-            std = (normalised_std(raw[0]) + normalised_std(raw[1])) / 2
-        return torch.stack(losses).mean(), {"std": std}
+        return torch.stack(losses).mean(), {"std": spread(*raw[:2])}
 
     def _cross_entropy(self, scores: Tensor, targets: Tensor, known: Tensor) -> Tensor:
         """Mean over the `known` images that have a cluster; 0 where none has."""

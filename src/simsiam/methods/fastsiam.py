@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simsiam.collapse import normalised_std
+from simsiam.collapse import spread
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese
 from simsiam.methods.simsiam import encoder_and_predictor, negative_cosine, prediction_mlp, projection_mlp
@@ -39,16 +39,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
+    """Defaults: SimSiam's for ImageNet, whose names these are."""
+
     dim: int = 2048
     """d, width of z and p."""
     projector_layers: int = 3
+    """Fully connected layers of the projection MLP."""
     projector_hidden: int | None = None
-    """None: the backbone's."""
+    """Width of its hidden layers; None: the backbone's."""
     predictor_hidden: int | None = None
-    """None: d/4."""
+    """Width of the prediction MLP's hidden layer; None: d/4."""
     predictor_fixed_lr: bool = True
+    """The predictor keeps the initial learning rate."""
     predictor_lr: float = 1.0
-    """As in SimSiam: in multiples of the encoder's."""
+    """Its learning rate in multiples of the encoder's."""
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.projector_layers < 1:
@@ -67,6 +71,8 @@ def averaged_target_loss(p: list[Tensor], z: list[Tensor]) -> Tensor:
 
 
 class Method(Siamese):
+    """SimSiam with several views, each of which predicts the mean of the others."""
+
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
         self.settings, self.encoder = settings, encoder
@@ -77,7 +83,7 @@ class Method(Siamese):
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         z = [self.projector(self.encoder(x)) for x in views]
         loss = averaged_target_loss([self.predictor(each) for each in z], [each.detach() for each in z])
-        return loss, {"std": torch.stack([normalised_std(each) for each in z]).mean().detach()}
+        return loss, {"std": spread(*z)}
 
     def param_groups(self) -> list[dict[str, Any]]:
         return encoder_and_predictor(self, self.predictor, self.settings.predictor_fixed_lr, self.settings.predictor_lr)

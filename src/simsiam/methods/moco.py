@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsiam.collapse import normalised_std
+from simsiam.collapse import spread
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, follow, in_float32, mlp, twin, unit
 from simsiam.ranks import count, gather
@@ -84,7 +84,7 @@ class Method(Siamese):
     """Query encoder and its momentum twin, the key encoder; a queue of keys.
 
     Shuffled BN (MoCo, section 3.3): within one BN batch a query could find its key by the batch's statistics. Here a
-    batch is cut into `bn_groups` parts, each with its own statistics, and the keys are dealt to the parts in another order:
+    batch is cut into `bn_groups` parts, each with its own statistics, and the keys are dealt to the parts in a random order:
     what G devices do, on one. Over several processes each has its share of the parts, at least two of them.
     """
 
@@ -92,34 +92,32 @@ class Method(Siamese):
 
     queue: Tensor
     head: Tensor
-    steps: Tensor
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
         self.settings, self.encoder = settings, encoder
         hidden = settings.projector_hidden or encoder.dim
         self.projector = mlp([encoder.dim, hidden, settings.dim], hidden_norm=False)
-        self.key_network = twin(nn.Sequential(encoder, self.projector))
+        self.key_network = twin(self.network)
         self.register_buffer("queue", unit(torch.randn(settings.queue, settings.dim)))
         self.register_buffer("head", torch.zeros((), dtype=torch.long))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         pairs = [(0, 1), (1, 0)] if self.settings.symmetric else [(0, 1)]
-        losses, keys, stds = [], [], []
-        for number, (query, key) in enumerate(pairs):
-            z = self._grouped(nn.Sequential(self.encoder, self.projector), views[query])
-            k = self._keys(views[key], index, number)
+        losses, keys, queries = [], [], []
+        for query, key in pairs:
+            z = self._grouped(self.network, views[query])
+            k = self._keys(views[key])
             losses.append(info_nce(unit(z), k, self.queue, self.settings.temperature))
             keys.append(k)
-            stds.append(normalised_std(z.detach()))
+            queries.append(z)
         self._enqueue(torch.cat([gather(k) for k in keys]))
-        return torch.stack(losses).mean(), {"std": torch.stack(stds).mean()}
+        return torch.stack(losses).mean(), {"std": spread(*queries)}
 
     @torch.no_grad()
-    def _keys(self, x: Tensor, index: Tensor, number: int) -> Tensor:
-        # A hash, not a generator: the same after a resume, and nothing waits for the device.
-        order = ((index * 7919 + self.steps * 104_729 + number) * 2_654_435_761 % 4_294_967_291).argsort()
+    def _keys(self, x: Tensor) -> Tensor:
+        # torch's own generator, which the loop seeds for every step. Unlike randperm, nothing here waits for the device.
+        order = torch.rand(len(x), device=x.device).argsort()
         shuffled = self._grouped(self.key_network, x[order])
         return unit(shuffled)[order.argsort()]
 
@@ -136,7 +134,6 @@ class Method(Siamese):
         # A new tensor: the loss's graph still needs the old one.
         self.queue = self.queue.index_copy(0, slots, keys.to(self.queue.dtype))
         self.head = (self.head + len(keys)) % size
-        self.steps = self.steps + 1
 
     def after_step(self, progress: float) -> None:
-        follow(self.key_network, nn.Sequential(self.encoder, self.projector), self.settings.momentum)
+        follow(self.key_network, self.network, self.settings.momentum)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsiam.collapse import normalised_std
+from simsiam.collapse import spread
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, in_float32, mlp, unit
 from simsiam.ranks import gather, rank
@@ -84,6 +84,9 @@ def nt_xent(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, temperature: float) 
 
 
 class Method(Siamese):
+    """Each image's two views against all others of the batch. Each view is its own forward pass, with BN statistics of its
+    own, where the released code joins them."""
+
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
         self.settings, self.encoder = settings, encoder
@@ -96,4 +99,4 @@ class Method(Siamese):
         z1, z2 = (self.projector(self.encoder(x)) for x in views)
         k1, k2 = (z.detach() for z in (z1, z2)) if self.settings.stop_gradient else (z1, z2)
         loss = nt_xent(self.predictor(z1), self.predictor(z2), k1, k2, self.settings.temperature)
-        return loss, {"std": ((normalised_std(z1) + normalised_std(z2)) / 2).detach()}
+        return loss, {"std": spread(z1, z2)}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsiam.collapse import normalised_std
+from simsiam.collapse import spread
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, mlp, twin, wide
 from simsiam.ranks import gather
@@ -55,7 +55,8 @@ class Settings:
     target_steps: int = 1
     """Steps for which the weights that compute the targets are kept (section 5.2, k-step alternation); 0: an epoch."""
     target_momentum: float | None = None
-    """m of a moving average over an image's projections as its target (section 5.2: 0.8, without predictor)."""
+    """m of a moving average over an image's projections as its target (section 5.2: 0.8, without predictor); None: z itself
+    is the target."""
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.projector_layers < 1:
@@ -111,6 +112,7 @@ class Method(Siamese):
     target_age: Tensor
     memory: Tensor
     remembered: Tensor
+    _age: int | None
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
@@ -122,8 +124,15 @@ class Method(Siamese):
         self.predictor = prediction_mlp(settings.dim, bottleneck, settings.bn) if settings.predictor else nn.Identity()
         self.predictor.requires_grad_(settings.predictor_trained)
         if settings.target_steps != 1:
-            self.target = twin(nn.Sequential(self.encoder, self.projector))
+            self.target = twin(self.network)
             self.register_buffer("target_age", torch.zeros((), dtype=torch.long))
+            self._in_host(self)
+            self.register_load_state_dict_post_hook(self._in_host)
+
+    @staticmethod
+    def _in_host(method: Any, *_: Any) -> None:
+        """`target_age`, known without waiting for the device; None: to be read."""
+        method._age = None
 
     def allocate(self, images: int) -> None:
         if self.settings.target_momentum is not None:
@@ -147,9 +156,7 @@ class Method(Siamese):
             if self.settings.symmetric:
                 losses.append(distance(p[i + 1], targets[i]))
         loss = torch.stack(losses).mean()
-        with torch.no_grad():
-            std = torch.stack([normalised_std(each) for each in z]).mean()
-        return loss, {"std": std}
+        return loss, {"std": spread(*z)}
 
     def _targets(self, views: list[Tensor], z: list[Tensor], index: Tensor) -> list[Tensor]:
         """What p is drawn to: z of the other view, or what section 5.2 puts in its place."""
@@ -175,14 +182,16 @@ class Method(Siamese):
     def after_step(self, progress: float) -> None:
         if self.settings.target_steps > 1:
             self.target_age += 1
-            if self.target_age >= self.settings.target_steps:
+            self._age = int(self.target_age) if self._age is None else self._age + 1
+            if self._age >= self.settings.target_steps:
                 self._refresh()
 
     @torch.no_grad()
     def _refresh(self) -> None:
         """The target takes over the weights as they are, BN's statistics too: they are the same network, k steps ago."""
-        self.target.load_state_dict(nn.Sequential(self.encoder, self.projector).state_dict())
+        self.target.load_state_dict(self.network.state_dict())
         self.target_age.zero_()
+        self._age = 0
 
     def param_groups(self) -> list[dict[str, Any]]:
         return encoder_and_predictor(self, self.predictor, self.settings.predictor_fixed_lr, self.settings.predictor_lr)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam import ranks
-from simsiam.collapse import normalised_std
+from simsiam.collapse import spread
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, in_float32, mlp, similarities, unit, wide
 
@@ -27,7 +27,7 @@ VIEWS = range(2, 17)
 DEFAULTS: dict[str, dict[str, Any]] = {
     "imagenet": {
         "train": {
-            "optimizer": "lars",
+            "optimizer": "larc",
             "lr": 0.3,
             "weight_decay": 1e-6,
             "batch_size": 4096,
@@ -66,12 +66,12 @@ class Settings:
     temperature: float = 0.1
     """tau of the prediction."""
     epsilon: float = 0.05
-    """Entropy regularisation of the codes."""
+    """Entropy regularisation of the codes; below 0.025 they would leave the range of float32."""
     sinkhorn_iterations: int = 3
     queue: int = 0
     """Features of earlier batches that help to compute the codes, where a batch is small against K; 0: none."""
     queue_epoch: int = 15
-    """The epoch from which the queue is used."""
+    """The epoch, the first being 0, from which the queue is used."""
     freeze_steps: int = 313
     """Steps during which the prototypes stay as they were drawn."""
     predictor: bool = False
@@ -82,17 +82,17 @@ class Settings:
     def __post_init__(self) -> None:
         if min(self.dim, self.projector_hidden, self.prototypes, self.sinkhorn_iterations) < 1:
             raise ValueError("dim, projector_hidden, prototypes and sinkhorn_iterations must be at least 1.")
-        if min(self.queue, self.queue_epoch, self.freeze_steps) < 0 or min(self.temperature, self.epsilon) <= 0:
-            raise ValueError(
-                "queue, queue_epoch and freeze_steps must not be negative, temperature and epsilon above 0."
-            )
+        if min(self.queue, self.queue_epoch, self.freeze_steps) < 0 or self.temperature <= 0:
+            raise ValueError("queue, queue_epoch and freeze_steps must not be negative, temperature above 0.")
+        if self.epsilon < 0.025:
+            raise ValueError(f"epsilon is {self.epsilon:g}: it must be at least 0.025.")
 
 
 @in_float32
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     """Codes q: assignments of B features to K prototypes that use every prototype equally (section 3.1, eq. 3 to 5).
 
-    scores: float [B,K]; with several ranks, this rank's rows. Returns [B,K] in float32, rows summing to 1. The last
+    scores: float [B,K], cosines; with several ranks, this rank's rows. Returns [B,K] in float32, rows summing to 1. The last
     scaling is that of the rows; after enough iterations each column sums to B/K as well.
     """
     scores = wide(scores) / epsilon
@@ -100,8 +100,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     ranks.all_ranks([largest], "max")
     q = torch.exp(scores - largest)  # a common factor, which the scaling cancels: without it exp could overflow
     for _ in range(iterations):
-        columns = q.sum(0)
-        ranks.all_ranks([columns])
+        columns = ranks.total(q.sum(0))
         q = q / columns.clamp(min=torch.finfo(q.dtype).tiny)
         q = q / q.sum(1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
     return q
@@ -124,9 +123,17 @@ def swapped_prediction(scores: list[Tensor], codes: list[Tensor], temperature: f
 
 
 class Method(Siamese):
+    """Each view predicts the code that the other got, among prototypes that are trained along.
+
+    Unlike the released code, each view is its own forward pass, with BN statistics of its own; the prototypes start Gaussian
+    on the sphere; the queue fills from the first step.
+    """
+
     queue: Tensor
     steps: Tensor
     epoch: Tensor
+    _queue_ready: bool
+    _epoch: int | None
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
@@ -140,10 +147,17 @@ class Method(Siamese):
         self.register_buffer("queue", torch.zeros(2, settings.queue, settings.dim))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("epoch", torch.zeros((), dtype=torch.long))
-        self._queue_ready = False
+        self._in_host(self)
+        self.register_load_state_dict_post_hook(self._in_host)
+
+    @staticmethod
+    def _in_host(method: Any, *_: Any) -> None:
+        """What the buffers tell, known without waiting for the device; None: to be read."""
+        method._queue_ready, method._epoch = False, None
 
     def before_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
+        self._epoch = epoch
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         settings, weight = self.settings, self.prototypes.weight
@@ -157,9 +171,8 @@ class Method(Siamese):
         scores = [similarities(self.predictor(each), prototypes) for each in z]
         loss = swapped_prediction(scores, codes, settings.temperature)
         with torch.no_grad():
-            std = torch.stack([normalised_std(z[i]) for i in full]).mean()
             self._enqueue([unit(z[i]) for i in full])
-        return loss, {"std": std}
+        return loss, {"std": spread(*(z[i] for i in full))}
 
     def _code(self, z: Tensor, prototypes: Tensor, slot: int) -> Tensor:
         rows = z
@@ -171,9 +184,10 @@ class Method(Siamese):
 
     def _use_queue(self, batch: int) -> bool:
         if self.settings.queue and not self._queue_ready:
-            stored = (self.steps - 1) * batch * ranks.count()  # of the steps before this one
-            ready = (self.epoch >= self.settings.queue_epoch) & (stored >= self.settings.queue)
-            self._queue_ready = bool(ready)
+            self._epoch = int(self.epoch) if self._epoch is None else self._epoch
+            if self._epoch >= self.settings.queue_epoch:
+                stored = (int(self.steps) - 1) * batch * ranks.count()  # of the steps before this one
+                self._queue_ready = stored >= self.settings.queue
         return self._queue_ready
 
     def _enqueue(self, z: list[Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from simsiam.collapse import normalised_std
+from simsiam.collapse import spread
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, in_float32, mlp, wide
 from simsiam.methods import barlow
@@ -59,12 +59,12 @@ class Settings:
 
 
 def variance_term(z: Tensor) -> Tensor:
-    """Hinge that keeps the std of every channel above 1 (eq. 1): mean over channels of max(0, 1 - std)."""
+    """Hinge that keeps the std of every channel above 1 (eq. 1): mean over channels of max(0, 1 - std). z: float [B,d]."""
     return F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
 
 
 def covariance_term(z: Tensor) -> Tensor:
-    """Sum of the squared off-diagonal entries of the covariance, over d (eq. 3)."""
+    """Sum of the squared off-diagonal entries of the covariance, over d (eq. 3). z: float [B,d]."""
     centred = z - z.mean(0)
     covariance = centred.T @ centred / (len(z) - 1)
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[1]
@@ -83,6 +83,8 @@ def vicreg(z1: Tensor, z2: Tensor, invariance: float, variance: float, covarianc
 
 
 class Method(Siamese):
+    """Brings the views of an image together while every channel of z keeps its variance and none repeats another."""
+
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
         self.settings, self.encoder = settings, encoder
@@ -92,4 +94,4 @@ class Method(Siamese):
         z1, z2 = (self.projector(self.encoder(x)) for x in views)
         settings = self.settings
         loss = vicreg(z1, z2, settings.invariance, settings.variance, settings.covariance)
-        return loss, {"std": ((normalised_std(z1) + normalised_std(z2)) / 2).detach()}
+        return loss, {"std": spread(z1, z2)}

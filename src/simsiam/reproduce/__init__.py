@@ -59,6 +59,9 @@ class Experiment:
     title: str
     source: str
     variants: tuple[Variant, ...]
+    """Those of the scale that was asked for."""
+    scales: tuple[str, ...]
+    """At which it has any."""
 
 
 def names() -> list[str]:
@@ -83,9 +86,10 @@ def get(name: str, scale: Scale = "thin") -> Experiment:
         }:  # the paper's; the demo recipe has another
             settings = merge({"method": {"predictor_lr": 1.0}}, settings)
         variant = Variant(**plain, scales=chosen, settings=settings)
-        if scale in chosen:
-            variants.append(variant)
-    return Experiment(name, table["title"], table["source"], tuple(variants))
+        variants.append(variant)
+    scales = tuple(each for each in _RECIPES if any(each in variant.scales for variant in variants))
+    at_scale = tuple(variant for variant in variants if scale in variant.scales)
+    return Experiment(name, table["title"], table["source"], at_scale, scales)
 
 
 def run(
@@ -112,6 +116,8 @@ def run(
     """
     listener = listener or Listener()
     experiment = get(name, scale)
+    if not experiment.variants:
+        raise UserError(f"{name} is not run at the scale {scale!r}: add --scale {' or '.join(experiment.scales)}.")
     if data is None and scale != "thin":
         raise UserError(f"The scale {scale!r} needs data: add --data DATA.")
     if seeds < 1:

@@ -90,12 +90,13 @@ class Method(Siamese):
     memory: Tensor
     assigned: Tensor
     prototypes: Tensor
+    seed: Tensor
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
         self.settings, self.encoder = settings, encoder
         self.projector = mlp([encoder.dim, settings.projector_hidden, settings.dim])
-        self.seed = int(torch.randint(2**31, ()))
+        self.register_buffer("seed", torch.randint(2**31, ()))
 
     def allocate(self, images: int) -> None:
         settings = self.settings
@@ -116,7 +117,7 @@ class Method(Siamese):
         rows = known.nonzero()[:, 0]
         for head, prototypes in enumerate(self.prototypes):
             x = self.memory[head % 2]
-            draws = generator(torch.device("cpu"), self.seed, epoch, head)
+            draws = generator(torch.device("cpu"), int(self.seed), epoch, head)
             centroids, _ = spherical_kmeans(x[rows], len(prototypes), self.settings.iterations, draws)
             prototypes.zero_()
             prototypes[: len(centroids)] = centroids

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +34,26 @@ Rows = NDArray[np.int64]
 _SHOWN = 2_000
 
 
-def side_by_side(
-    encoder: Encoder,
-    before: Encoder | None,
-    prepare: Preprocessing,
-    cache: Cache,
-    train: Rows,
-    test: Rows,
-    compute: Compute,
-    listener: Listener,
-) -> dict[str, Features]:
-    """Features of the same images from the trained encoder and, as baselines, the untrained one and no encoder at all.
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """An encoder that is examined, the images and what it takes to run it."""
 
-    before: the untrained encoder; None: no baselines.
-    """
+    encoder: Encoder
+    before: Encoder | None
+    """The same untrained; None: no baselines."""
+    prepare: Preprocessing
+    cache: Cache
+    compute: Compute
+    listener: Listener
+
+    def embed(self, network: Callable[[Tensor], Tensor], rows: Rows) -> Tensor:
+        """float32 [N,D] of the images of these rows."""
+        return embed_rows(network, self.prepare, self.cache, rows, self.compute, self.listener.embedding)
+
+
+def side_by_side(subject: Subject, train: Rows, test: Rows) -> dict[str, Features]:
+    """Features of the same images from the trained encoder and, as baselines, the untrained one and no encoder at all."""
+    cache = subject.cache
 
     def features(embed: Callable[[Rows], Tensor]) -> Features:
         labels = None if cache.labels is None else torch.from_numpy(cache.labels)
@@ -57,16 +65,13 @@ def side_by_side(
             len(cache.classes or ()),
         )
 
-    def by(network: Encoder) -> Callable[[Rows], Tensor]:
-        return lambda rows: embed_rows(network, prepare, cache, rows, compute, listener.embedding)
-
-    trained = {"trained": features(by(encoder))}
-    if before is None:
+    trained = {"trained": features(partial(subject.embed, subject.encoder))}
+    if subject.before is None:
         return trained
     return {
         **trained,
-        "untrained": features(by(before)),
-        "pixels": features(lambda rows: pixel_rows(prepare, cache, rows)),
+        "untrained": features(partial(subject.embed, subject.before)),
+        "pixels": features(lambda rows: pixel_rows(subject.prepare, cache, rows)),
     }
 
 
@@ -117,7 +122,8 @@ def evaluate_run(
     before = None
     if baselines:
         before = untrained(encoder.spec, meta["seed"], prepare, cache, draw(train, BN_IMAGES), compute)
-    kinds = side_by_side(encoder, before, prepare, cache, train, test, compute, listener)
+    subject = Subject(encoder=encoder, before=before, prepare=prepare, cache=cache, compute=compute, listener=listener)
+    kinds = side_by_side(subject, train, test)
     listener.close()
     settings = {} if k is None else {"knn": {"k": k}}
     compared = evaluate.compare(names or evaluate.names(), kinds, seed=seed, settings=settings)
@@ -126,10 +132,9 @@ def evaluate_run(
     if collapse is not None:
         result["collapse"] = _collapse(run, data, collapse)
     if sgd:
-        result["linear_sgd"] = _sgd(encoder, prepare, cache, kinds["trained"], train, compute, seed, listener)
+        result["linear_sgd"] = _sgd(subject, kinds["trained"], train, seed)
     if share is not None:
-        networks = {"trained": encoder} | ({} if before is None else {"untrained": before})
-        result["finetune"] = _finetuned(networks, prepare, cache, train, test, compute, share, seed, listener)
+        result["finetune"] = _finetuned(subject, train, test, share, seed)
     if data is None:
         before_this = read_json(run / EVALUATION) if (run / EVALUATION).exists() else {}
         write_json(run / EVALUATION, {**before_this, **result})
@@ -147,53 +152,36 @@ def _collapse(run: Path, data: str | Path | None, features: dict[str, Any]) -> d
     return found
 
 
-def _sgd(
-    encoder: Encoder,
-    prepare: Preprocessing,
-    cache: Cache,
-    features: Features,
-    rows: Rows,
-    compute: Compute,
-    seed: int,
-    listener: Listener,
-) -> dict[str, Any] | None:
+def _sgd(subject: Subject, features: Features, rows: Rows, seed: int) -> dict[str, Any] | None:
     data = features.labelled()
     if data is None or features.train_labels is None or data.test_labels is None:
         return None
-    views = prepare.crops((0.08, 1.0))  # as the released code's linear training
+    views = subject.prepare.crops((0.08, 1.0))  # as the released code's linear training
 
     def epoch(number: int) -> Tensor:
-        draws = generator(compute.device, seed, number)
+        draws = generator(subject.compute.device, seed, number)
 
         def crop(x: Tensor, sizes: Tensor) -> Tensor:
             return random_view(x, views, draws, sizes)
 
-        listener.embedding(number, 90)
-        return embed_rows(encoder, crop, cache, rows, compute)
+        subject.listener.embedding(number, 90)
+        return embed_rows(subject.encoder, crop, subject.cache, rows, subject.compute)
 
     result = sgd_probe(epoch, features.train_labels, data.test, data.test_labels, features.classes, seed=seed)
-    listener.close()
+    subject.listener.close()
     return {"trained": result.pop("value"), "untrained": None, "pixels": None, **result}
 
 
-def _finetuned(
-    networks: dict[str, Encoder],
-    prepare: Preprocessing,
-    cache: Cache,
-    train: Rows,
-    test: Rows,
-    compute: Compute,
-    share: float,
-    seed: int,
-    listener: Listener,
-) -> dict[str, Any] | None:
+def _finetuned(subject: Subject, train: Rows, test: Rows, share: float, seed: int) -> dict[str, Any] | None:
+    networks = {"trained": subject.encoder} | ({} if subject.before is None else {"untrained": subject.before})
     found: dict[str, dict[str, Any]] = {}
     for number, (kind, network) in enumerate(networks.items()):
 
         def done(part: float, number: int = number) -> None:
-            listener.finetuning((number + part) / len(networks))
+            subject.listener.finetuning((number + part) / len(networks))
 
-        scores = finetune(network, prepare, cache, train, test, compute, share=share, seed=seed, done=done)
+        inputs = subject.prepare, subject.cache, train, test, subject.compute
+        scores = finetune(network, *inputs, share=share, seed=seed, done=done)
         if scores is None:
             return None
         found[kind] = scores
@@ -202,20 +190,10 @@ def _finetuned(
     return {"untrained": None, "pixels": None, **values, "lr": rates, **found["trained"]}
 
 
-def keep_samples(
-    run: Path,
-    encoder: Encoder,
-    before: Encoder,
-    prepare: Preprocessing,
-    views: ViewSettings,
-    cache: Cache,
-    train: Rows,
-    shown: Rows,
-    compute: Compute,
-) -> None:
+def keep_samples(run: Path, subject: Subject, views: ViewSettings, train: Rows, shown: Rows) -> None:
     """`samples/`, for people to look at: the views of a few images as the network saw them, and up to 2,000 of the
     `shown` images with their embeddings after and before training. The encoder is in the run folder already."""
-    folder = run / "samples"
+    folder, cache = run / "samples", subject.cache
     folder.mkdir(exist_ok=True)
     images, sizes = cache.batch(draw(train, 8))
     draws = generator(torch.device("cpu"), 0)
@@ -225,14 +203,13 @@ def keep_samples(
     np.save(folder / "views.npy", np.stack([_pictures(view) for view in seen], 1))
 
     some = draw(shown, _SHOWN)
-    vectors, untrained_vectors = (
-        embed_rows(network, prepare, cache, some, compute).numpy() for network in (encoder, before)
-    )
+    assert subject.before is not None
+    vectors, untrained_vectors = (subject.embed(network, some).numpy() for network in (subject.encoder, subject.before))
     about = read_json(run / f"{ENCODER}.json")
     made = origin(run, about, about["data"], cache)
     write_embedding(folder / "embedding", vectors, cache, some, made, [digest(cache, row) for row in some])
     np.save(folder / "untrained.npy", untrained_vectors)
-    side = min(96, max(prepare.size, 32))
+    side = min(96, max(subject.prepare.size, 32))
     chunks = (cache.batch(some[start : start + 64]) for start in range(0, len(some), 64))
     small = [_pictures(plain_pixels(images, side, 1.0, sizes)) for images, sizes in chunks]
     np.save(folder / "embedding" / "thumbnails.npy", np.concatenate(small))

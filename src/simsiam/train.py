@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from simsiam import evaluate, methods, ranks
-from simsiam.assess import Rows, keep_samples, side_by_side
+from simsiam.assess import Rows, Subject, keep_samples, side_by_side
 from simsiam.compute import Compute, describe, generator, out_of_memory, pick_device, seed_of, set_threads
 from simsiam.config import Interrupted, Table, UserError, counted, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
@@ -379,11 +379,14 @@ def _finish(
     about = {"method": plan.method, "data": plan.data, "step": step, "verdict": verdict.name}
     save_encoder(s.run, encoder, prepare, plan.seed, about)
     shown = held_out if len(held_out) >= 16 else rows
-    keep_samples(s.run, encoder, before, prepare, plan.views, cache, rows, shown, s.compute)
+    subject = Subject(
+        encoder=encoder, before=before, prepare=prepare, cache=cache, compute=s.compute, listener=s.listener
+    )
+    keep_samples(s.run, subject, plan.views, rows, shown)
     knn = None
     if cache.labels is not None and verdict.name != "diverged":
         bank, queries = draw(rows, _BANK), draw(held_out, _QUERIES)
-        kinds = side_by_side(encoder, before, prepare, cache, bank, queries, s.compute, s.listener)
+        kinds = side_by_side(subject, bank, queries)
         knn = evaluate.compare(["knn"], kinds, seed=plan.seed)["knn"]
     images = s.step * plan.train.batch_size
     figures = {

@@ -23,6 +23,11 @@ def test_brackets_in_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[s
     assert all(shown.count(name) >= 5 for name in NAMES) and "Title [x]" in shown
 
 
+def test_a_name_is_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    Console().say("a:smile:.jpg")
+    assert "a:smile:.jpg" in capsys.readouterr().err
+
+
 def test_a_reader_that_leaves_does_not_end_the_run() -> None:
     """`simsiam train 2>&1 | head -1`."""
     code = (

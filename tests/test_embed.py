@@ -190,6 +190,26 @@ def test_preprocessing_leaves_its_size(size: int) -> None:
     assert torch.allclose(prepare(white), torch.tensor(2.0), atol=1e-3)
 
 
+def test_what_is_embedded_stays_as_it_was(run: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)).save(tmp_path / "a.jpg")
+    image = Image.open(tmp_path / "a.jpg")
+    encoder = simsiam.load(run)
+    vectors = encoder.embed([image])
+    assert image.size == (400, 300) and np.array_equal(vectors, encoder.embed([np.asarray(image)]))
+    paths = np.array([str(tmp_path / "a.jpg")] * 2)
+    assert np.array_equal(encoder.transform(paths), encoder.transform(paths.astype(object)))
+
+
+def test_other_parameters_are_another_encoder(run: Path, photos: Path, tmp_path: Path) -> None:
+    simsiam.train(photos, tmp_path / "wide", epochs=1, overrides=[*SMALL["overrides"], "encoder.width=12"])
+    encoder, paths = simsiam.load(run), sorted(photos.rglob("*.png"))[:2]
+    first = encoder.embed(paths)
+    second = encoder.set_params(run=str(tmp_path / "wide")).fit().embed(paths)
+    assert second.shape[1] == encoder.dim == 12 * 8 != first.shape[1]
+    with pytest.raises(UserError, match="precision is 'fp99'"):
+        encoder.set_params(precision="fp99").embed(paths)
+
+
 def test_the_untrained_encoder_is_a_function_of_its_seed(photos: Path, tmp_path: Path) -> None:
     """Where it has dropout and stochastic depth, too: only BN's statistics are measured."""
     spec, prepare = EncoderSpec("efficientnet_b0", 32), preprocessing(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -227,6 +228,13 @@ def test_a_collapsed_embedding_has_clusters_that_are_empty(tmp_path: Path) -> No
         timeout=300,
     )
     assert shown.returncode == 0 and "–" in shown.stderr, shown.stderr
+
+
+def test_clusters_that_cannot_be_kept_are_shown(blobs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simsiam.runs.os.replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only")))
+    with pytest.warns(UserWarning, match="read-only. The result is shown"):
+        found = clusters(blobs, 4)
+    assert found["file"] is None and len(found["clusters"]) == 4
 
 
 def test_without_labels_nothing_is_said_about_them(planted: Path) -> None:

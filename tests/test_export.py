@@ -145,6 +145,22 @@ def test_safetensors_hold_weights_and_all_that_their_use_needs(tmp_path: Path) -
         assert off(twin.eval()(images(32)), features(run, images(32))) < 1e-6 and result["max_error"] == 0
 
 
+def test_nothing_but_an_earlier_export_is_overwritten(tmp_path: Path) -> None:
+    run, picture = make_run(tmp_path / "run", "thin-resnet18", 32, width=8), tmp_path / "mine.png"
+    picture.write_bytes(b"years of work")
+    weights = (run / "encoder.safetensors").read_bytes()
+    for out in (picture, run / "encoder.safetensors"):
+        with pytest.raises(UserError, match="is no export"):
+            export(run, "safetensors", out)
+    assert picture.read_bytes() == b"years of work" and (run / "encoder.safetensors").read_bytes() == weights
+    for _ in range(2):
+        export(run, "safetensors", tmp_path / "mine.safetensors")
+    found = export(run, "safetensors", tmp_path / "new")  # no ending: a folder
+    assert Path(found["path"]).parent == tmp_path / "new"
+    # What the umask lets others read, they can read.
+    assert Path(found["path"]).stat().st_mode == (run / "encoder.json").stat().st_mode
+
+
 def test_a_folder_given_to_out_takes_the_file(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "thin-resnet18", 32, width=8)
     (tmp_path / "out").mkdir()

@@ -18,6 +18,9 @@ from simsiam.runs import (
     Checkpoints,
     Metrics,
     atomic,
+    check_unused,
+    claim,
+    keep,
     read_json,
     read_metrics,
     read_tensors,
@@ -33,6 +36,24 @@ def state(step: int) -> dict[str, torch.Tensor]:
 
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+def test_a_folder_that_one_trains_in_is_not_anothers(tmp_path: Path) -> None:
+    lock = claim(tmp_path)
+    code = "import sys; from simsiam.runs import claim; from pathlib import Path; claim(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode and "Another process is training in" in done.stderr
+    lock.release()
+    assert subprocess.run(command, timeout=60).returncode == 0
+    check_unused(tmp_path)  # the lock that was left there is nothing
+
+
+def test_what_cannot_be_kept_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="not kept"):
+        assert not keep(lambda: write_text(tmp_path / "file" / "inside", "text"))
+    assert keep(lambda: write_text(tmp_path / "inside", "text"))
 
 
 # --- atomic files -----------------------------------------------------------------------------------------------------
@@ -73,7 +94,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path: Path, inside: str) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match=r"Cannot write .* choose another -o"):
+    with pytest.raises(UserError, match=r"Cannot write .*: (Is|Not) a directory"):
         write_text(tmp_path / inside, "x")
     assert files(tmp_path) == {"file", "folder"}
 

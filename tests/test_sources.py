@@ -24,7 +24,7 @@ from PIL import Image
 
 from simsiam.config import UserError
 from simsiam.data.check import check
-from simsiam.data.sources import ImageSet, _braces, open_images
+from simsiam.data.sources import ImageSet, _braces, absolute, open_images
 from test_decode import encode, scene, write_nasty_folder
 
 CIFAR = Path(__file__).parents[2] / "shared/data/cifar10"
@@ -414,6 +414,35 @@ LAYOUT = {
     for b, kind in enumerate(("cat", "dog"))
     for i in range(3)
 }
+
+
+def test_links_in_a_tar_are_images(tmp_path: Path) -> None:
+    """GNU tar keeps the second name of a file as a link to the first."""
+    folder = tmp_path / "set"
+    write(folder, "a/1.png", "a/2.png")
+    os.link(folder / "a" / "1.png", folder / "hard.png")
+    (folder / "soft.png").symlink_to("a/2.png")
+    (folder / "a" / "soft.png").symlink_to("../soft.png")
+    (folder / "nothing.png").symlink_to("gone.png")
+    (folder / "round.png").symlink_to("round.png")
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        tar.add(folder, "set")
+    images = open_images(tmp_path / "set.tar")
+    assert sorted(images.ids) == [f"set/{name}.png" for name in ("a/1", "a/2", "a/soft", "hard", "soft")]
+    content = {name: images.read(i) for i, name in enumerate(images.ids)}
+    assert content["set/hard.png"] == content["set/a/1.png"] == png(0)
+    assert content["set/soft.png"] == content["set/a/soft.png"] == png(1)
+
+
+def test_the_name_of_the_data_means_the_same_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write(tmp_path / "photos", "1.png")
+    assert absolute("photos/") == str(tmp_path / "photos") == absolute(tmp_path / "photos")
+    assert absolute("shards/s-{000..009}.tar") == f"{tmp_path}/shards/s-{{000..009}}.tar"
+    assert absolute("~/s-*.tar") == f"{tmp_path}/home/s-*.tar"
+    assert absolute("CIFAR10:data") == f"CIFAR10:{tmp_path}/data" and absolute("CIFAR10:/data") == "CIFAR10:/data"
+    assert absolute("demo") == "demo" and absolute("CIFAR10") == "CIFAR10" and absolute("not there") == "not there"
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz", "zip"])

@@ -251,6 +251,51 @@ def test_sigterm_to_the_command_line_ends_with_one_clear_line(photos: Path, tmp_
     assert Checkpoints(run).load()[1]["step"] > 0
 
 
+CLOSE = """
+import os, pty, sys, time
+from simsiam.runs import read_metrics
+from pathlib import Path
+run = Path(sys.argv[1])
+child, terminal = pty.fork()
+if not child:
+    os.execv(sys.executable, [sys.executable, "-m", "simsiam", "train", *sys.argv[2:], "-o", str(run)])
+os.set_blocking(terminal, False)
+until = time.monotonic() + 600
+while len(read_metrics(run)) < 4 and time.monotonic() < until:
+    try:
+        os.read(terminal, 65536)
+    except BlockingIOError:
+        time.sleep(0.05)
+os.close(terminal)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_terminal_that_is_closed_saves(photos: Path, tmp_path: Path) -> None:
+    arguments = [str(photos), "--budget", "20m", *SMALL["overrides"]]
+    done = subprocess.run([sys.executable, "-c", CLOSE, str(tmp_path / "run"), *arguments], timeout=900)
+    assert done.returncode == 1
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert Checkpoints(tmp_path / "run").load()[1]["step"] >= last > 0
+
+
+def test_two_runs_do_not_share_a_folder(photos: Path, tmp_path: Path) -> None:
+    """Both find it empty; one of them gets it."""
+    commands = [command("train", photos, "-o", tmp_path / "run", "--epochs", 3, "--seed", seed) for seed in (1, 2)]
+    started = [subprocess.Popen([*c, *SMALL["overrides"]], stderr=subprocess.PIPE, text=True) for c in commands]
+    said = [process.communicate(timeout=900)[1] for process in started]
+    codes = [process.returncode for process in started]
+    assert sorted(codes) == [0, 2] and "choose another -o" in said[codes.index(2)].replace("\n", " ")
+    config = tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+    assert config["seed"] == read_json(tmp_path / "run" / "encoder.json")["seed"]
+
+
+def test_a_finished_run_that_was_moved_is_the_one_that_is_meant(photos: Path, tmp_path: Path) -> None:
+    simsiam.train(photos, tmp_path / "first", epochs=1, **SMALL)
+    (tmp_path / "first").rename(tmp_path / "second")
+    assert simsiam.train(out=tmp_path / "second", resume=True)["run"] == str(tmp_path / "second")
+
+
 def test_resume_refuses_other_images_and_says_what_it_ignores(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -588,6 +633,10 @@ def test_a_recipe_that_is_asked_for_is_not_mixed_with_another() -> None:
         (["train.lrr=1"], {}, "train.lr"),
         (["lr"], {}, "key=value"),
         (["nonsense=1"], {}, "Unknown setting"),
+        (["eval.size=0"], {}, "at least 8 pixels"),
+        (["train.init=5"], {}, "path of a run"),
+        (["data=elsewhere"], {}, "two data sets"),
+        ([], {"epochs": 3.0, "budget": "5m"}, "give one of them"),
         (["train.lr=fast"], {}, "float"),
         (["train.lr=-1"], {}, "above 0"),
         (["method.predictor_lr=0"], {}, "above 0"),

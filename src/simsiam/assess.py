@@ -27,7 +27,7 @@ from simsiam.evaluate import Features
 from simsiam.evaluate.linear import sgd_probe
 from simsiam.finetune import check_share, finetune
 from simsiam.monitor import draw
-from simsiam.runs import ENCODER, EVALUATION, SUMMARY, read_json, write_json
+from simsiam.runs import ENCODER, EVALUATION, SUMMARY, keep, read_json, write_json
 
 Rows = NDArray[np.int64]
 
@@ -137,7 +137,7 @@ def evaluate_run(
         result["finetune"] = _finetuned(subject, train, test, share, seed)
     if data is None:
         before_this = read_json(run / EVALUATION) if (run / EVALUATION).exists() else {}
-        write_json(run / EVALUATION, {**before_this, **result})
+        keep(lambda: write_json(run / EVALUATION, {**before_this, **result}))
     return result
 
 

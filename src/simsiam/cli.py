@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -128,8 +129,9 @@ def train(
         page = write_report(Path(summary["run"]))
         tables.training(console, summary)
         console.say(f"Report   {page}")
-        console.say(f"Next     simsiam evaluate {summary['run']}")
-        console.say(f"         simsiam embed {summary['run']} {summary['data']} -o DIR")
+        place, images = shlex.quote(summary["run"]), shlex.quote(summary["data"])
+        console.say(f"Next     simsiam evaluate {place}")
+        console.say(f"         simsiam embed {place} {images} -o DIR")
         if as_json:
             _print_json(summary)
     if summary["verdict"] != "healthy":
@@ -164,6 +166,7 @@ def evaluate(
     """Measure a run beside raw pixels and the untrained encoder: kNN, linear, few-shot, retrieval, clusters, collapse."""
     console = _console()
     from simsiam.assess import evaluate_run
+    from simsiam.runs import REPORT, keep
     from simsiam.show.report import write_report
 
     chosen = None if only is None else [name.strip() for name in only.split(",")]
@@ -181,8 +184,8 @@ def evaluate(
     )
     console.close()
     tables.evaluation(console, result)
-    if data is None:
-        console.say(f"Report   {write_report(run)}")
+    if data is None and keep(lambda: write_report(run)):
+        console.say(f"Report   {run / REPORT}")
     if as_json:
         _print_json(result)
 
@@ -208,8 +211,9 @@ def embed(
         f"{counted(result['vectors'], 'vector')} of length {result['dim']} in {out}, {result['new']:,} of them new, "
         f"{counted(len(result['bad_files']), 'bad file')} left out."
     )
-    console.say(f"Next     simsiam view {out}")
-    console.say(f"         simsiam duplicates {out}")
+    place = shlex.quote(str(out))
+    console.say(f"Next     simsiam view {place}")
+    console.say(f"         simsiam duplicates {place}")
     if as_json:
         _print_json(result)
 
@@ -347,8 +351,9 @@ def import_(
         f"Imported {summary['encoder']} after {summary['steps']:,} steps: "
         f"{parts if summary['imported']['heads'] else 'the encoder alone'}, in {summary['run']}"
     )
-    console.say(f"Next     simsiam evaluate {summary['run']} DATA")
-    console.say(f"         simsiam embed {summary['run']} DATA -o DIR")
+    place = shlex.quote(summary["run"])
+    console.say(f"Next     simsiam evaluate {place} DATA")
+    console.say(f"         simsiam embed {place} DATA -o DIR")
     if as_json:
         _print_json(summary)
 
@@ -539,9 +544,9 @@ def _data_and_overrides(data: str | None, overrides: list[str] | None) -> tuple[
 
 
 def _last_line(text: str) -> None:
-    from rich.console import Console as Screen
+    from simsiam.console import screen
 
-    Screen(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+    screen().print(text, markup=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import IO, Any, cast
 
 from simsiam.config import counted, show_duration
 
@@ -38,19 +40,35 @@ class Listener:
         """Takes down what moves on the screen; told at the end, however it comes."""
 
 
+class _Stderr:
+    """stderr, where it may be closed (a terminal that is gone, `| head`): what runs goes on, in silence."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(sys.stderr, "rich_proxied_file", sys.stderr), name)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.__getattr__("write")(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.__getattr__("flush")()
+
+
+def screen() -> Any:
+    """rich's console on stderr. Paths are shown as they are: `:smile:` in one is no emoji."""
+    from rich.console import Console as Rich
+
+    return Rich(file=cast(IO[str], _Stderr()), highlight=False, emoji=False)
+
+
 class Console(Listener):
     """Progress bars and lines through rich; plain lines where stderr is no terminal."""
 
     def __init__(self) -> None:
-        from rich.console import Console as Rich
         from rich.progress import Progress
 
-        class Screen(Rich):
-            def on_broken_pipe(self) -> None:
-                """Nobody reads any more (`| head`, a closed pager): the run goes on in silence. rich would end it."""
-                self.quiet = True
-
-        self.screen = Screen(stderr=True, highlight=False)
+        self.screen = screen()
         self._bar: Progress | None = None
         self._task: Any = None
         self._said = 0.0

@@ -202,16 +202,20 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def open(self) -> Self:
         """Loads the weights now, not at the first use. Raises UserError where there are none."""
-        if not hasattr(self, "encoder_"):
+        asked = (self.run, self.device, self.precision)
+        if getattr(self, "opened_", None) != asked:  # not yet, or set_params came in between
             set_threads()
             device, run = pick_device(self.device), Path(self.run)
             self.encoder_, self.preprocessing_, self.meta_ = read_encoder(run)
+            if self.precision not in ("auto", "bf16", "fp32"):
+                raise UserError(f"precision is {self.precision!r}: it must be 'auto', 'bf16' or 'fp32'.")
             if self.precision == "auto":
                 self.compute_ = compute_of(run, self.encoder_, self.preprocessing_, device)
             else:
                 precision: Any = self.precision
                 self.compute_ = Compute(device, precision)
             self.compute_.place(self.encoder_)
+            self.opened_ = asked
         return self
 
     def fit(self, images: Any = None, y: Any = None) -> Self:
@@ -241,6 +245,8 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             UserError where an image cannot be read: it says which.
         """
         self.open()
+        if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OUS":
+            images = images.tolist()  # of paths, as scikit-learn hands them on
         if isinstance(images, str | os.PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
             raise UserError("embed() takes a list of images: put the one image into a list, [image].")
         if not hasattr(images, "__len__"):
@@ -285,4 +291,4 @@ def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
                 f"An image is a path, a PIL image or a uint8 array [H,W,3]; this is {array.dtype} {list(array.shape)}."
             )
         image = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-    return decode(image, short_side)
+    return decode(image.copy(), short_side)  # decoding changes what it is given

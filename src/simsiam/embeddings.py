@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simsiam.config import UserError, counted, fill
-from simsiam.data.sources import open_images
+from simsiam.data.sources import absolute, open_images
 from simsiam.embed import ImageEncoder, Preprocessing, Progress, embed_rows
 from simsiam.runs import atomic, make_writable, read_json, write_json
 
@@ -70,7 +70,7 @@ def origin(run: str | Path, encoder: dict[str, Any], data: str | Path, cache: Ca
         "encoder": encoder["sha256"],
         "preprocessing": encoder["preprocessing"],
         "dim": encoder["dim"],
-        "data": os.path.abspath(data) if os.path.exists(data) else str(data),
+        "data": absolute(data),
         "fingerprint": cache.fingerprint,
     }
 
@@ -103,8 +103,8 @@ def write_embedding(
     (out / META).unlink(missing_ok=True)
     with atomic(out / VECTORS) as temporary, open(temporary, "wb") as file:
         np.save(file, vectors)
-    with atomic(out / ITEMS) as temporary:
-        pq.write_table(pa.table(columns), temporary)
+    with atomic(out / ITEMS) as temporary, open(temporary, "wb") as file:  # pyarrow takes no path that is not UTF-8
+        pq.write_table(pa.table(columns), file)
     write_json(out / META, {**meta, "classes": list(names) or None, "vectors": len(vectors)})
 
 
@@ -172,7 +172,8 @@ def read_embeddings(folder: str | Path, columns: Sequence[str] = ("id",)) -> Emb
     meta = read_json(folder / META)
     try:
         vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
-        table = pq.read_table(folder / ITEMS, columns=list(columns))
+        with open(folder / ITEMS, "rb") as file:  # pyarrow takes no path that is not UTF-8
+            table = pq.read_table(file, columns=list(columns))
         items = {name: table[name].to_pylist() for name in columns}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"Cannot read the embeddings in {folder}: {' '.join(str(error).split())}") from None

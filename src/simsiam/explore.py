@@ -23,7 +23,7 @@ from simsiam.data.views import plain_pixels
 from simsiam.embed import padded
 from simsiam.embeddings import Embeddings, read_embeddings
 from simsiam.neighbours import top_k, unit_rows
-from simsiam.runs import atomic
+from simsiam.runs import atomic, keep
 from simsiam.search import make_index, nearest, open_index
 
 CLUSTERS = "clusters.parquet"
@@ -257,7 +257,8 @@ def clusters(
         count: clusters, at least 2; None: 20, or a tenth of the images where those are fewer.
     Returns {"images", "count", "file", "clusters", "odd", "agreement"}. A cluster is {"cluster", "images", "similarity",
     "examples", "classes"}: its size, the mean cosine similarity to its centre, the ids nearest to the centre and, where
-    labels are known, the share of each of the three most frequent classes; the largest comes first. `odd` are the 20
+    labels are known, the share of each of the three most frequent classes; the largest comes first. `file` is None where
+    it could not be written. `odd` are the 20
     images that are least like their 10 nearest, {"id", "similarity"}. `agreement` with the labels: {"nmi", "purity"} in
     [0, 1], None where there are none.
     Raises UserError where `count` does not fit the images.
@@ -280,9 +281,13 @@ def clusters(
     label = np.argsort(order)[label]
     centres = unit_rows(torch.zeros(count, unit.shape[1]).index_add_(0, torch.from_numpy(label), unit))
     similarity = (unit * centres[label]).sum(1).numpy()
-    with atomic(stored.folder / CLUSTERS) as temporary:
-        columns = {"id": stored.ids, "cluster": label.astype(np.int64), "similarity": similarity.astype(np.float32)}
-        pq.write_table(pa.table(columns), temporary)
+    columns = {"id": stored.ids, "cluster": label.astype(np.int64), "similarity": similarity.astype(np.float32)}
+
+    def write() -> None:
+        with atomic(stored.folder / CLUSTERS) as temporary, open(temporary, "wb") as file:
+            pq.write_table(pa.table(columns), file)
+
+    kept = keep(write)
     tell("Looking for images that are like no other ...")
     near, _ = nearest(stored.vectors, _ODD_NEIGHBOURS, device=device, index=lambda: open_index(stored, progress))
     alone = near.mean(1)
@@ -290,7 +295,7 @@ def clusters(
     return {
         "images": len(stored),
         "count": count,
-        "file": str(stored.folder / CLUSTERS),
+        "file": str(stored.folder / CLUSTERS) if kept else None,
         "clusters": [_cluster(c, np.flatnonzero(label == c), similarity, stored.ids, classes) for c in range(count)],
         "odd": [
             {"id": stored.ids[row], "similarity": round(float(alone[row]), 6)}

@@ -21,7 +21,7 @@ from simsiam.data.decode import MAX_ASPECT
 from simsiam.data.views import normalise
 from simsiam.embed import Preprocessing, read_encoder
 from simsiam.encoders import Encoder, ResNet, build
-from simsiam.runs import atomic, read_tensors, write_tensors
+from simsiam.runs import ENCODER, atomic, read_tensors, write_tensors
 
 TARGETS = ("torchvision", "timm", "onnx", "safetensors")
 TOLERANCE = 1e-4
@@ -75,8 +75,7 @@ def export(
     else:
         target = _state_dict(to, encoder, prepare)
         name += f"-{to}.pth"
-    path = run / "export" / name if out is None else Path(out)
-    path = path / name if path.is_dir() else path
+    path = _place(run / "export" if out is None else Path(out), name)
 
     side = prepare.short_side
     draws = torch.Generator().manual_seed(0)
@@ -99,6 +98,18 @@ def export(
         "preprocessing": None if with_preprocessing else meta["preprocessing"],
         "use": target.use.replace("FILE", repr(str(path))),
     }
+
+
+def _place(out: Path, name: str) -> Path:
+    """The file to write: `out`, or `name` in it where it is a folder or, new and without an ending, is to be one.
+
+    Raises UserError where that would overwrite something else than an earlier export."""
+    path = out / name if out.is_dir() or not (out.suffix or out.exists()) else out
+    own_weights = path.name == f"{ENCODER}.safetensors" and path.with_suffix(".json").exists()
+    of_a_run = own_weights or path.parent.name == "checkpoints"
+    if path.exists() and (of_a_run or path.suffix != Path(name).suffix):
+        raise UserError(f"{path} exists and is no export: choose another -o.")
+    return path
 
 
 def _safetensors(encoder: Encoder, prepare: Preprocessing, about: dict[str, Any]) -> _Target:

@@ -27,7 +27,7 @@ from simsiam.config import (
     show_duration,
 )
 from simsiam.data.decode import DecodeError, open_image
-from simsiam.data.sources import ImageSet
+from simsiam.data.sources import ImageSet, absolute
 from simsiam.data.views import ViewSettings
 from simsiam.embed import Preprocessing, preprocessing
 from simsiam.encoders import EncoderSpec
@@ -108,6 +108,10 @@ class EvalSettings:
     size: int
     """Side of the encoder's input in use, in pixels; views may be smaller (docs/how-it-works.md)."""
 
+    def __post_init__(self) -> None:
+        if self.size < 8:
+            raise ValueError(f"size is {self.size}: it must be at least 8 pixels.")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -181,6 +185,8 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
     """What the user asked for as one table: recipe, then settings by name, then overrides. Always with "data"; with `OPEN`
     where there is no recipe but what `resolve` chooses."""
     given = [{key: value} for key, value in settings.items() if value is not None]
+    if settings.get("epochs") is not None and settings.get("budget") is not None:
+        raise UserError("--epochs and --budget are two lengths of one run: give one of them.")
     asked: Table = {}
     for override in [*given, *map(parse_override, overrides)]:
         override = qualify(override)
@@ -190,6 +196,8 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
                 asked["train"].pop(rival, None)
     method, init = asked.get("method", {}).get("name"), asked.get("train", {}).get("init")
     table: Table = {}
+    if init is not None and not isinstance(init, str | os.PathLike):
+        raise UserError(f"train.init is {init!r}: it must be the path of a run.")
     if init is not None:
         init = asked["train"]["init"] = os.path.abspath(os.path.expanduser(init))
     if init is not None and not (Path(init) / RECIPE).exists():
@@ -203,10 +211,10 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
     if {"epochs", "budget"} & asked.get("train", {}).keys():  # one takes the place of the other in a recipe
         table = {**table, "train": {k: v for k, v in table.get("train", {}).items() if k not in ("epochs", "budget")}}
     table = merge(table, asked)
-    if data is not None:
-        text = os.path.expanduser(os.fspath(data))
-        # A path must mean the same from any folder; names and patterns stay as they are.
-        table["data"] = os.path.abspath(text) if os.path.exists(text) else text
+    if data is not None and "data" in asked:
+        raise UserError(f"{data} and data={asked['data']} are two data sets: name one.")
+    if data is not None or "data" in table:
+        table["data"] = absolute(data if data is not None else str(table["data"]))
     return {"data": "demo", **({OPEN: True} if recipe is None and init is None and data is not None else {}), **table}
 
 

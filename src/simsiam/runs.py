@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simsiam.config import UserError
 
 if TYPE_CHECKING:
+    from filelock import FileLock
     from torch import Tensor
 
 RECIPE, SUMMARY, METRICS, ENVIRONMENT = "config.toml", "summary.json", "metrics.jsonl", "environment.json"
 EVALUATION, ENCODER, REPORT = "evaluation.json", "encoder", "report.html"
 LAST, HEALTHY = "LAST", "HEALTHY"
+_LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -32,12 +36,25 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"Cannot write {path}: {error.strerror or error}. Free some space or choose another -o."
-        ) from None
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.{_mend(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _mend(error: OSError) -> str:
+    # A message without number comes from a library that writes, and is a full disk most often.
+    return " Free some space." if error.errno in (None, errno.ENOSPC, errno.EDQUOT) else ""
+
+
+def keep(write: Callable[[], Any]) -> bool:
+    """Whether `write` could write. Where not, a warning says so: what it would have kept is shown all the same."""
+    try:
+        write()
+    except UserError as error:
+        warnings.warn(f"{error} The result is shown, and not kept.", stacklevel=3)
+        return False
+    return True
 
 
 def make_writable(folder: Path) -> None:
@@ -54,7 +71,7 @@ def check_unused(run: Path) -> None:
     """Raises UserError where something is already in the folder that was asked for, for a new run."""
     if (run / RECIPE).exists():
         raise UserError(f"{run} holds a run already: go on with it by --resume, or choose another -o.")
-    if run.is_file() or (run.is_dir() and any(run.iterdir())):
+    if run.is_file() or (run.is_dir() and any(path.name != _LOCK for path in run.iterdir())):
         raise UserError(f"{run} exists and is not a run: choose another -o.")
 
 
@@ -75,6 +92,20 @@ def made(run: Path | None, data: str, method: str) -> Path:
     raise AssertionError("an -o that is a file is refused before")
 
 
+def claim(run: Path) -> FileLock:
+    """A lock on the run folder, to be held while training writes there. Raises UserError where another process holds it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(run / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"Another process is training in {run}: wait for it, or choose another -o.") from None
+    except (OSError, NotImplementedError):  # a file system without locks
+        pass
+    return lock
+
+
 def resumable(run: Path | None) -> Path:
     """The run that was asked for. Raises UserError where there is none."""
     if run is None:
@@ -86,7 +117,7 @@ def resumable(run: Path | None) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -110,10 +141,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; the library lets only the owner read
         try:
             save_file(plain, str(temporary), metadata=dict(metadata or {}))
         except SafetensorError as error:  # a full disk, most often
             raise OSError(str(error)) from None
+        temporary.chmod(mode)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -186,7 +220,7 @@ class Metrics:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
         except OSError as error:
-            raise UserError(f"Cannot write {self.path}: {error.strerror or error}. Free some space.") from None
+            raise UserError(f"Cannot write {self.path}: {error.strerror or error}.{_mend(error)}") from None
 
     def close(self) -> None:
         self._file.close()

@@ -15,7 +15,7 @@ from simsiam.compute import pick_device, set_threads
 from simsiam.config import UserError
 from simsiam.embeddings import Embeddings, read_embeddings
 from simsiam.neighbours import top_k
-from simsiam.runs import atomic, read_json, write_json
+from simsiam.runs import atomic, keep, read_json, write_json
 
 EXACT = 1_000_000
 """Vectors up to which every one is compared: a second at 512 dimensions on 2 cores. Beyond, an index is made and kept."""
@@ -163,9 +163,16 @@ def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None
     tell(f"Making an index of {len(stored):,} vectors, once ...")
     index, measured = make_index(stored.vectors)
     about = {**key, **measured}
-    with atomic(path) as temporary:
-        index.save(str(temporary))
-    write_json(description, about)
+
+    def write() -> None:
+        with atomic(path) as temporary:
+            try:
+                index.save(str(temporary))
+            except RuntimeError as error:
+                raise OSError(str(error)) from None
+        write_json(description, about)
+
+    keep(write)
     tell(f"It finds {100 * about['recall_at_10']:.1f} % of the true 10 nearest (measured).")
     return index, about
 

@@ -24,7 +24,7 @@ from simsiam.data.loader import Loader
 from simsiam.monitor import Monitor
 from simsiam.optim import Schedule
 from simsiam.recipe import Recipe
-from simsiam.runs import HEALTHY, Checkpoints, Metrics
+from simsiam.runs import HEALTHY, Checkpoints, Metrics, check_unused, claim
 
 _FLUSH_SECONDS = 1.0
 _MONITOR_SHARE = 0.05
@@ -64,6 +64,12 @@ class Session:
         self.guards = Guard(patience=5), Guard(patience=3)  # on training batches, once a second; on held-out images
         self._losses: list[Tensor] = []
         self._stds: list[Tensor] = []
+
+    def claim(self, resume: bool) -> None:
+        """Takes the run folder. Raises UserError where another process trains there, or has begun to in the meantime."""
+        self._lock = claim(self.run)
+        if not resume:
+            check_unused(self.run)
 
     def open(self, resume: bool) -> None:
         """Loads the last checkpoint, where the run is resumed and has one, and opens the files that it writes."""
@@ -214,6 +220,12 @@ class Session:
         healthy = self.verdict.name == "healthy" and all(bool(value.isfinite().all()) for value in tensors.values())
         self.checkpoints.save(self.step, tensors, state, healthy=healthy)
 
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint."""
+        found = self.checkpoints.load()
+        step: int = found[1]["step"] if found is not None else 0
+        return step
+
     def back_to_healthy(self) -> int:
         """Puts the last healthy weights into the method; returns their step. There always is such a state: the first."""
         found = self.checkpoints.load(HEALTHY)
@@ -228,6 +240,7 @@ class Session:
     def close(self) -> None:
         if ranks.main():
             self.metrics.close()
+            self._lock.release()
         if self.board is not None:
             self.board.close()
 

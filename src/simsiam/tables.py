@@ -126,7 +126,8 @@ def clusters(console: Console, found: dict[str, Any]) -> None:
             f"Agreement with the labels: purity {purity:.2f}, normalised mutual information {nmi:.2f} (1 is full)."
         )
     console.say("Like no other: " + ", ".join(each["id"] for each in found["odd"][:5]))
-    console.say(f"Written  {found['file']}: the cluster of every image")
+    if found["file"] is not None:
+        console.say(f"Written  {found['file']}: the cluster of every image")
 
 
 def check(console: Console, found: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shlex
 import sys
@@ -118,8 +119,7 @@ def _train(
             )
         if (run / SUMMARY).exists():
             listener.say(f"{run} is finished: nothing is left to resume.")
-            summary: dict[str, Any] = read_json(run / SUMMARY)
-            return summary
+            return {**read_json(run / SUMMARY), "run": str(run)}  # it may have been moved
         asked = read_recipe(run / RECIPE)
     elif given is not None:
         check_unused(given)
@@ -152,12 +152,6 @@ def _train(
         plan, more = settle(plan, probed, facts, loader.steps_per_epoch)
         reasons += more
     run = ranks.same(lambda: made(given, Path(asked["data"]).stem, plan.method))
-    if ranks.main():
-        if not resume:
-            write_text(run / RECIPE, write_recipe(plan.table()))
-        about = {"device": str(where), "processes": ranks.count(), **_command()}
-        write_json(run / ENVIRONMENT, {**describe(), **about})
-
     compute.place(method)
     s = Session(
         run=run,
@@ -172,6 +166,12 @@ def _train(
         fingerprint=cache.fingerprint,
         pace=probed.pace(plan),
     )
+    ranks.same(lambda: s.claim(resume))
+    if ranks.main():
+        if not resume:
+            write_text(run / RECIPE, write_recipe(plan.table()))
+        about = {"device": str(where), "processes": ranks.count(), **_command()}
+        write_json(run / ENVIRONMENT, {**describe(), **about})
     s.open(resume)
     try:
         listener.plan(_facts(s, cache, len(rows), len(held_out), probed.step_seconds), reasons)
@@ -187,8 +187,9 @@ def _train(
                 fit(s, stopped)
             except UserError as error:  # the disk is full, ...: mended, the run goes on
                 if ranks.main():
-                    s.save()
-                raise UserError(f"{error} The run is saved. {_go_on(s)}") from error
+                    with contextlib.suppress(UserError):  # what was saved before is whole
+                        s.save()
+                raise UserError(f"{error} The run is saved up to step {s.saved_step():,}. {_go_on(s)}") from error
         return ranks.same(lambda: _finish(s, before(), cache, rows, held_out, prepare))
     finally:
         listener.close()

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import posixpath
 import shutil
 import tarfile
 import tempfile
@@ -117,17 +118,28 @@ def _tar_members(file: File) -> dict[str, Callable[[], bytes]]:
         return read
 
     members: dict[str, Callable[[], bytes]] = {}
+    links: dict[str, str] = {}
     with tarfile.open(path, "r:") as tar:
         while (member := tar.next()) is not None:
             inner = member.name.removeprefix("./")
-            if member.isfile() and not junk(inner):
+            if junk(inner):
+                pass
+            elif member.isfile():
                 members[inner] = reader(member.offset_data, member.size)  # as tar does, the last of a name wins
+            elif member.islnk() or member.issym():
+                folder = posixpath.dirname(inner) if member.issym() else ""
+                links[inner] = posixpath.normpath(posixpath.join(folder, member.linkname))
             tar.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header
         # tarfile takes a broken header for the end of the archive.
         with open(path, "rb") as archive:
             archive.seek(tar.offset)
             if archive.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"broken header at byte {tar.offset}")
+    for name, target in links.items():
+        for _ in range(8):  # a link to a link; no more, it may be a circle
+            target = links.get(target, target)
+        if target in members:
+            members.setdefault(name, members[target])
     return members
 
 

@@ -19,6 +19,7 @@ from simsiam.runs import METRICS, RECIPE
 
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _BRANDS = {b"ftypavif": ".avif", b"ftypheic": ".heic", b"ftypheix": ".heic", b"ftypmif1": ".heic"}
+_MAGIC = re.compile(r"[*?\[{]")
 _NOT_READ = (*decode.HEIC, ".avif", ".jp2", ".j2k", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".dcm")
 
 
@@ -40,7 +41,7 @@ def open_images(data: str | Path | None = None) -> ImageSet:
     path = Path(text)
     if not text.strip():
         raise UserError("The name of the data is empty. Name a folder that holds images.")
-    if (path / RECIPE).is_file() and (path / METRICS).is_file():
+    if os.path.isfile(path / RECIPE) and os.path.isfile(path / METRICS):  # False where it may not be read
         raise UserError(f"{data} is a run, not images. To start from its weights: simsiam train DATA --init {data}.")
     if path.is_dir():
         return _from_files(path.resolve().name, str(path.resolve()), _walk(path), str(data))
@@ -48,9 +49,18 @@ def open_images(data: str | Path | None = None) -> ImageSet:
         return _from_files(path.name.split(".")[0], str(path.resolve()), [_file(path.name, path)], str(data))
     if text == "demo":
         return demo_images()
-    if re.search(r"[*?\[{]", text):
+    if _MAGIC.search(text):
         return _from_files(*_matching(text), str(data))
     return open_torchvision(text)
+
+
+def absolute(data: str | Path) -> str:
+    """The name of the data as it means the same from any folder: paths and patterns absolute, names as they are."""
+    text = os.path.expanduser(os.fspath(data))
+    name, colon, root = text.partition(":")
+    if os.path.exists(text) or (text != "demo" and _MAGIC.search(text)):
+        return os.path.abspath(text)
+    return f"{name}:{os.path.abspath(os.path.expanduser(root))}" if colon and name.isidentifier() else text
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import sys
 import time
 import tomllib
 import types
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +132,15 @@ class Stop(Listener):
             signal.raise_signal(self.number)
 
 
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """SIGHUP as in a terminal: nohup, under which tests may run, has it ignored."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize(
     ("number", "schedule"), [(signal.SIGINT, "step"), (signal.SIGTERM, "epoch"), (signal.SIGHUP, "step")]
 )
@@ -252,12 +262,13 @@ def test_sigterm_to_the_command_line_ends_with_one_clear_line(photos: Path, tmp_
 
 
 CLOSE = """
-import os, pty, sys, time
+import os, pty, signal, sys, time
 from simsiam.runs import read_metrics
 from pathlib import Path
 run = Path(sys.argv[1])
 child, terminal = pty.fork()
 if not child:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.execv(sys.executable, [sys.executable, "-m", "simsiam", "train", *sys.argv[2:], "-o", str(run)])
 os.set_blocking(terminal, False)
 until = time.monotonic() + 600

@@ -209,7 +209,7 @@ def test_a_disk_that_fills_up_in_the_first_epoch_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(Cache, "_append", full)
-        with pytest.raises(UserError, match=r"is full.*The run is saved. Go on with: .*--resume -o"):
+        with pytest.raises(UserError, match=r"is full.*The run is saved up to step.*Go on with: .*--resume -o"):
             simsiam.train(photos, tmp_path / "run", epochs=2, **SMALL)
     found = Checkpoints(tmp_path / "run").load()
     assert found is not None and 0 < found[1]["step"] < 87 // 16

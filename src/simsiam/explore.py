@@ -257,10 +257,9 @@ def clusters(
         count: clusters, at least 2; None: 20, or a tenth of the images where those are fewer.
     Returns {"images", "count", "file", "clusters", "odd", "agreement"}. A cluster is {"cluster", "images", "similarity",
     "examples", "classes"}: its size, the mean cosine similarity to its centre, the ids nearest to the centre and, where
-    labels are known, the share of each of the three most frequent classes; the largest comes first. `file` is None where
-    it could not be written. `odd` are the 20
+    labels are known, the share of each of the three most frequent classes; the largest comes first. `odd` are the 20
     images that are least like their 10 nearest, {"id", "similarity"}. `agreement` with the labels: {"nmi", "purity"} in
-    [0, 1], None where there are none.
+    [0, 1], None where there are none. `file` is None where it could not be written.
     Raises UserError where `count` does not fit the images.
     """
     import pyarrow as pa

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -283,6 +284,11 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def test_a_terminal_that_is_closed_saves(photos: Path, tmp_path: Path) -> None:
+    try:
+        for end in os.openpty():
+            os.close(end)
+    except OSError as error:
+        pytest.skip(f"no terminals here: {error}")
     arguments = [str(photos), "--budget", "20m", *SMALL["overrides"]]
     done = subprocess.run([sys.executable, "-c", CLOSE, str(tmp_path / "run"), *arguments], timeout=900)
     assert done.returncode == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -277,7 +278,7 @@ def _onnx(encoder: Encoder, prepare: Preprocessing, about: dict[str, Any], from_
                     verbose=False,
                 )
             except torch.onnx.OnnxExporterError as error:
-                reason = " ".join(str(error).split())[:200]
+                reason = " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(error.__cause__ or error)).split())[:200]
                 raise UserError(f"torch cannot export {encoder.spec.name} to ONNX ({reason}).") from None
         assert program is not None
         program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-BIAS = "encoder.fc.6.bias"
 LR = 8.0
 
 
@@ -39,23 +38,20 @@ def released(folder: str) -> ModuleType:
 
 def compare(main: ModuleType, arch: str, epochs: int, steps: int, batch: int = 16, size: int = 32) -> dict[str, Any]:
     """Differences after so many epochs of so many steps: of the losses, absolute, and of the weights, BN statistics and
-    momentum, |ours - theirs| / |theirs| of the whole tensor, the worst of them;
-    and by how much training has moved the matrices and filters, relative, their median."""
+    momentum, |ours - theirs| / |theirs| of the whole tensor, the worst of them; and by how much training has moved the
+    matrices and filters, relative, their median."""
     from simsiam.compute import generator
     from simsiam.data.cache import build_cache
     from simsiam.data.loader import Loader
     from simsiam.data.sources import open_images
     from simsiam.data.views import random_view
     from simsiam.recipe import gather, read
+    from simsiam.released import released_name
     from simsiam.train import build_method, optimizer
 
     settings = [f"encoder.name={arch}", f"encoder.size={size}", f"views.size={size}", f"eval.size={size}"]
-    plan = read(
-        {
-            "seed": 0,
-            **gather("demo", "imagenet", [*settings, f"batch_size={batch}", f"lr={LR}", f"epochs={epochs}"], {}),
-        }
-    )
+    settings += [f"batch_size={batch}", f"lr={LR}", f"epochs={epochs}"]
+    plan = read({"seed": 0, **gather("demo", "imagenet", settings, {})})
     cpu = torch.device("cpu")
     cache = build_cache(open_images("demo"), plan.prepare.short_side)
     loader = Loader(cache, cache.split()[0][: batch * steps], batch, cpu, 0)
@@ -63,7 +59,7 @@ def compare(main: ModuleType, arch: str, epochs: int, steps: int, batch: int = 1
     torch.manual_seed(0)
     theirs = main.simsiam.builder.SimSiam(models.__dict__[arch]).double()
     ours: Any = build_method(plan, batch * steps).double()
-    weights = {our_name(name): value.clone() for name, value in theirs.state_dict().items() if name != BIAS}
+    weights = {name: theirs.state_dict()[released_name(name)].clone() for name in ours.state_dict()}
     ours.load_state_dict(weights)
 
     args = SimpleNamespace(epochs=epochs)
@@ -102,11 +98,11 @@ def compare(main: ModuleType, arch: str, epochs: int, steps: int, batch: int = 1
             step += 1
 
     state, trained = ours.state_dict(), dict(ours.named_parameters())
-    statistics = {our_name(name): value for name, value in theirs.state_dict().items() if "running" in name}
+    statistics = {name: theirs.state_dict()[released_name(name)] for name in state if "running" in name}
     # The frozen bias, which ours does not have, is in the mean of the output BN behind it, as far as its momentum goes.
     output_bn, passes = theirs.encoder.fc[7], 2 * step
     statistics["projector.7.running_mean"] -= theirs.encoder.fc[6].bias * (1 - (1 - output_bn.momentum) ** passes)
-    named = {our_name(name): value for name, value in theirs.named_parameters()}
+    named = {name: theirs.get_parameter(released_name(name)) for name in trained}
     return {
         "arch": arch,
         "steps": step,
@@ -120,13 +116,6 @@ def compare(main: ModuleType, arch: str, epochs: int, steps: int, batch: int = 1
         ),
         "weights_moved": median(off(value, weights[name]) for name, value in trained.items() if value.ndim > 1),
     }
-
-
-def our_name(name: str) -> str:
-    """Of a tensor of the released model."""
-    if name.startswith("encoder.fc."):
-        return name.replace("encoder.fc.", "projector.")
-    return name.replace("encoder.", "encoder.backbone.", 1)
 
 
 def off(a: Tensor, b: Tensor) -> float:

@@ -43,16 +43,20 @@ class Listener:
 class _Stderr:
     """stderr, where it may be closed (a terminal that is gone, `| head`): what runs goes on, in silence."""
 
+    @property
+    def _stream(self) -> Any:
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # a progress bar stands in for sys.stderr
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(getattr(sys.stderr, "rich_proxied_file", sys.stderr), name)
+        return getattr(self._stream, name)
 
     def write(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):
-            self.__getattr__("write")(text)
+            self._stream.write(text)
 
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            self.__getattr__("flush")()
+            self._stream.flush()
 
 
 def screen() -> Any:

@@ -283,7 +283,9 @@ def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
             return decode(Path(image).read_bytes(), short_side)
         except (OSError, DecodeError) as error:
             raise UserError(f"Cannot read the image {os.fspath(image)}: {error}.") from None
-    if not isinstance(image, Image.Image):
+    if isinstance(image, Image.Image):
+        image = image.copy()  # decoding changes what it is given
+    else:
         array = np.asarray(image)
         coloured = array.ndim == 3 and array.shape[2] in (1, 3, 4)
         if array.dtype != np.uint8 or not array.size or not (coloured or array.ndim == 2):
@@ -291,4 +293,4 @@ def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
                 f"An image is a path, a PIL image or a uint8 array [H,W,3]; this is {array.dtype} {list(array.shape)}."
             )
         image = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-    return decode(image.copy(), short_side)  # decoding changes what it is given
+    return decode(image, short_side)

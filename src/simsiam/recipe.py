@@ -269,6 +269,11 @@ class Facts:
     device: str
     """cpu, cuda or mps"""
 
+    @property
+    def small(self) -> bool:
+        """Whether the images are of CIFAR's kind rather than photographs."""
+        return self.short_side <= _SMALL_IMAGE
+
 
 def look_at(images: ImageSet, device: str, sample: int = 200) -> Facts:
     """Reads the headers of up to `sample` images, spread over the set."""
@@ -291,15 +296,15 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
     neither epochs nor budget is given: `default_epochs` decides when the speed is known.
     """
     why: Reasons = []
-    small, table = facts.short_side <= _SMALL_IMAGE, dict(table)
+    table = dict(table)
     images = f"images are {facts.short_side} px on their short side (median)"
     named = table.get("encoder", {}).get("name")
-    base, reason = _base(named, facts, images)
-    defaults = preset(base, table.get("method", {}).get("name"))
-    defaults["train"].pop("epochs", None)
-    defaults["views"].pop("size", None)
     if table.pop(OPEN, False) or named is None:
+        base, reason = _base(named, facts, images)
         why.append(("recipe", base, reason))
+        defaults = preset(base, table.get("method", {}).get("name"))
+        defaults["train"].pop("epochs", None)
+        defaults["views"].pop("size", None)
         if named is None and base == "imagenet" and facts.images < 200_000:
             defaults["encoder"] = {"name": "resnet18"}
             why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))
@@ -322,7 +327,7 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
         if "size" in views:
             use["size"] = _upto(views["size"] * 4 // 3, facts.short_side, 8) if thin else views["size"]
             use["size"] = max(use["size"], views["size"])
-        elif small:
+        elif facts.small:
             use["size"] = max(16, math.ceil(facts.short_side / 8) * 8)
             why.append(("eval.size", str(use["size"]), images))
         else:
@@ -351,7 +356,7 @@ def _base(encoder: Any, facts: Facts, images: str) -> tuple[str, str]:
         return family if family in ("thin", "cifar") else "imagenet", f"the encoder is {encoder}"
     if facts.device != "cuda":
         return "thin", "no GPU"
-    return "cifar" if facts.short_side <= _SMALL_IMAGE else "imagenet", f"a GPU, and {images}"
+    return "cifar" if facts.small else "imagenet", f"a GPU, and {images}"
 
 
 def _upto(most: int, side: int, step: int) -> int:

@@ -52,7 +52,7 @@ def import_released(
     found = build(plan.encoder, plan.seed)
     method = methods.get(plan.method).Method(found, plan.method_settings)
     target = method if pretraining else found.backbone
-    names = {_theirs(name): name for name in target.state_dict()}
+    names = {released_name(name): name for name in target.state_dict()}
     _load(target, names, weights, path)
 
     # Both views pass the first BN in every step; linear classification leaves it in eval mode.
@@ -153,7 +153,7 @@ def _recipe(
     return read({"seed": 0, "eval": {"size": _SIZE}, **table})
 
 
-def _theirs(name: str) -> str:
+def released_name(name: str) -> str:
     """Our name of a tensor -> that of the released code; those of a backbone alone are the same."""
     return re.sub("^projector", "encoder.fc", re.sub("^encoder.backbone", "encoder", name))
 

@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from simsiam.runs import (
     check_unused,
     claim,
     keep,
+    make_writable,
     read_json,
     read_metrics,
     read_tensors,
@@ -47,6 +49,13 @@ def test_a_folder_that_one_trains_in_is_not_anothers(tmp_path: Path) -> None:
     lock.release()
     assert subprocess.run(command, timeout=60).returncode == 0
     check_unused(tmp_path)  # the lock that was left there is nothing
+
+
+@pytest.mark.parametrize("take", [check_unused, make_writable])
+def test_a_name_that_is_not_utf_8_is_refused_at_the_start(take: Callable[[Path], None], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"r\\xe9 is not UTF-8: choose another -o"):
+        take(tmp_path / os.fsdecode(b"r\xe9"))
+    assert not files(tmp_path)
 
 
 def test_what_cannot_be_kept_is_a_warning(tmp_path: Path) -> None:

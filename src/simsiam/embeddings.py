@@ -103,8 +103,8 @@ def write_embedding(
     (out / META).unlink(missing_ok=True)
     with atomic(out / VECTORS) as temporary, open(temporary, "wb") as file:
         np.save(file, vectors)
-    with atomic(out / ITEMS) as temporary, open(temporary, "wb") as file:  # pyarrow takes no path that is not UTF-8
-        pq.write_table(pa.table(columns), file)
+    with atomic(out / ITEMS) as temporary:
+        pq.write_table(pa.table(columns), temporary)
     write_json(out / META, {**meta, "classes": list(names) or None, "vectors": len(vectors)})
 
 
@@ -172,8 +172,7 @@ def read_embeddings(folder: str | Path, columns: Sequence[str] = ("id",)) -> Emb
     meta = read_json(folder / META)
     try:
         vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
-        with open(folder / ITEMS, "rb") as file:  # pyarrow takes no path that is not UTF-8
-            table = pq.read_table(file, columns=list(columns))
+        table = pq.read_table(folder / ITEMS, columns=list(columns))
         items = {name: table[name].to_pylist() for name in columns}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"Cannot read the embeddings in {folder}: {' '.join(str(error).split())}") from None

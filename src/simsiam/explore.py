@@ -283,8 +283,8 @@ def clusters(
     columns = {"id": stored.ids, "cluster": label.astype(np.int64), "similarity": similarity.astype(np.float32)}
 
     def write() -> None:
-        with atomic(stored.folder / CLUSTERS) as temporary, open(temporary, "wb") as file:
-            pq.write_table(pa.table(columns), file)
+        with atomic(stored.folder / CLUSTERS) as temporary:
+            pq.write_table(pa.table(columns), temporary)
 
     kept = keep(write)
     tell("Looking for images that are like no other ...")

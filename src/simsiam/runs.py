@@ -57,8 +57,18 @@ def keep(write: Callable[[], Any]) -> bool:
     return True
 
 
+def _check_name(folder: Path) -> None:
+    """Raises UserError for a name that is not UTF-8: safetensors and Parquet files cannot be opened there."""
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(folder).decode("utf-8", "backslashreplace")
+        raise UserError(f"The name {shown} is not UTF-8: choose another -o.") from None
+
+
 def make_writable(folder: Path) -> None:
     """Makes the folder where it is missing. Raises UserError where no file can be written into it."""
+    _check_name(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -69,6 +79,7 @@ def make_writable(folder: Path) -> None:
 
 def check_unused(run: Path) -> None:
     """Raises UserError where something is already in the folder that was asked for, for a new run."""
+    _check_name(run)
     if (run / RECIPE).exists():
         raise UserError(f"{run} holds a run already: go on with it by --resume, or choose another -o.")
     if run.is_file() or (run.is_dir() and any(path.name != _LOCK for path in run.iterdir())):

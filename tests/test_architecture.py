@@ -20,7 +20,7 @@ ROOMS = {
     2: ("methods", "embed", "embeddings"),
     3: ("search", "explore"),
     4: ("evaluate", "recipe", "monitor", "finetune", "assess"),
-    5: ("session", "probe", "train", "show", "export", "released"),
+    5: ("session", "probe", "step", "train", "show", "export", "released"),
     6: ("reproduce", "plan"),
     7: ("cli", "tables", "catalogue", "__main__", "__init__"),
 }

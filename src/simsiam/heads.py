@@ -47,6 +47,9 @@ class Siamese(nn.Module):
     projector: nn.Module
     sync_bn = True
     """Over several processes, BN takes its statistics from the whole batch (`ranks.parallel`)."""
+    fixed = True
+    """From now on every step does the same operations, waits for nothing, and changes buffers in place: on a GPU they are
+    launched as one graph (`step.Captured`)."""
 
     @property
     def network(self) -> nn.Sequential:

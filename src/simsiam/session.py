@@ -112,8 +112,8 @@ class Session:
             self.listener.say(line)
         self.step += 1
         if ranks.main():
-            self._losses.append(loss.detach())
-            self._stds.append(std.detach())
+            self._losses.append(loss)
+            self._stds.append(std)
         self.seconds = time.perf_counter() - self._origin
 
     def agree(self, stopped: list[str]) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simsiam import evaluate, methods, ranks
 from simsiam.assess import Rows, Subject, keep_samples, side_by_side
-from simsiam.compute import Compute, describe, generator, out_of_memory, pick_device, seed_of, set_threads
+from simsiam.compute import Compute, describe, generator, out_of_memory, pick_device, set_threads
 from simsiam.config import Interrupted, Table, UserError, counted, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache, open_cache
@@ -45,6 +45,7 @@ from simsiam.runs import (
     write_text,
 )
 from simsiam.session import Session, finite, images_changed, method_tensors, signals
+from simsiam.step import Step
 
 _BANK, _QUERIES = 10_000, 2_000
 """Images of the final kNN; `simsiam evaluate` takes all."""
@@ -199,8 +200,8 @@ def _train(
 def fit(s: Session, stopped: list[str]) -> None:
     """The loop. Ends when the schedule does, when the guard stops it, or, the state saved, with Interrupted."""
     s.method.train()
-    forward = ranks.parallel(s.method)
-    per_epoch, settings = s.loader.steps_per_epoch, s.recipe.views.each()
+    step = Step(s.method, s.optimizer, s.recipe.views.each(), s.compute)
+    per_epoch = s.loader.steps_per_epoch
     if s.step == 0:
         with s.compute.autocast():
             hook(s.method, "before_training", _sweep(s))
@@ -213,17 +214,10 @@ def fit(s: Session, stopped: list[str]) -> None:
             rate = s.schedule.rate(s.step, s.seconds)
             for group in s.optimizer.param_groups:
                 group["lr"] = group.get("lr_scale", 1.0) * (s.schedule.peak if group.get("fixed_lr") else rate)
-            draws = generator(s.compute.device, s.recipe.seed, s.step, *ranks.own_key())
-            views = [random_view(batch.images, view, draws, batch.sizes) for view in settings]
-            with s.compute.autocast():
-                torch.manual_seed(seed_of(s.recipe.seed, s.step, -1, *ranks.own_key()))  # dropout's, where there is any
-                loss, stats = forward(views, batch.index)
-            s.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            s.optimizer.step()
+            loss, std = step(batch, s.recipe.seed, s.step)
             hook(s.method, "after_step", s.schedule.progress(s.step, s.seconds))
 
-            s.stepped(loss, stats["std"], time.perf_counter() - began)
+            s.stepped(loss, std, time.perf_counter() - began)
             if ranks.main() and (s.due or stopped):
                 s.flush(rate)
             guarded = s.agree(stopped)

@@ -104,11 +104,12 @@ class Method(Siamese):
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         pairs = [(0, 1), (1, 0)] if self.settings.symmetric else [(0, 1)]
+        negatives = self.queue.clone()  # the backward pass needs them as they are now
         losses, keys, queries = [], [], []
         for query, key in pairs:
             z = self._grouped(self.network, views[query])
             k = self._keys(views[key])
-            losses.append(info_nce(unit(z), k, self.queue, self.settings.temperature))
+            losses.append(info_nce(unit(z), k, negatives, self.settings.temperature))
             keys.append(k)
             queries.append(z)
         self._enqueue(torch.cat([gather(k) for k in keys]))
@@ -131,9 +132,8 @@ class Method(Siamese):
         size = len(self.queue)
         keys = keys[-size:]
         slots = (self.head + torch.arange(len(keys), device=keys.device)) % size
-        # A new tensor: the loss's graph still needs the old one.
-        self.queue = self.queue.index_copy(0, slots, keys.to(self.queue.dtype))
-        self.head = (self.head + len(keys)) % size
+        self.queue.index_copy_(0, slots, keys.to(self.queue.dtype))
+        self.head.add_(len(keys)).remainder_(size)
 
     def after_step(self, progress: float) -> None:
         follow(self.key_network, self.network, self.settings.momentum)

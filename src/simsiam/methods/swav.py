@@ -155,13 +155,18 @@ class Method(Siamese):
         """What the buffers tell, known without waiting for the device; None: to be read."""
         method._queue_ready, method._epoch = False, None
 
+    @property
+    def fixed(self) -> bool:  # type: ignore[override]
+        """False until the queue, where there is one, is in use."""
+        return not self.settings.queue or self._queue_ready
+
     def before_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
         self._epoch = epoch
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         settings, weight = self.settings, self.prototypes.weight
-        self.steps = self.steps + self.training
+        self.steps += self.training
         prototypes = torch.where(self.steps > settings.freeze_steps, weight, weight.detach())
         z = [self.projector(self.encoder(x)) for x in views]
         full = [i for i, x in enumerate(views) if x.shape == views[0].shape][:2]
@@ -193,7 +198,7 @@ class Method(Siamese):
     def _enqueue(self, z: list[Tensor]) -> None:
         if self.settings.queue:
             fresh = [torch.cat([ranks.gather(each), old]) for each, old in zip(z, self.queue, strict=True)]
-            self.queue = torch.stack(fresh)[:, : self.settings.queue]
+            self.queue.copy_(torch.stack(fresh)[:, : self.settings.queue])
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

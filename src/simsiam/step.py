@@ -1,0 +1,144 @@
+"""The training step: views, forward, loss, backward, optimiser. On a GPU its kernels are launched as CUDA graphs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from simsiam import ranks
+from simsiam.compute import Compute, seed_of
+from simsiam.data.loader import Batch
+from simsiam.data.views import ViewSettings, random_view
+from simsiam.encoders import Encoder
+
+_WARM = 3
+"""Calls before a capture: libraries set themselves up, and constants are sent to the device."""
+
+
+class Step:
+    """Takes one step on a batch.
+
+    A step is some two thousand kernels, many of a few microseconds: launched one by one, they leave the GPU waiting for the
+    processor. Captured once, they are launched together, and the numbers stay the same.
+
+    Args:
+        optimizer: None to leave the weights as they are.
+        captures: whether to launch graphs; None: on a GPU, in one process. A method can forbid it (`Siamese.fixed`).
+        compiles: whether the encoder is compiled, which fuses BN, ReLU and shortcut.
+    """
+
+    def __init__(
+        self,
+        method: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        views: list[ViewSettings],
+        compute: Compute,
+        captures: bool | None = None,
+        compiles: bool = False,
+    ) -> None:
+        self.method, self.optimizer, self.compute = method, optimizer, compute
+        self._forward, self._settings = ranks.parallel(method), views
+        self._draws = torch.Generator(compute.device)
+        self._fused: dict[Encoder, Callable[[Tensor], Tensor]] = {}
+        if compiles:
+            encoders = [module for module in method.modules() if isinstance(module, Encoder)]
+            self._fused = {encoder: torch.compile(encoder.forward, dynamic=False) for encoder in encoders}
+        if captures is None:
+            captures = compute.device.type == "cuda" and not ranks.several()
+        self._drawn = Captured(self._draw, self._draws) if captures else None
+        self._differentiated = Captured(self._differentiate) if captures else None
+
+    def __call__(self, batch: Batch, *key: int) -> tuple[Tensor, Tensor]:
+        """Loss and std, scalars that nobody waits for. What is random is a function of the key and the rank."""
+        views = self.views(batch, *key)
+        torch.manual_seed(seed_of(*key, -1, *ranks.own_key()))  # dropout's, where there is any
+        return self.update(views, batch.index)
+
+    def update(self, views: Sequence[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+        """The step without its views."""
+        captured = self._differentiated if getattr(self.method, "fixed", True) else None
+        loss, std = (captured or self._differentiate)(*views, index)
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return loss.clone(), std.clone()
+
+    def views(self, batch: Batch, *key: int) -> tuple[Tensor, ...]:
+        """float32 [B,3,size,size] for every setting, normalised."""
+        self._draws.manual_seed(seed_of(*key, *ranks.own_key()))
+        if batch.sizes is None and self._drawn is not None and self._drawn.takes(batch.images):
+            return self._drawn(batch.images)
+        return self._draw(batch.images, batch.sizes)
+
+    def _draw(self, images: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+        return tuple(random_view(images, view, self._draws, sizes) for view in self._settings)
+
+    def _differentiate(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        *views, index = inputs
+        self._forward.zero_grad(set_to_none=True)
+        with self.compute.autocast(), self._compiled():
+            loss, stats = self._forward(views, index)
+        loss.backward()
+        return loss.detach(), stats["std"].detach()
+
+    @contextlib.contextmanager
+    def _compiled(self) -> Iterator[None]:
+        """Only here: whatever else runs the encoders, in another mode or size, runs them as they are."""
+        for encoder, fused in self._fused.items():
+            encoder.forward = fused  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            for encoder in self._fused:
+                del encoder.forward
+
+
+class Captured:
+    """A function of tensors whose kernels are the same at every call, launched as one CUDA graph.
+
+    Its results are overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], draws: torch.Generator | None = None) -> None:
+        self._function, self._draws = function, draws
+        self._warm = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, ...] = ()
+
+    def takes(self, *inputs: Tensor) -> bool:
+        """False where the captured inputs are of another shape."""
+        return not self._inputs or [each.shape for each in inputs] == [own.shape for own in self._inputs]
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if self._graph is None:
+            if self._warm < _WARM:
+                self._warm += 1
+                return self._beside(*inputs)
+            self._capture(inputs)
+        assert self.takes(*inputs) and self._graph is not None
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        return self._outputs
+
+    def _beside(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """On a stream of its own, as the capture will be: autograd keeps the stream of a weight's first use."""
+        device = inputs[0].device
+        main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            results = self._function(*inputs)
+        main.wait_stream(side)
+        return results
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = tuple(torch.empty_like(each).copy_(each) for each in inputs)
+        graph = torch.cuda.CUDAGraph()
+        if self._draws is not None:
+            graph.register_generator_state(self._draws)
+        # Of this thread alone: others decode and read ahead meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self._outputs = self._function(*self._inputs)
+        self._graph = graph

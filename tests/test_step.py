@@ -1,0 +1,182 @@
+"""The step: what a graph may hold, on any machine; on a GPU, that launching graphs changes no number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from simsiam import methods
+from simsiam.compute import Compute
+from simsiam.data.loader import Batch
+from simsiam.data.views import ViewSettings
+from simsiam.step import Step
+from simsiam.train import hook
+from test_methods import BATCH, SIZE, begin, every_method, make, optimiser
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+CPU = torch.device("cpu")
+WAITS = ("_local_scalar_dense", "nonzero", "item", "equal.default", "masked_select", "unique")
+"""Operations that hand a value of the device to Python, or whose result has a size that depends on values."""
+
+
+class Operations(TorchDispatchMode):
+    """Every operation and the shapes of its arguments, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shapes = [tuple(each.shape) for each in torch.utils._pytree.tree_leaves(args) if isinstance(each, Tensor)]
+        self.seen.append(f"{function} {shapes}")
+        return function(*args, **(kwargs or {}))
+
+
+def views(name: str) -> list[ViewSettings]:
+    return ViewSettings(size=SIZE, count=methods.get(name).VIEWS[0], solarize_p=0.2).each()
+
+
+def batch(number: int, device: torch.device = CPU, side: int = SIZE) -> Batch:
+    draws = torch.Generator().manual_seed(number)
+    images = torch.randint(0, 256, (BATCH, 3, side, side), dtype=torch.uint8, generator=draws)
+    return Batch(images.to(device), None, ((torch.arange(BATCH) + number * BATCH) % 64).to(device))
+
+
+def started(name: str, device: torch.device = CPU, precision: Any = "fp32", **ways: Any) -> tuple[nn.Module, Step]:
+    method = make(name).train()
+    begin(name, method)
+    compute = Compute(device, precision)
+    compute.place(method)
+    step = Step(method, optimiser(method), views(name), compute, **ways)
+    hook(method, "before_epoch", 0)
+    return method, step
+
+
+@every_method
+def test_what_is_captured_once_holds_for_every_step(name: str) -> None:
+    """A graph repeats the kernels of one step on the memory of that step. So every step of a method that is `fixed` has to
+    do the same operations, none that waits for the device, on buffers that stay where they are."""
+    method, step = started(name)
+    for number in range(4):  # SwAV's queue fills
+        step(batch(number), 0, number)
+        hook(method, "after_step", number / 10)
+    hook(method, "before_epoch", 1)
+    step(batch(4), 0, 4)
+    assert method.fixed
+    places = [value.data_ptr() for value in method.state_dict().values()]
+    records = []
+    for number in range(5, 8):
+        drawn, index = step.views(batch(number), 0, number), batch(number).index
+        with Operations() as operations:
+            step._differentiate(*drawn, index)
+        records.append(operations.seen)
+        step.optimizer.step()  # type: ignore[union-attr]
+        hook(method, "after_step", number / 10)
+    assert records[0] == records[1] == records[2]
+    assert not [each for each in records[0] if each.split()[0].removeprefix("aten.").startswith(WAITS)]
+    assert places == [value.data_ptr() for value in method.state_dict().values()]
+
+
+def test_swavs_step_is_not_fixed_before_its_queue_is_in_use() -> None:
+    method, step = started("swav")
+    assert not method.fixed
+    for number in range(4):
+        step(batch(number), 0, number)
+        assert not method.fixed
+    hook(method, "before_epoch", 1)
+    step(batch(4), 0, 4)
+    assert method.fixed
+    assert make("swav", queue=0).fixed
+
+
+def test_views_wait_for_nothing() -> None:
+    """On a GPU; there, small and large images go the same way."""
+    _, step = started("simsiam")
+    records = []
+    for number in range(2):
+        with Operations() as operations:
+            step.views(batch(number), 0, number)
+        records.append(operations.seen)
+    assert records[0] == records[1]
+    assert not [each for each in records[0] if each.split()[0].removeprefix("aten.").startswith(WAITS)]
+
+
+@pytest.mark.parametrize("name", ["simsiam", "byol"])
+def test_compiling_changes_rounding_only_and_leaves_the_encoder_as_it_was(name: str) -> None:
+    found = []
+    for compiles in (False, True):
+        method, step = started(name, compiles=compiles)
+        step.optimizer = None
+        method.double()
+        loss, _ = step.update([view.double() for view in step.views(batch(0), 0, 0)], batch(0).index)
+        gradients = {key: value.grad.clone() for key, value in method.named_parameters() if value.grad is not None}
+        found.append((loss, gradients))
+        assert not any("forward" in vars(module) for module in method.modules())
+    (plain_loss, plain), (fused_loss, fused) = found
+    torch.testing.assert_close(fused_loss, plain_loss)
+    assert plain.keys() == fused.keys()
+    difference = sum((fused[key] - value).square().sum() for key, value in plain.items())
+    assert difference < 1e-20 * sum(value.square().sum() for value in plain.values())
+
+
+@gpu
+@every_method
+def test_graphs_give_the_numbers_of_single_kernels(name: str) -> None:
+    """Losses and weights, with fresh views and other images each step; the first steps run the ordinary way."""
+    device = torch.device("cuda")
+    runs = []
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False):
+        for captures in (False, True):
+            method, step = started(name, device, captures=captures)
+            losses = []
+            for number in range(10):
+                if number == 5:
+                    hook(method, "before_epoch", 1)
+                losses.append(step(batch(number, device), 0, number)[0])
+                hook(method, "after_step", number / 10)
+            runs.append((torch.stack(losses), method.state_dict()))
+    (one_by_one, weights), (at_once, others) = runs
+    assert len(set(at_once.tolist())) == 10
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-4, atol=1e-5)
+    for key, value in weights.items():
+        torch.testing.assert_close(others[key], value, rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@gpu
+def test_a_captured_view_is_the_view() -> None:
+    device = torch.device("cuda")
+    (_, single), (_, graphs) = (started("simsiam", device, captures=captures) for captures in (False, True))
+    for number in range(6):
+        for one, other in zip(
+            single.views(batch(number, device), 0, number), graphs.views(batch(number, device), 0, number), strict=True
+        ):
+            assert torch.equal(one, other), number
+
+
+@gpu
+def test_dropout_in_a_graph_is_a_function_of_the_key() -> None:
+    device = torch.device("cuda")
+    losses = []
+    for _ in range(2):
+        method, step = started("simsiam", device, captures=True)
+        method.projector.insert(0, nn.Dropout(0.5))  # type: ignore[operator]
+        step.optimizer = None
+        losses.append([float(step(batch(0, device), 0, key)[0]) for key in (0, 1, 2, 3, 4, 5, 4)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert losses[0][4] == pytest.approx(losses[0][6], abs=1e-6) and losses[0][4] != pytest.approx(
+        losses[0][5], abs=1e-4
+    )
+
+
+@gpu
+def test_batches_of_other_shapes_are_taken_too() -> None:
+    device = torch.device("cuda")
+    _, step = started("simsiam", device, captures=True)
+    for number in range(12):
+        loss, _ = step(batch(number, device, SIZE + 8 * (number % 3 == 2)), 0, number)
+        assert torch.isfinite(loss)

@@ -161,6 +161,7 @@ def ours(bench: Bench, size: int, precision: str = "auto") -> float:
     train = f"batch_size={task.batch} precision={precision} budget={task.seconds:g}s on_collapse=continue"
     overrides = [f"method.{each}" for each in method.split()] + [f"train.{each}" for each in train.split()]
     overrides += [f"encoder.name={task.encoder}", "views.scale=[0.2, 1.0]", "views.blur_p=0.5"]
+    overrides += ["train.compile=true"] if bench.arguments.compile else []
     device = bench.arguments.device
     build_cache(open_images(task.folder), decoded_side(size))  # decoding has a section of its own
     summary = simsiam.train(str(task.folder), run, recipe="thin", size=size, device=device, overrides=overrides)
@@ -178,11 +179,15 @@ def training_contenders(bench: Bench, size: int) -> Contenders:
         "simsiam, fp32": partial(ours, bench, size, "fp32"),
         "bare step (limit)": lambda: limit(bench.run(size), bench.arguments.seconds, bench.arguments.device),
     }
-    for peer in PEERS:
+    for peer in chosen(bench.arguments):
         for best in (False, True):
             work = partial(theirs, bench, size, peer, best)
             contenders[f"{peer.name}, {'best' if best else 'defaults'}"] = peer.missing or work
     return contenders
+
+
+def chosen(arguments: argparse.Namespace) -> list[Peer]:
+    return [peer for peer in PEERS if arguments.peers is None or peer.name in arguments.peers.split(",")]
 
 
 def theirs(bench: Bench, size: int, peer: Peer, best: bool) -> float:
@@ -198,7 +203,7 @@ def training(bench: Bench) -> Iterator[Comparison]:
 
 def memory(bench: Bench) -> Iterator[Comparison]:
     for size in bench.arguments.sizes:
-        for peer in PEERS:  # tried out here, not in the process that is measured
+        for peer in chosen(bench.arguments):  # tried out here, not in the process that is measured
             if not peer.missing:
                 pipelines.tuned(peer, bench.task(size), bench.place)
         bench.run(size)
@@ -500,6 +505,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--encoder", default="thin-resnet18")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--compile", action="store_true", help="ours with train.compile=true, as in a long run on a GPU"
+    )
+    parser.add_argument("--peers", help="in training and memory, by name, separated by commas; all by default")
     parser.add_argument("--queries", type=int, default=10_000)
     parser.add_argument("--bank", type=int, default=50_000)
     parser.add_argument("--counts", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="images, for growth")

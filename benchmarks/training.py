@@ -1,6 +1,6 @@
 """End-to-end training against its limit: the same model's step on a fixed batch already in memory.
 
-    python benchmarks/training.py [--size 32 96] [--repeats 5] [--seconds 10] [--json FILE]
+    python benchmarks/training.py [--size 32 96] [--repeats 5] [--seconds 10] [--settings KEY=VALUE ...] [--json FILE]
 
 Both alternate in one process. End to end is `simsiam.train` itself (loader, views, step, figures, guard; looks at held-out
 images and checkpoints are left out, as in `images_per_second`). The limit is forward, loss, backward and optimiser step on
@@ -24,16 +24,17 @@ import torch
 from PIL import Image
 
 import simsiam
-from simsiam.compute import Compute, describe, generator, pick_device, set_threads
+from simsiam.compute import Compute, describe, pick_device, set_threads
 from simsiam.config import read_recipe
 from simsiam.data.cache import build_cache
 from simsiam.data.demo import photograph_files
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
-from simsiam.data.views import ViewSettings, random_view
+from simsiam.data.views import ViewSettings
 from simsiam.embed import preprocessing
 from simsiam.recipe import read
 from simsiam.runs import read_metrics
+from simsiam.step import Step
 from simsiam.train import build_method, optimizer
 
 
@@ -50,11 +51,13 @@ def photo_folder(folder: Path, count: int = 2000) -> Path:
     return folder
 
 
-def end_to_end(data: str, run: Path, size: int, seconds: float, device: str) -> float:
+def end_to_end(data: str, run: Path, size: int, seconds: float, device: str, overrides: list[str]) -> float:
     """images/s of `simsiam.train` for so many seconds, from the third line of figures on: as for the limit, the first steps
     only warm up."""
     build_cache(open_images(data), preprocessing(size, ViewSettings.mean, ViewSettings.std).short_side)
-    simsiam.train(data, run, size=size, budget=f"{seconds:g}s", device=device, on_collapse="continue")
+    simsiam.train(
+        data, run, size=size, budget=f"{seconds:g}s", device=device, on_collapse="continue", overrides=overrides
+    )
     lines = [line for line in read_metrics(run) if line["kind"] == "train"][1:]
     assert len(lines) > 2, "too short a run: raise --seconds"
     steps = [after["step"] - before["step"] for before, after in itertools.pairwise(lines)]
@@ -72,25 +75,24 @@ def limit(run: Path, seconds: float, device: str) -> float:
     method = compute.place(build_method(recipe, len(cache.split()[0])))
     steps = optimizer(method, recipe)
     batch = next(Loader(cache, cache.split()[0], recipe.train.batch_size, where, 0).epoch(0))
-    draws = generator(where, 0)
-    views = [random_view(batch.images, view, draws, batch.sizes) for view in recipe.views.each()]
-
-    def step() -> None:
-        with compute.autocast():
-            loss, _ = method(views, batch.index)
-        steps.zero_grad(set_to_none=True)
-        loss.backward()
-        steps.step()
-
-    for _ in range(3):
-        step()
+    step = Step(method, steps, recipe.views.each(), compute, compiles=bool(recipe.train.compile))
+    views = [view.clone() for view in step.views(batch, 0)]
+    for _ in range(5):
+        step.update(views, batch.index)
+    wait(where)
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        step()
+        step.update(views, batch.index)
         count += 1
+        if count % 10 == 0:
+            wait(where)  # else a GPU's queue is filled for longer than the clock runs
+    wait(where)
+    return count * recipe.train.batch_size / (time.perf_counter() - start)
+
+
+def wait(where: torch.device) -> None:
     if where.type == "cuda":
         torch.cuda.synchronize(where)
-    return count * recipe.train.batch_size / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -99,6 +101,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--data", help="in place of the made images")
+    parser.add_argument("--settings", nargs="+", default=[], help="as `simsiam train` takes them: train.compile=true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     set_threads()
@@ -107,11 +111,13 @@ def main() -> None:
         folder = Path(place) / "photos"
         folder.mkdir()
         for size in arguments.size:
-            data = "demo" if size <= 32 else str(photo_folder(folder) if not any(folder.iterdir()) else folder)
+            if arguments.data is None and size > 32 and not any(folder.iterdir()):
+                photo_folder(folder)
+            data = arguments.data or ("demo" if size <= 32 else str(folder))
             ours, bare = [], []
             for repeat in range(arguments.repeats):
                 run = Path(place) / f"{size}-{repeat}"
-                ours.append(end_to_end(data, run, size, arguments.seconds, arguments.device))
+                ours.append(end_to_end(data, run, size, arguments.seconds, arguments.device, arguments.settings))
                 bare.append(limit(run, arguments.seconds, arguments.device))
                 shown = f"end to end {ours[-1]:7.0f} images/s   bare step {bare[-1]:7.0f}   {ours[-1] / bare[-1]:.3f}"
                 print(f"{size} px  {shown}", flush=True)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,6 +60,22 @@ def pick_device(name: str = "auto") -> torch.device:
             reason = "torch knows no such device"
         raise UserError(f"Device {name!r} cannot be used ({reason}). Try --device cpu.") from None
     return device
+
+
+@contextlib.contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """The caller's random numbers are put back afterwards, and cuDNN takes only kernels that give the same bits every time:
+    a run that is resumed ends with the same weights. Those were as fast as any (docs/results.md)."""
+    import torch
+
+    cuda = device.type == "cuda"
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = before or cuda
+    try:
+        with torch.random.fork_rng([device] if cuda else []):
+            yield
+    finally:
+        torch.backends.cudnn.deterministic = before
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam.config import UserError, did_you_mean
@@ -203,9 +204,19 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.bn2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.relu(self.bn1(_first(self.conv1, x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean((2, 3))
+
+
+def _first(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x) of an image. On a GPU with five channels of zeros: cuDNN takes 3x3 kernels of 3 channels to no matrix unit,
+    and with them a seventh of a step was spent here, without a tenth less."""
+    if not x.is_cuda:
+        y: Tensor = conv(x)
+        return y
+    room = (0, 0, 0, 0, 0, 5)
+    return F.conv2d(F.pad(x, room), F.pad(conv.weight, room), None, conv.stride, conv.padding)
 
 
 def _stage(inner: int, outer: int, count: int, stride: int) -> nn.Sequential:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import nn
 
-from simsiam.compute import Compute, generator, seed_of
+from simsiam.compute import Compute, generator, repeatable, seed_of
 from simsiam.config import UserError
 from simsiam.data.cache import Cache
 from simsiam.data.views import random_view
@@ -82,7 +82,7 @@ def finetune(
         nonlocal before
         start, weight = before, len(part) / passes
         before += weight
-        with torch.random.fork_rng([compute.device] if compute.device.type == "cuda" else []):
+        with repeatable(compute.device):
             network = fit(
                 encoder, prepare, cache, part, compute, lr, epochs, batch_size, seed, lambda p: done(start + weight * p)
             )

@@ -15,11 +15,13 @@ from torch import Tensor
 from simsiam.compute import Compute, generator, out_of_memory, pick_device, probe_precision, set_threads
 from simsiam.config import UserError, counted
 from simsiam.data.decode import DecodeError, decode, in_order
+from simsiam.data.loader import Batch
 from simsiam.data.sources import ImageSet, open_images
-from simsiam.data.views import random_view
+from simsiam.data.views import random_views
 from simsiam.embed import padded
 from simsiam.methods import param_groups
 from simsiam.recipe import Recipe, default_epochs, gather, look_at, resolve
+from simsiam.step import Step
 from simsiam.train import build_method, optimizer
 
 _SAMPLE = 2000
@@ -148,33 +150,21 @@ def _measure(
 ) -> tuple[str, float, float, dict[str, int]]:
     """Precision, seconds for the views and for the rest of a step, and bytes: fixed, and for each image of a batch."""
     method = build_method(recipe, len(batch))
-    index = torch.arange(len(batch), device=device)
-    draws = generator(device, 0)
+    whole = bool((sizes == torch.tensor(batch.shape[-2:], device=device)).all())
+    given = Batch(batch, None if whole else sizes, torch.arange(len(batch), device=device))
+    made = random_views(batch, recipe.views.each(), generator(device, 0), given.sizes)
 
-    def views() -> list[Tensor]:
-        return [random_view(batch, view, draws, sizes) for view in recipe.views.each()]
-
-    def step(compute: Compute) -> None:
+    def forward_and_backward(compute: Compute) -> None:
         compute.place(method)
-        with compute.autocast():
-            loss, _ = method(made, index)
-        loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        Step(method, None, [], compute, captures=False).update(made, given.index)
 
-    made = views()
     wanted = recipe.train.precision
-    precision = probe_precision(device, step)[0] if wanted == "auto" else wanted
+    precision = probe_precision(device, forward_and_backward)[0] if wanted == "auto" else wanted
     compute = Compute(device, precision)
     compute.place(method)
-    steps = optimizer(method, recipe)
-
-    def whole() -> None:
-        step(compute)
-        steps.step()
-        steps.zero_grad(set_to_none=True)
-
-    views_seconds, step_seconds = _time(views, seconds, device), _time(whole, seconds, device)
+    step = Step(method, optimizer(method, recipe), recipe.views.each(), compute, compiles=bool(recipe.train.compile))
+    views_seconds = _time(lambda: step.views(given, 0), seconds, device)
+    step_seconds = _time(lambda: step.update(made, given.index), seconds, device)
 
     saved: dict[int, int] = {}
 
@@ -184,34 +174,35 @@ def _measure(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), compute.autocast():
-        loss, _ = method(made, index)
+        loss, _ = method(list(made), given.index)
         del loss
     weights = sum(p.numel() * p.element_size() for group in param_groups(method) for p in group["params"])
     state = sum(value.numel() * value.element_size() for value in method.state_dict().values())
     kept = sum(saved.values()) - sum(saved.get(p.untyped_storage().data_ptr(), 0) for p in method.parameters())
-    given = sum(view.numel() * view.element_size() for view in made) + batch.numel()
+    inputs = sum(view.numel() * view.element_size() for view in made) + batch.numel()
     return (
         precision,
         views_seconds,
         step_seconds,
         {
             "fixed": state + 2 * weights,  # gradient and momentum
-            "each": (max(kept, 0) + given) // len(batch),
+            "each": (max(kept, 0) + inputs) // len(batch),
         },
     )
 
 
 def _time(work: Callable[[], object], seconds: float, device: torch.device) -> float:
-    """Seconds of `work`: the median of as many as fit, at least three, after one to warm up."""
+    """Seconds of `work`: the median of as many as fit, at least three, after those that warm up."""
     times: list[float] = []
     begin = time.perf_counter()
-    while len(times) < 4 or time.perf_counter() - begin < seconds:
+    warm = 1 if device.type == "cpu" else 5  # of which one captures
+    while len(times) < warm + 3 or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
+    return float(np.median(times[warm:]))
 
 
 def _available(device: torch.device) -> int | None:

@@ -66,6 +66,9 @@ class TrainSettings:
     cosine: Literal["step", "epoch"] = "step"
     """The learning rate changes every step, or every epoch as in the paper."""
     precision: Precision = "auto"
+    compile: bool | None = None
+    """Fuse the encoder's BN, ReLU and shortcuts (torch.compile); None: on a GPU, where that is measured to be faster and the
+    run is long enough to make up for the time it takes."""
     threads: int | None = None
     """Of the CPU; None: all cores, or half of them where that is faster at the start because others use the machine."""
     on_collapse: Literal["stop", "continue"] = "stop"

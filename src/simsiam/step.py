@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simsiam import ranks
 from simsiam.compute import Compute, seed_of
 from simsiam.data.loader import Batch
-from simsiam.data.views import ViewSettings, random_view
+from simsiam.data.views import ViewSettings, random_views
 from simsiam.encoders import Encoder
 
 _WARM = 3
@@ -73,7 +73,7 @@ class Step:
         return self._draw(batch.images, batch.sizes)
 
     def _draw(self, images: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
-        return tuple(random_view(images, view, self._draws, sizes) for view in self._settings)
+        return random_views(images, self._settings, self._draws, sizes)
 
     def _differentiate(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         *views, index = inputs

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from simsiam import evaluate, methods, ranks
 from simsiam.assess import Rows, Subject, keep_samples, side_by_side
-from simsiam.compute import Compute, describe, generator, out_of_memory, pick_device, set_threads
+from simsiam.compute import Compute, describe, generator, out_of_memory, pick_device, repeatable, set_threads
 from simsiam.config import Interrupted, Table, UserError, counted, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache, open_cache
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
-from simsiam.data.views import random_view
+from simsiam.data.views import random_views
 from simsiam.embed import BN_IMAGES, Preprocessing, read_encoder, save_encoder, untrained
 from simsiam.encoders import Encoder, build
 from simsiam.monitor import Monitor, draw
@@ -84,7 +84,7 @@ def train(
     """
     threads = set_threads()
     try:
-        with ranks.joined(pick_device(device)) as where, torch.random.fork_rng([where] if where.type == "cuda" else []):
+        with ranks.joined(pick_device(device)) as where, repeatable(where):
             listener = (listener if ranks.main() else None) or Listener()
             return _train(data, out, recipe, overrides, size, resume, where, workers, listener, settings)
     except (RuntimeError, MemoryError) as error:
@@ -145,7 +145,7 @@ def _train(
     _check_parts(plan.train.batch_size)
     method = build_method(plan, len(rows)) if resume else _initial(plan, len(rows), listener)
     loader = Loader(cache, rows, plan.train.batch_size, where, plan.seed)
-    own = probe(method, plan, loader, where)
+    own = probe(method, plan, loader, where, facts)
     probed = ranks.same(lambda: own)
     compute = Compute(where, probed.precision)
     torch.set_num_threads(probed.threads)
@@ -200,7 +200,7 @@ def _train(
 def fit(s: Session, stopped: list[str]) -> None:
     """The loop. Ends when the schedule does, when the guard stops it, or, the state saved, with Interrupted."""
     s.method.train()
-    step = Step(s.method, s.optimizer, s.recipe.views.each(), s.compute)
+    step = Step(s.method, s.optimizer, s.recipe.views.each(), s.compute, compiles=bool(s.recipe.train.compile))
     per_epoch = s.loader.steps_per_epoch
     if s.step == 0:
         with s.compute.autocast():
@@ -240,8 +240,8 @@ def _sweep(s: Session) -> Iterator[tuple[list[Tensor], Tensor]]:
     for number, batch in enumerate(s.loader.epoch(0)):
         draws = generator(s.compute.device, s.recipe.seed, -1, number, *ranks.own_key())
         with torch.autocast(s.compute.device.type, enabled=False):  # what asks for the views runs within one
-            views = [random_view(batch.images, view, draws, batch.sizes) for view in settings]
-        yield views, batch.index
+            views = random_views(batch.images, settings, draws, batch.sizes)
+        yield list(views), batch.index
 
 
 def hook(method: torch.nn.Module, name: str, *arguments: Any) -> None:

@@ -6,7 +6,8 @@ normalisation. All of it but the clamping is linear in the pixels, so each sampl
     view = clamp(C . (W_y @ image @ W_x^T) + t)
 
 with two resampling matrices (crop, antialiased resize, flip and blur) and one 3x4 colour matrix [C | t] (brightness,
-contrast, saturation, hue, grayscale, normalisation). In space that is torchvision's result before it rounds to 8 bits.
+contrast, saturation, hue, grayscale, normalisation). In space that is torchvision's result before it rounds to 8 bits; on a
+GPU, where the products are in float16, within half of one of 255 levels.
 Larger images on a CPU are cut out and resized one by one instead, by the function that torchvision calls, rounding included:
 there the dense products would cost several times as much. In colour the views deviate from torchvision in three ways, which
 `tests/test_views.py` bounds image by image:
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -104,6 +105,25 @@ class ViewSettings:
         return [second if i % 2 else self for i in range(self.count)] + [small] * self.small_count
 
 
+def random_views(
+    images: Tensor, settings: Sequence[ViewSettings], generator: torch.Generator, sizes: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """A `random_view` of every image for each of the settings.
+
+    On a GPU those of equal settings are drawn together: two hundred kernels that are too small to fill it, once.
+    """
+    if images.device.type == "cpu":
+        return tuple(random_view(images, each, generator, sizes) for each in settings)
+    views: dict[int, Tensor] = {}
+    for each in dict.fromkeys(settings):
+        places = [place for place, other in enumerate(settings) if other == each]
+        many = len(places)
+        own = None if sizes is None else sizes.repeat(many, 1)
+        drawn = random_view(images.repeat(many, 1, 1, 1), each, generator, own).chunk(many)
+        views |= dict(zip(places, drawn, strict=True))
+    return tuple(views[place] for place in range(len(settings)))
+
+
 def random_view(
     images: Tensor, settings: ViewSettings, generator: torch.Generator, sizes: Tensor | None = None
 ) -> Tensor:
@@ -130,7 +150,9 @@ def random_view(
         if settings.blur_p > 0:
             kernel = gaussian(sigma, settings.size)
             w_y, w_x = kernel @ w_y, kernel @ w_x
-        view = resample(images, w_y, w_x)
+        # float16 on a GPU: its matrix units, half of the memory's traffic; off by half of a level at most.
+        exact = images.device.type == "cpu"
+        view = resample(images, w_y, w_x) if exact else resample(images, w_y.half(), w_x.half()).float()
     matrix, offset = colour_matrix(view.mean((2, 3)) / 255, settings, generator)
     view = _colour(view, matrix, offset, settings)
     if settings.solarize_p > 0:
@@ -295,9 +317,9 @@ def _gaussian_taps(sigma: Tensor, size: int) -> Tensor:
 
 
 def resample(images: Tensor, w_y: Tensor, w_x: Tensor) -> Tensor:
-    """W_y @ image @ W_x^T for every image and channel: [B,3,H,W] -> float32 [B,3,h,w]."""
+    """W_y @ image @ W_x^T for every image and channel: [B,3,H,W] -> [B,3,h,w] in the matrices' precision."""
     batch, channels, height, width = images.shape
-    lines = images.transpose(1, 2).contiguous().float()  # [B,H,3,W]: two products for all three channels
+    lines = images.transpose(1, 2).contiguous().to(w_y.dtype)  # [B,H,3,W]: two products for all three channels
     lines = torch.bmm(w_y, lines.view(batch, height, channels * width))
     view = torch.bmm(lines.view(batch, -1, width), w_x.mT)
     return view.view(batch, -1, channels, w_x.shape[1]).transpose(1, 2).contiguous()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from simsiam.config import UserError
-from simsiam.encoders import BasicBlock, EncoderSpec, build, names, to_table
+from simsiam.encoders import BasicBlock, EncoderSpec, build, names, on_matrix_units, to_table
 
 
 def images(size: int, batch: int = 2) -> Tensor:
@@ -187,3 +187,20 @@ def test_mistakes_are_named(spec: EncoderSpec, message: str) -> None:
 def test_the_table_builds_the_same_encoder() -> None:
     spec = EncoderSpec("thin-resnet18", 32, width=8, zero_init_residual=False)
     assert EncoderSpec(**to_table(spec)) == spec and None not in to_table(spec).values()
+
+
+@pytest.mark.parametrize("name", ["cifar-resnet18", "thin-resnet18"])
+@pytest.mark.parametrize("stem", [1, 2])
+def test_the_convolutions_of_a_gpu_are_the_same(name: str, stem: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features and gradients, on sides that are no multiple of the stride too."""
+    encoder = build(EncoderSpec(name, 33, width=8, stem=stem), 0).double().train()
+    found = []
+    for gpu in (False, True):
+        if gpu:
+            monkeypatch.setattr("simsiam.encoders._conv", on_matrix_units)
+        encoder.zero_grad()
+        features = encoder(torch.randn(4, 3, 33, 33, generator=torch.Generator().manual_seed(0)).double())
+        features.square().sum().backward()
+        found.append([features, *(parameter.grad for parameter in encoder.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

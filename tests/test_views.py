@@ -18,7 +18,18 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from simsiam.data import views
-from simsiam.data.views import ViewSettings, crop_boxes, gaussian, normalise, plain_pixels, plain_view, random_view
+from simsiam.data.views import (
+    ViewSettings,
+    crop_boxes,
+    draw_geometry,
+    gaussian,
+    normalise,
+    plain_pixels,
+    plain_view,
+    random_view,
+    resample,
+    resampling,
+)
 
 PLAIN = ViewSettings(size=32, jitter_p=0, gray_p=0, blur_p=0, flip_p=0, mean=(0, 0, 0), std=(1, 1, 1))
 """A crop and nothing else, in 0..1."""
@@ -338,3 +349,17 @@ def test_each_view_has_its_settings() -> None:
     assert [(view.size, view.scale) for view in crops] == [(32, (0.2, 1.0))] * 2 + [(16, (0.05, 0.2))] * 3
     images = noise(2, 40, 40)
     assert [random_view(images, view, seeded()).shape[-1] for view in crops] == [32, 32, 16, 16, 16]
+
+
+@pytest.mark.parametrize(("side", "size"), [(32, 32), (64, 48), (256, 224)])
+def test_products_in_float16_are_within_half_a_level(side: int, size: int) -> None:
+    """What a GPU does."""
+    images = torch.randint(0, 256, (8, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([[side, side]]).repeat(8, 1)
+    (top, left, height, width), flip, sigma = draw_geometry(
+        sizes, ViewSettings(size=size), torch.Generator().manual_seed(0)
+    )
+    blur = gaussian(sigma, size)
+    w_y, w_x = blur @ resampling(top, height, size, side), blur @ resampling(left, width, size, side, flip)
+    exact, half = resample(images, w_y, w_x), resample(images, w_y.half(), w_x.half())
+    assert half.dtype == torch.float16 and (half.float() - exact).abs().max() < 0.5

@@ -174,12 +174,15 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outer)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample: nn.Module | None = None
+        self.downsample: nn.Sequential | None = None
         if stride != 1 or inner != outer:
             self.downsample = nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
+        shortcut = x
+        if self.downsample is not None:
+            conv, norm = self.downsample
+            shortcut = norm(_conv(conv, x))
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         return self.relu(y + shortcut)
 
@@ -204,19 +207,26 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.bn2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(_first(self.conv1, x))))
+        x = self.maxpool(self.relu(self.bn1(_conv(self.conv1, x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean((2, 3))
 
 
-def _first(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(x) of an image. On a GPU with five channels of zeros: cuDNN takes 3x3 kernels of 3 channels to no matrix unit,
-    and with them a seventh of a step was spent here, without a tenth less."""
-    if not x.is_cuda:
-        y: Tensor = conv(x)
-        return y
-    room = (0, 0, 0, 0, 0, 5)
-    return F.conv2d(F.pad(x, room), F.pad(conv.weight, room), None, conv.stride, conv.padding)
+def _conv(conv: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(conv, nn.Conv2d)
+    return on_matrix_units(conv, x) if x.is_cuda else conv(x)
+
+
+def on_matrix_units(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x), without bias, in a form that cuDNN has kernels on a GPU's matrix units for: an image gets five channels of
+    zeros more, and a 1x1 kernel with a stride gets its pixels picked beforehand. The sums are the same ones."""
+    weight, stride = conv.weight, conv.stride
+    if conv.in_channels == 3:
+        room = (0, 0, 0, 0, 0, 5)
+        x, weight = F.pad(x, room), F.pad(weight, room)
+    elif conv.kernel_size == (1, 1):
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    return F.conv2d(x, weight, None, stride, conv.padding)
 
 
 def _stage(inner: int, outer: int, count: int, stride: int) -> nn.Sequential:

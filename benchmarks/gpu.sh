@@ -1,11 +1,12 @@
 #!/bin/sh
-# The GPU lines that docs/results.md lists as open, in pieces of under ten minutes; each leaves its results in $OUT.
-#   benchmarks/gpu.sh speed|cifar|ablations|methods DATA
-# DATA: CIFAR-10. A piece that is called again goes on where it stopped: runs/ stays on a machine that is kept warm.
+# What docs/results.md says of a GPU, and what it lists as open, in pieces of under ten minutes; each leaves its results in $OUT.
+#   benchmarks/gpu.sh tests|step|speed|peers|cifar|ablations|methods DATA
+# DATA: CIFAR-10. A piece that is called again goes on where it stopped: runs/ stays on a machine that is kept warm. One piece
+# at a time: tests beside a training run halve its speed.
 set -eu
 piece=$1
-data=$2
-out=${OUT:-docs/results}
+data=${2:-demo}
+out=${OUT:-docs/results/gpu}
 limit=${LIMIT:-540}
 export SIMSIAM_CACHE="${SIMSIAM_CACHE:-$PWD/runs/cache}" PYTHONUNBUFFERED=1
 mkdir -p runs "$out"
@@ -20,9 +21,24 @@ train() {
 }
 
 case $piece in
+tests) # one thread each: ten processes of sixteen threads wait for one another
+    OMP_NUM_THREADS=1 timeout "$limit" python -m pytest -v --tb=short -n 10 --dist worksteal tests >"$out/tests.log" 2>&1 || true
+    grep -E "FAILED|ERROR|passed|failed" "$out/tests.log" || true
+    ;;
+step) # 1.5 minutes, of which compiling takes one
+    python benchmarks/step.py --json "$out/step-32.json"
+    python benchmarks/step.py --ways 0,1,4,5 --recipe imagenet --encoder resnet50 --size 224 --source 256 --batch 64 \
+        --seconds 1.5 --repeats 3 --json "$out/step-224.json"
+    ;;
 speed)
-    python benchmarks/training.py --size 32 --device cuda --seconds 20 --json "$out/training-gpu-32.json"
-    python benchmarks/training.py --size 224 --device cuda --seconds 40 --repeats 3 --json "$out/training-gpu-224.json"
+    python benchmarks/training.py --size 32 --device cuda --data "$data" --seconds 15 --repeats 3 \
+        --settings train.compile=true --json "$out/training-32.json"
+    python benchmarks/training.py --size 224 --device cuda --seconds 30 --repeats 3 \
+        --settings train.compile=true train.batch_size=256 encoder.name=resnet50 --json "$out/training-224.json"
+    ;;
+peers)
+    python benchmarks/peers.py --only training --sizes 32 --device cuda --encoder cifar-resnet18 --batch 512 --data "$data" \
+        --images 16000 --seconds 8 --repeats 3 --compile --json "$out/peers-32.json"
     ;;
 cifar)
     train runs/cifar-200 --recipe cifar --epochs 200
@@ -44,7 +60,7 @@ ablations | methods)
     done
     ;;
 *)
-    echo "There is no piece $piece: speed, cifar, ablations or methods." >&2
+    echo "There is no piece $piece: tests, step, speed, peers, cifar, ablations or methods." >&2
     exit 2
     ;;
 esac

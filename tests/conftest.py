@@ -27,6 +27,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what holds there alone: a GPU takes other defaults, reads ahead, rounds otherwise, and is through before the
+    guard, which looks once a second, has seen much. All other tests run on a GPU where there is one."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 96 small images in 3 class folders, of several sizes, with one broken file."""

@@ -167,10 +167,13 @@ def torchrun(*arguments: object, processes: int = RANKS) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", *where, "-m", "simsiam", *map(str, arguments)]
 
 
+def one_core() -> dict[str, str]:
+    """The environment, with one thread and no GPU: each process would take one of its own."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_core())
 
 
 def test_a_run_over_two_processes_is_one_run(tmp_path: Path) -> None:
@@ -196,7 +199,7 @@ def test_a_run_over_two_processes_is_one_run(tmp_path: Path) -> None:
 
 def test_a_signal_stops_both_and_the_run_goes_on(photos: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = one_core()
     started = torchrun("train", photos, "-o", folder, "--epochs", 2000, *TINY)
     process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     until = time.monotonic() + 120

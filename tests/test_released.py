@@ -176,7 +176,7 @@ def test_images_are_prepared_as_the_released_evaluation_does(imported: tuple[Pat
     plain.fc = nn.Identity()
     with torch.inference_mode():
         wanted = plain.eval()(prepare(torch.from_numpy(pixels).permute(0, 3, 1, 2)))
-    found = torch.from_numpy(simsiam.load(run, precision="fp32").embed(pixels))
+    found = torch.from_numpy(simsiam.load(run, "cpu", precision="fp32").embed(pixels))
     assert off(found, wanted) < 1e-5
 
 
@@ -213,7 +213,7 @@ def test_linear_classification_gives_the_encoder_alone(tmp_path: Path) -> None:
     assert not summary["imported"]["heads"] and not (tmp_path / "run" / "checkpoints").exists()
     assert (summary["epochs"], summary["steps"], summary["data"]) == (None, 10, "CIFAR10")
     x = torch.randn(2, 3, 64, 64)
-    encoder = simsiam.load(tmp_path / "run", precision="fp32").encoder_
+    encoder = simsiam.load(tmp_path / "run", "cpu", precision="fp32").encoder_
     plain.fc = nn.Identity()
     with torch.inference_mode():
         assert off(encoder(x), plain.eval()(x)) < 1e-6

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,9 +16,9 @@ from simsiam import methods
 from simsiam.compute import Compute
 from simsiam.data.loader import Batch
 from simsiam.data.views import ViewSettings
-from simsiam.step import Step
+from simsiam.step import Captured, Step
 from simsiam.train import hook
-from test_methods import BATCH, SIZE, begin, every_method, make, optimiser
+from test_methods import BATCH, SIZE, begin, make, optimiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
@@ -30,10 +33,13 @@ class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
+        self.sent = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         shapes = [tuple(each.shape) for each in torch.utils._pytree.tree_leaves(args) if isinstance(each, Tensor)]
         self.seen.append(f"{function} {shapes}")
+        # x[index] = True: the value comes from Python.
+        self.sent |= "index_put" in str(function) and args[2].ndim == 0
         return function(*args, **(kwargs or {}))
 
 
@@ -47,21 +53,35 @@ def batch(number: int, device: torch.device = CPU, side: int = SIZE) -> Batch:
     return Batch(images.to(device), None, ((torch.arange(BATCH) + number * BATCH) % 64).to(device))
 
 
-def started(name: str, device: torch.device = CPU, precision: Any = "fp32", **ways: Any) -> tuple[nn.Module, Step]:
-    method = make(name).train()
+def started(
+    name: str, device: torch.device = CPU, settings: dict[str, Any] | None = None, **ways: Any
+) -> tuple[nn.Module, Step]:
+    method = make(name, **(settings or {})).train()
     begin(name, method)
-    compute = Compute(device, precision)
+    compute = Compute(device, "fp32")
     compute.place(method)
     step = Step(method, optimiser(method), views(name), compute, **ways)
     hook(method, "before_epoch", 0)
     return method, step
 
 
-@every_method
-def test_what_is_captured_once_holds_for_every_step(name: str) -> None:
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in methods.names()),
+    ("simsiam", {"predictor": False, "target_momentum": 0.8}),
+    ("simsiam", {"target_steps": 2}),
+    ("simsiam", {"target_steps": 0}),
+    ("simsiam", {"stop_gradient": False, "similarity": "softmax", "symmetric": False}),
+    ("swav", {"stop_gradient": False, "queue": 0, "predictor": True}),
+    ("simclr", {"predictor": True, "stop_gradient": True}),
+]
+every_case = pytest.mark.parametrize(("name", "settings"), CASES, ids=[f"{name}-{len(more)}" for name, more in CASES])
+
+
+@every_case
+def test_what_is_captured_once_holds_for_every_step(name: str, settings: dict[str, Any]) -> None:
     """A graph repeats the kernels of one step on the memory of that step. So every step of a method that is `fixed` has to
     do the same operations, none that waits for the device, on buffers that stay where they are."""
-    method, step = started(name)
+    method, step = started(name, settings=settings)
     for number in range(4):  # SwAV's queue fills
         step(batch(number), 0, number)
         hook(method, "after_step", number / 10)
@@ -75,6 +95,7 @@ def test_what_is_captured_once_holds_for_every_step(name: str) -> None:
         with Operations() as operations:
             step._differentiate(*drawn, index)
         records.append(operations.seen)
+        assert not operations.sent
         step.optimizer.step()  # type: ignore[union-attr]
         hook(method, "after_step", number / 10)
     assert records[0] == records[1] == records[2]
@@ -124,15 +145,152 @@ def test_compiling_changes_rounding_only_and_leaves_the_encoder_as_it_was(name: 
     assert difference < 1e-20 * sum(value.square().sum() for value in plain.values())
 
 
+class Graph:
+    """In place of a CUDA graph, where there is no GPU: `replay` calls the function on the captured memory."""
+
+    def __init__(self) -> None:
+        self.registered: list[torch.Generator] = []
+        self.captured: Captured | None = None
+
+    def register_generator_state(self, draws: torch.Generator) -> None:
+        self.registered.append(draws)
+
+    def replay(self) -> None:
+        assert self.captured is not None
+        results = self.captured._function(*self.captured._inputs)
+        for own, new in zip(self.captured._outputs, results, strict=True):
+            own.copy_(new)
+
+
+class Graphs(list[Graph]):
+    """Those that were made. To capture runs nothing: what it changed here is put back, of these methods too."""
+
+    methods: list[nn.Module]
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Graphs:
+    """What `Captured` asks of torch.cuda."""
+    made = Graphs()
+    made.methods = []
+
+    @contextlib.contextmanager
+    def nothing(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    def graph() -> Graph:
+        made.append(Graph())
+        return made[-1]
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch.cuda, "stream", nothing)
+    monkeypatch.setattr(torch.cuda, "graph", nothing)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    capture = Captured._capture
+
+    def known(captured: Captured, inputs: tuple[Tensor, ...]) -> None:
+        tensors = [value for method in made.methods for value in method.state_dict().values()]
+        before = [value.clone() for value in tensors]
+        generators = [torch.default_generator, *([captured._draws] if captured._draws else [])]
+        states = [each.get_state() for each in generators]
+        capture(captured, inputs)
+        made[-1].captured = captured
+        for value, old in zip(tensors, before, strict=True):
+            value.copy_(old)
+        for each, state in zip(generators, states, strict=True):
+            each.set_state(state)
+
+    monkeypatch.setattr(Captured, "_capture", known)
+    return made
+
+
+def test_a_graph_is_made_once_and_reads_what_it_is_given(cuda: Graphs) -> None:
+    calls = []
+
+    def double(x: Tensor) -> tuple[Tensor]:
+        calls.append(x.data_ptr())
+        return (2 * x,)
+
+    draws = torch.Generator()
+    captured = Captured(double, draws=draws)
+    results = []
+    for number in range(7):
+        given = torch.full((3,), float(number))
+        results.append(captured(given)[0].clone())
+    assert [float(each[0]) for each in results] == [0, 2, 4, 6, 8, 10, 12]
+    assert len(cuda) == 1 and cuda[0].registered == [draws]
+    assert len(set(calls[4:])) == 1  # always the same memory
+    assert captured.takes(torch.ones(3)) and not captured.takes(torch.ones(4))
+
+
+def test_where_no_graph_can_be_made_it_is_said_once(cuda: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing = []
+
+    @contextlib.contextmanager
+    def refused(*_: Any, **__: Any) -> Iterator[None]:
+        capturing.append(True)
+        try:
+            yield
+        finally:
+            capturing.clear()
+
+    def looks_at_values(x: Tensor) -> tuple[Tensor]:
+        if capturing:
+            raise RuntimeError("operation not permitted when stream is capturing\nand so on")
+        return (2 * x,)
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    told: list[str] = []
+    captured = Captured(looks_at_values, told.append)
+    assert [float(captured(torch.tensor(float(number)))[0]) for number in range(8)] == [2.0 * n for n in range(8)]
+    assert len(told) == 1 and len(cuda) == 1 and "not permitted when stream is capturing)" in told[0]
+
+
+def test_too_little_memory_for_a_graph_is_no_reason_to_go_on(cuda: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def full(*_: Any, **__: Any) -> Iterator[None]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", full)
+    captured = Captured(lambda x: (x,))
+    for _ in range(3):
+        captured(torch.ones(1))
+    with pytest.raises(torch.OutOfMemoryError):
+        captured(torch.ones(1))
+
+
+@every_case
+def test_a_step_of_graphs_takes_the_same_steps(name: str, settings: dict[str, Any], cuda: Graphs) -> None:
+    """All around the graphs, with graphs that call the functions again: the same losses and weights, bit for bit."""
+    runs = []
+    for captures in (False, True):
+        method, step = started(name, settings=settings, captures=captures)
+        cuda.methods[:] = [method]
+        losses = []
+        for number in range(8):
+            if number == 5:
+                hook(method, "before_epoch", 1)
+            losses.append(step(batch(number), 0, number)[0])
+            hook(method, "after_step", number / 10)
+        runs.append((losses, method.state_dict()))
+    assert cuda
+    assert [float(each) for each in runs[0][0]] == [float(each) for each in runs[1][0]]
+    assert all(torch.equal(value, runs[1][1][key]) for key, value in runs[0][1].items())
+
+
 @gpu
-@every_method
-def test_graphs_give_the_numbers_of_single_kernels(name: str) -> None:
+@every_case
+def test_graphs_give_the_numbers_of_single_kernels(name: str, settings: dict[str, Any]) -> None:
     """Losses and weights, with fresh views and other images each step; the first steps run the ordinary way."""
     device = torch.device("cuda")
     runs = []
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False):
         for captures in (False, True):
-            method, step = started(name, device, captures=captures)
+            method, step = started(name, device, settings, captures=captures)
             losses = []
             for number in range(10):
                 if number == 5:
@@ -180,3 +338,13 @@ def test_batches_of_other_shapes_are_taken_too() -> None:
     for number in range(12):
         loss, _ = step(batch(number, device, SIZE + 8 * (number % 3 == 2)), 0, number)
         assert torch.isfinite(loss)
+
+
+@gpu
+def test_what_cannot_be_captured_runs_as_it_is() -> None:
+    device = torch.device("cuda")
+    told: list[str] = []
+    method, step = started("simsiam", device, captures=True, say=told.append)
+    method.encoder.register_forward_hook(lambda *_: float(torch.ones((), device=device)) and None)  # type: ignore[union-attr]
+    losses = [float(step(batch(number, device), 0, number)[0]) for number in range(8)]
+    assert len(told) == 1 and "No CUDA graph" in told[0] and len(set(losses)) == 8

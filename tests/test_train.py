@@ -72,6 +72,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "encoder.safetensors")
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_run_leaves_what_the_docs_promise(photos: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     listener = Recorder()
@@ -175,7 +176,7 @@ def little_decoded_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.usefixtures("little_decoded_before")
+@pytest.mark.usefixtures("little_decoded_before", "on_cpu")
 def test_a_set_that_is_decoded_while_it_trains_gives_the_same_weights(photos: Path, tmp_path: Path) -> None:
     """The first run finds an empty cache, the second a full one; the third is stopped in its first epoch and loses it."""
     first, second, third = Recorder(), Recorder(), Recorder()
@@ -484,9 +485,12 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """SimSiam itself under the settings at which its parts are taken away below."""
     run = tmp_path_factory.mktemp("intact") / "run"
     overrides = [*SMALL_DEMO, *HARSH]
-    return simsiam.train("demo", run, epochs=6, recipe="demo", overrides=overrides, on_collapse="continue")
+    return simsiam.train(
+        "demo", run, epochs=6, recipe="demo", overrides=overrides, on_collapse="continue", device="cpu"
+    )
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("what", ["stop_gradient", "predictor"])
 def test_without_it_the_demo_set_collapses_and_the_guard_names_it(
     what: str, intact: dict[str, Any], tmp_path: Path
@@ -510,6 +514,7 @@ def test_without_it_the_demo_set_collapses_and_the_guard_names_it(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("what", [None, "stop_gradient", "predictor"])
 def test_a_collapse_that_has_time_takes_the_features_along(what: str | None, tmp_path: Path) -> None:
     """1,860 steps of a small net. kNN ends at 5 to 20 without stop-gradient, by chance at chance (7)."""
@@ -541,6 +546,7 @@ def test_without_bn_in_the_heads_the_collapse_is_complete(tmp_path: Path) -> Non
     assert summary["loss"] < -0.95 and summary["std"] < 0.2
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_a_run_that_collapsed_is_started_again_from_its_healthy_state(photos: Path, tmp_path: Path) -> None:
     overrides = [*SMALL["overrides"], "method.stop_gradient=false", "method.bn=none", "train.lr=2"]
     first = simsiam.train(photos, tmp_path / "first", epochs=40, overrides=overrides)
@@ -563,6 +569,7 @@ def test_a_run_that_collapsed_is_started_again_from_its_healthy_state(photos: Pa
     method.load_state_dict(method_tensors(kept))
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_another_method_starts_from_the_encoder_alone(photos: Path, tmp_path: Path) -> None:
     simsiam.train(photos, tmp_path / "first", epochs=1, **SMALL)
     listener = Recorder()
@@ -720,6 +727,7 @@ def test_a_papers_encoder_and_batch_are_cut_to_size_with_a_reason() -> None:
     assert ("encoder", "resnet18") in [(setting, value) for setting, value, _ in reasons]
 
 
+@pytest.mark.usefixtures("on_cpu")
 def test_init_knows_the_home_folder(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     simsiam.train(photos, tmp_path / "first", epochs=1, **SMALL)
     monkeypatch.setenv("HOME", str(tmp_path))

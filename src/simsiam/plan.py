@@ -97,7 +97,7 @@ def plan(
         "cache_bytes": round(average * len(images)),
         "views_images_per_second": round(wanted.train.batch_size / views_seconds, 1),
         "images_per_second": round(wanted.train.batch_size / (views_seconds + step_seconds), 1),
-        "seconds_per_epoch": round(epoch_seconds, 1),
+        "seconds_per_epoch": float(f"{epoch_seconds:.3g}"),
         "epochs": epochs,
         "seconds": round(decode_seconds + epochs * epoch_seconds, 1),
         "bottleneck": max(parts, key=lambda name: parts[name]),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam import ranks
-from simsiam.compute import Compute, seed_of
+from simsiam.compute import Compute, out_of_memory, seed_of
 from simsiam.data.loader import Batch
 from simsiam.data.views import ViewSettings, random_views
 from simsiam.encoders import Encoder
@@ -28,6 +28,7 @@ class Step:
         optimizer: None to leave the weights as they are.
         captures: whether to launch graphs; None: on a GPU, in one process. A method can forbid it (`Siamese.fixed`).
         compiles: whether the encoder is compiled, which fuses BN, ReLU and shortcut.
+        say: is told, once, where no graph can be made.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Step:
         compute: Compute,
         captures: bool | None = None,
         compiles: bool = False,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.method, self.optimizer, self.compute = method, optimizer, compute
         self._forward, self._settings = ranks.parallel(method), views
@@ -48,8 +50,8 @@ class Step:
             self._fused = {encoder: torch.compile(encoder.forward, dynamic=False) for encoder in encoders}
         if captures is None:
             captures = compute.device.type == "cuda" and not ranks.several()
-        self._drawn = Captured(self._draw, self._draws) if captures else None
-        self._differentiated = Captured(self._differentiate) if captures else None
+        self._drawn = Captured(self._draw, say, self._draws) if captures else None
+        self._differentiated = Captured(self._differentiate, say) if captures else None
 
     def __call__(self, batch: Batch, *key: int) -> tuple[Tensor, Tensor]:
         """Loss and std, scalars that nobody waits for. What is random is a function of the key and the rank."""
@@ -98,26 +100,35 @@ class Step:
 class Captured:
     """A function of tensors whose kernels are the same at every call, launched as one CUDA graph.
 
-    Its results are overwritten by the next call.
+    Its results are overwritten by the next call. Where CUDA refuses to capture it, say because a backbone looks at values,
+    it is called as it is.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], draws: torch.Generator | None = None) -> None:
-        self._function, self._draws = function, draws
-        self._warm = 0
+    def __init__(
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        say: Callable[[str], None] = lambda _: None,
+        draws: torch.Generator | None = None,
+    ) -> None:
+        self._function, self._say, self._draws = function, say, draws
+        self._warm, self._refused = 0, False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: tuple[Tensor, ...] = ()
+        self._outputs: tuple[Tensor, ...] = ()
 
     def takes(self, *inputs: Tensor) -> bool:
         """False where the captured inputs are of another shape."""
         return not self._inputs or [each.shape for each in inputs] == [own.shape for own in self._inputs]
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        if self._graph is None:
-            if self._warm < _WARM:
-                self._warm += 1
-                return self._beside(*inputs)
+        if self._graph is None and self._warm < _WARM:
+            self._warm += 1
+            return self._beside(*inputs)
+        if self._graph is None and not self._refused:
             self._capture(inputs)
-        assert self.takes(*inputs) and self._graph is not None
+        if self._graph is None:
+            return self._function(*inputs)
+        assert self.takes(*inputs)
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given)
         self._graph.replay()
@@ -134,11 +145,20 @@ class Captured:
         return results
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
-        self._inputs = tuple(torch.empty_like(each).copy_(each) for each in inputs)
+        main = torch.cuda.current_stream(inputs[0].device)
+        own = tuple(torch.empty_like(each).copy_(each) for each in inputs)
         graph = torch.cuda.CUDAGraph()
         if self._draws is not None:
             graph.register_generator_state(self._draws)
-        # Of this thread alone: others decode and read ahead meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._outputs = self._function(*self._inputs)
-        self._graph = graph
+        try:
+            # Of this thread alone: others decode and read ahead meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._outputs = self._function(*own)
+        except RuntimeError as error:
+            torch.cuda.set_stream(main)  # torch leaves that of the capture in place
+            if out_of_memory(error):
+                raise
+            self._refused = True
+            self._say(f"No CUDA graph of this step can be made ({str(error).splitlines()[0][:100]}): it runs slower.")
+        else:
+            self._graph, self._inputs = graph, own

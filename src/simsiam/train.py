@@ -200,7 +200,8 @@ def _train(
 def fit(s: Session, stopped: list[str]) -> None:
     """The loop. Ends when the schedule does, when the guard stops it, or, the state saved, with Interrupted."""
     s.method.train()
-    step = Step(s.method, s.optimizer, s.recipe.views.each(), s.compute, compiles=bool(s.recipe.train.compile))
+    compiles = bool(s.recipe.train.compile)
+    step = Step(s.method, s.optimizer, s.recipe.views.each(), s.compute, compiles=compiles, say=s.listener.say)
     per_epoch = s.loader.steps_per_epoch
     if s.step == 0:
         with s.compute.autocast():

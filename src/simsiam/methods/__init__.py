@@ -18,6 +18,7 @@ they come from. The contract, which tests/test_methods.py checks for every file:
     allocate(images)                         makes buffers for what it remembers of each image
     before_training(batches)                 once, with (views, index) of the whole set; no gradient, autocast is on
     before_epoch(epoch)                      at the start of each epoch
+    fixed                                    False until every step does the same operations (`Siamese.fixed`)
     sync_bn = False                          BN's statistics stay each process's own, where several share a run
     after_step(progress)                     progress in [0, 1]: the share of training that was done before this step
 

@@ -168,7 +168,8 @@ class Method(Siamese):
                 targets = [m * old + (1 - m) * each.float() for each in z]
                 # One new augmentation a step, as in the paper: the second view is it.
                 seen = gather(index)
-                self.memory[seen], self.remembered[seen] = gather(targets[1]), True
+                self.memory[seen] = gather(targets[1])
+                self.remembered.index_fill_(0, seen, True)  # to assign True would send it to a GPU, and wait
             return targets
         if settings.target_steps == 1:
             return z

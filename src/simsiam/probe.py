@@ -55,13 +55,24 @@ class Probed:
         return Pace(self.full, self.threads, self.full_seconds, self.half_seconds, adapts)
 
 
-def probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch.device, facts: Facts) -> Probed:
+def probe(
+    method: torch.nn.Module,
+    recipe: Recipe,
+    loader: Loader,
+    device: torch.device,
+    facts: Facts,
+    say: Callable[[str], None],
+) -> Probed:
     """Picks precision, threads and, on a GPU, whether to compile, by measuring. The method is left as it was; torch has all
-    threads."""
+    threads.
+
+    say: is told of what takes long.
+    """
     copied = copy.deepcopy(method)
     batch = next(iter(loader.epoch(0)))
     if device.type == "cuda" and not ranks.several():
-        return _probe_gpu(copied, recipe, batch, device, partial(_length, recipe, loader.steps_per_epoch, facts))
+        length = partial(_length, recipe, loader.steps_per_epoch, facts)
+        return _probe_gpu(copied, recipe, batch, device, length, say)
     seconds: dict[str, float] = {}
 
     def step(compute: Compute, images: int | None = None) -> None:
@@ -104,7 +115,12 @@ def probe(method: torch.nn.Module, recipe: Recipe, loader: Loader, device: torch
 
 
 def _probe_gpu(
-    method: torch.nn.Module, recipe: Recipe, batch: Batch, device: torch.device, length: Callable[[float], float]
+    method: torch.nn.Module,
+    recipe: Recipe,
+    batch: Batch,
+    device: torch.device,
+    length: Callable[[float], float],
+    say: Callable[[str], None],
 ) -> Probed:
     """length: seconds of a step -> seconds of the run."""
     wanted = recipe.train.precision
@@ -116,6 +132,7 @@ def _probe_gpu(
     plain = 0.0 if asked else _step_seconds(method, recipe, batch, compute, False)
     if asked is False or (asked is None and length(plain) < _WORTH_COMPILING):
         return Probed(precision, plain, why, full, full)
+    say("Compiling the encoder: up to a minute the first time.")
     try:
         fused = _step_seconds(method, recipe, batch, compute, True)
     except Exception as error:  # no C compiler, a backbone that torch cannot trace, ...: there are many kinds

@@ -145,7 +145,7 @@ def _train(
     _check_parts(plan.train.batch_size)
     method = build_method(plan, len(rows)) if resume else _initial(plan, len(rows), listener)
     loader = Loader(cache, rows, plan.train.batch_size, where, plan.seed)
-    own = probe(method, plan, loader, where, facts)
+    own = probe(method, plan, loader, where, facts, listener.say)
     probed = ranks.same(lambda: own)
     compute = Compute(where, probed.precision)
     torch.set_num_threads(probed.threads)

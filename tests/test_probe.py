@@ -1,0 +1,88 @@
+"""What a few steps at the start decide on a GPU; their times are made up here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from simsiam import probe
+from simsiam.config import UserError, merge
+from simsiam.data.loader import Batch
+from simsiam.probe import Probed, settle
+from simsiam.recipe import Facts, Recipe, preset, read
+
+FACTS = Facts(images=50_000, short_side=32, device="cuda")
+BATCH = Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), None, torch.arange(2))
+
+
+def plan(**train: Any) -> Recipe:
+    sizes = {"data": "x", "seed": 0, "encoder": {"size": 32}, "eval": {"size": 32}, "train": {"precision": "bf16"}}
+    table = merge(preset("cifar"), sizes)
+    table["train"].pop("epochs")
+    return read(merge(table, {"train": train}))
+
+
+def probed(
+    monkeypatch: pytest.MonkeyPatch, recipe: Recipe, plain: float, fused: float | Exception
+) -> tuple[Probed, list[str]]:
+    told: list[str] = []
+
+    def seconds(*_: Any) -> float:
+        if _[-1] and isinstance(fused, Exception):
+            raise fused
+        assert isinstance(fused, float) or not _[-1]
+        return fused if _[-1] else plain  # type: ignore[return-value]
+
+    monkeypatch.setattr(probe, "_step_seconds", seconds)
+    method, device = torch.nn.Linear(1, 1), torch.device("cpu")
+    return probe._probe_gpu(
+        method, recipe, BATCH, device, lambda s: probe._length(recipe, 97, FACTS, s), told.append
+    ), told
+
+
+@pytest.mark.parametrize(
+    ("train", "plain", "fused", "compiles"),
+    [
+        ({"epochs": 800}, 0.02, 0.015, True),
+        ({"epochs": 800}, 0.02, 0.0199, False),  # no faster
+        ({"epochs": 2}, 0.02, 0.015, False),  # four seconds
+        ({"epochs": 2, "compile": True}, 0.02, 0.03, True),
+        ({"epochs": 800, "compile": False}, 0.02, 0.015, False),
+        ({"budget": "10m"}, 0.02, 0.015, True),
+        ({"budget": "1m"}, 0.02, 0.015, False),
+        ({}, 0.02, 0.015, True),  # the default length
+    ],
+)
+def test_a_long_run_is_compiled_where_that_is_faster(
+    train: dict[str, Any], plain: float, fused: float, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = plan(**train)
+    found, told = probed(monkeypatch, recipe, plain, fused)
+    assert found.compiles is compiles and found.step_seconds == (fused if compiles else plain)
+    assert bool(told) == (compiles or "no faster" in found.why_compiled)
+    settled, reasons = settle(recipe, found, FACTS, 97)
+    assert settled.train.compile is compiles and settled.train.precision == "bf16"
+    assert ("train.compile" in [setting for setting, _, _ in reasons]) == bool(told)
+    assert read(settled.table()) == settled  # a resumed run keeps it
+    again, _ = probed(monkeypatch, settled, plain, fused)
+    assert again.compiles is compiles
+
+
+def test_an_encoder_that_cannot_be_compiled_is_trained_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = RuntimeError("Failed to find C compiler.\nPlease specify one")
+    found, _ = probed(monkeypatch, plan(epochs=800), 0.02, broken)
+    assert not found.compiles and found.step_seconds == 0.02
+    assert found.why_compiled == "cannot be compiled here (Failed to find C compiler.)"
+    with pytest.raises(UserError, match=r"train.compile: this encoder cannot be compiled here \(Failed to find"):
+        probed(monkeypatch, plan(epochs=800, compile=True), 0.02, broken)
+    with pytest.raises(torch.OutOfMemoryError):
+        probed(monkeypatch, plan(epochs=800), 0.02, torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_what_a_user_asks_for_stands_on_a_cpu_too() -> None:
+    recipe = plan(epochs=1, compile=True)
+    settled, _ = settle(recipe, Probed("fp32", 0.1, "asked for", 2, 2), replace(FACTS, device="cpu"), 97)
+    assert settled.train.compile is True

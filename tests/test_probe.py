@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import simsiam
 from simsiam import probe
 from simsiam.config import UserError, merge
 from simsiam.data.loader import Batch
 from simsiam.probe import Probed, settle
 from simsiam.recipe import Facts, Recipe, preset, read
+from test_train import SMALL
 
 FACTS = Facts(images=50_000, short_side=32, device="cuda")
 BATCH = Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), None, torch.arange(2))
@@ -82,7 +85,23 @@ def test_an_encoder_that_cannot_be_compiled_is_trained_without(monkeypatch: pyte
         probed(monkeypatch, plan(epochs=800), 0.02, torch.OutOfMemoryError("CUDA out of memory"))
 
 
-def test_what_a_user_asks_for_stands_on_a_cpu_too() -> None:
-    recipe = plan(epochs=1, compile=True)
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_what_a_user_asks_for_stands_on_a_cpu(asked: bool | None) -> None:
+    """And where nobody asked, the recipe that the run leaves lets a GPU decide."""
+    recipe = plan(epochs=1, **({} if asked is None else {"compile": asked}))
     settled, _ = settle(recipe, Probed("fp32", 0.1, "asked for", 2, 2), replace(FACTS, device="cpu"), 97)
-    assert settled.train.compile is True
+    assert settled.train.compile is asked
+
+
+def test_a_cpu_without_a_compiler_says_so(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing_compiles(*_: Any, **__: Any) -> Any:
+        def fails(x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("No working C++ compiler found in torch._inductor.config.cpp.cxx\nand so on")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", nothing_compiles)
+    overrides = [*SMALL["overrides"], "train.compile=true"]
+    with pytest.raises(UserError, match=r"^train.compile: this encoder cannot be compiled here \(No working C\+\+"):
+        simsiam.train(photos, tmp_path / "run", epochs=1, overrides=overrides, device="cpu")
+    assert not (tmp_path / "run").exists()

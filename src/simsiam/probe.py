@@ -102,6 +102,9 @@ def probe(
     for _ in range(3):
         step(compute)
     half_seconds = seconds[precision]
+    if recipe.train.compile:
+        fused = Step(copied, None, recipe.views.each(), compute, compiles=True)
+        _compiled(lambda: float(fused(batch, recipe.seed)[0]), True, say)
     if not halves:
         return Probed(precision, half_seconds, why, full, full)
     torch.set_num_threads(full)
@@ -132,20 +135,28 @@ def _probe_gpu(
     plain = 0.0 if asked else _step_seconds(method, recipe, batch, compute, False)
     if asked is False or (asked is None and length(plain) < _WORTH_COMPILING):
         return Probed(precision, plain, why, full, full)
-    say("Compiling the encoder: up to a minute the first time.")
-    try:
-        fused = _step_seconds(method, recipe, batch, compute, True)
-    except Exception as error:  # no C compiler, a backbone that torch cannot trace, ...: there are many kinds
-        if out_of_memory(error):
-            raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
-        if asked:
-            raise UserError(f"train.compile: this encoder cannot be compiled here ({reason}). Leave it out.") from None
-        return Probed(precision, plain, why, full, full, why_compiled=f"cannot be compiled here ({reason})")
+    fused, refused = _compiled(partial(_step_seconds, method, recipe, batch, compute, True), bool(asked), say)
+    if refused:
+        return Probed(precision, plain, why, full, full, why_compiled=refused)
     if asked or fused < 0.95 * plain:
         faster = "asked for" if asked else f"measured {plain / fused:.2f}x faster here"
         return Probed(precision, fused, why, full, full, compiles=True, why_compiled=faster)
     return Probed(precision, plain, why, full, full, why_compiled="measured no faster here")
+
+
+def _compiled(work: Callable[[], float], asked: bool, say: Callable[[str], None]) -> tuple[float, str]:
+    """What `work` returns, and "", or the reason why it cannot be compiled. Raises UserError for one that was asked for."""
+    say("Compiling the encoder: up to a minute the first time.")
+    try:
+        return work(), ""
+    except Exception as error:  # no C compiler, a backbone that torch cannot trace, ...: there are many kinds
+        if out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = f"cannot be compiled here ({lines[0][:100]})"
+        if asked:
+            raise UserError(f"train.compile: this encoder {reason}. Leave it out.") from None
+        return 0.0, reason
 
 
 def _step_seconds(method: torch.nn.Module, recipe: Recipe, batch: Batch, compute: Compute, compiles: bool) -> float:
@@ -183,7 +194,10 @@ def settle(recipe: Recipe, probed: Probed, facts: Facts, steps_per_epoch: int) -
         reasons.append(("train.threads", str(probed.threads), f"faster than {probed.full}: others use the cores"))
     if probed.why_compiled:
         reasons.append(("train.compile", "true" if probed.compiles else "false", probed.why_compiled))
-    train = replace(recipe.train, precision=probed.precision, compile=probed.compiles or bool(recipe.train.compile))
+    compiles = recipe.train.compile
+    if facts.device == "cuda":  # a resumed run does not ask again
+        compiles = probed.compiles or bool(compiles)
+    train = replace(recipe.train, precision=probed.precision, compile=compiles)
     if train.epochs is None and train.budget is None:
         epochs, why = default_epochs(facts, probed.step_seconds * steps_per_epoch)
         reasons.append(("train.epochs", f"{epochs:g}", why))

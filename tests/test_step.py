@@ -16,6 +16,7 @@ from simsiam import methods
 from simsiam.compute import Compute
 from simsiam.data.loader import Batch
 from simsiam.data.views import ViewSettings
+from simsiam.encoders import BasicBlock
 from simsiam.step import Captured, Step
 from simsiam.train import hook
 from test_methods import BATCH, SIZE, begin, make, optimiser
@@ -127,12 +128,16 @@ def test_views_wait_for_nothing() -> None:
     assert not [each for each in records[0] if each.split()[0].removeprefix("aten.").startswith(WAITS)]
 
 
-@pytest.mark.parametrize("name", ["simsiam", "byol"])
-def test_compiling_changes_rounding_only_and_leaves_the_encoder_as_it_was(name: str) -> None:
+def test_compiling_changes_rounding_only_and_leaves_the_encoder_as_it_was() -> None:
+    """BYOL has two encoders. Their backbone is one block: to compile more takes torch a second a layer."""
     found = []
     for compiles in (False, True):
-        method, step = started(name, compiles=compiles)
+        method, step = started("byol", compiles=compiles)
         step.optimizer = None
+        for encoder in step.encoders:
+            torch.manual_seed(0)
+            block = BasicBlock(3, encoder.dim, 2)
+            encoder.backbone = nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         method.double()
         loss, _ = step.update([view.double() for view in step.views(batch(0), 0, 0)], batch(0).index)
         gradients = {key: value.grad.clone() for key, value in method.named_parameters() if value.grad is not None}

@@ -44,10 +44,10 @@ class Step:
         self.method, self.optimizer, self.compute = method, optimizer, compute
         self._forward, self._settings = ranks.parallel(method), views
         self._draws = torch.Generator(compute.device)
+        self.encoders = [module for module in method.modules() if isinstance(module, Encoder)]
         self._fused: dict[Encoder, Callable[[Tensor], Tensor]] = {}
         if compiles:
-            encoders = [module for module in method.modules() if isinstance(module, Encoder)]
-            self._fused = {encoder: torch.compile(encoder.forward, dynamic=False) for encoder in encoders}
+            self._fused = {encoder: torch.compile(encoder.forward, dynamic=False) for encoder in self.encoders}
         if captures is None:
             captures = compute.device.type == "cuda" and not ranks.several()
         self._drawn = Captured(self._draw, say, self._draws) if captures else None

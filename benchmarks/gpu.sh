@@ -1,8 +1,8 @@
 #!/bin/sh
 # What docs/results.md says of a GPU, and what it lists as open, in pieces of under ten minutes; each leaves its results in $OUT.
 #   benchmarks/gpu.sh tests|step|speed|peers|cifar|ablations|methods DATA
-# DATA: CIFAR-10. A piece that is called again goes on where it stopped: runs/ stays on a machine that is kept warm. One piece
-# at a time: tests beside a training run halve its speed.
+# DATA: CIFAR-10. cifar, ablations and methods take one run or experiment a call, the first that is not finished, and go on
+# where it stopped: runs/ stays on a machine that is kept warm. One piece at a time: tests take the GPU from a run beside them.
 set -eu
 piece=$1
 data=${2:-demo}
@@ -25,7 +25,7 @@ tests) # one thread each: ten processes of sixteen threads wait for one another
     OMP_NUM_THREADS=1 timeout "$limit" python -m pytest -v --tb=short -n 10 --dist worksteal tests >"$out/tests.log" 2>&1 || true
     grep -E "FAILED|ERROR|passed|failed" "$out/tests.log" || true
     ;;
-step) # 1.5 minutes, of which compiling takes one
+step)
     python benchmarks/step.py --json "$out/step-32.json"
     python benchmarks/step.py --ways 0,1,4,5 --recipe imagenet --encoder resnet50 --size 224 --source 256 --batch 64 \
         --seconds 1.5 --repeats 3 --json "$out/step-224.json"
@@ -41,22 +41,30 @@ peers)
         --images 16000 --seconds 8 --repeats 3 --compile --json "$out/peers-32.json"
     ;;
 cifar)
-    train runs/cifar-200 --recipe cifar --epochs 200
-    train runs/cifar-800 --recipe cifar
-    for run in runs/cifar-200 runs/cifar-800; do
-        [ -f $run/summary.json ] || continue
-        [ -f $run/evaluation.json ] || python -m simsiam evaluate $run --sgd
-        cp $run/summary.json "$out/$(basename $run)-summary.json"
-        cp $run/evaluation.json "$out/$(basename $run)-evaluation.json"
+    for epochs in 200 800; do
+        run=runs/cifar-$epochs
+        if [ -f $run/evaluation.json ]; then continue; fi
+        if [ -f $run/summary.json ]; then
+            timeout "$limit" python -m simsiam evaluate $run --sgd
+            cp $run/summary.json "$out/cifar-$epochs-summary.json"
+            cp $run/evaluation.json "$out/cifar-$epochs-evaluation.json"
+        else
+            train $run --recipe cifar --epochs $epochs
+        fi
+        break
     done
     ;;
 ablations | methods)
     names="stop-gradient predictor bn symmetry"
     [ "$piece" = methods ] && names="comparison cifar"
     for name in $names; do
+        if [ -f "$out/reproduce-$name.json" ]; then continue; fi
         timeout --signal=TERM "$limit" python -m simsiam reproduce $name --data "$data" --scale cifar --epochs 100 \
             --seeds 1 -o runs/reproduce-$name || echo "$name: stopped, call again to go on"
-        [ -f runs/reproduce-$name/result.json ] && cp runs/reproduce-$name/result.json "$out/reproduce-$name.json"
+        if [ -f runs/reproduce-$name/result.json ]; then
+            cp runs/reproduce-$name/result.json "$out/reproduce-$name.json"
+        fi
+        break
     done
     ;;
 *)

@@ -517,6 +517,9 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.only = arguments.only.split(",")
     unknown = set(arguments.only) - {*SECTIONS, "growth"}
+    strange = set((arguments.peers or LIGHTLY.name).split(",")) - {peer.name for peer in PEERS}
+    if strange:
+        parser.error(f"unknown peer {', '.join(sorted(strange))}: choose from {', '.join(peer.name for peer in PEERS)}")
     if unknown:
         parser.error(f"unknown section {', '.join(sorted(unknown))}: choose from {', '.join([*SECTIONS, 'growth'])}")
     return arguments

@@ -38,7 +38,7 @@ from torchvision import transforms as T
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
-from simsiam.compute import computes_bf16, cpu_quota
+from simsiam.compute import computes_bf16, cpu_quota, wait
 from simsiam.data.decode import decode
 from simsiam.data.demo import photograph_files
 from simsiam.data.sources import open_images
@@ -88,17 +88,13 @@ class Clock:
         """To be asked after every step."""
         self.steps += 1
         if self.steps == self.warmup:
-            self._wait()
+            wait(self.device)
             self.start = time.perf_counter()
         if self.steps <= self.warmup or time.perf_counter() - self.start < self.seconds:
             return False
-        self._wait()
+        wait(self.device)
         self.rate = (self.steps - self.warmup) * self.batch / (time.perf_counter() - self.start)
         return True
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 # --- the images -----------------------------------------------------------------------------------------------------

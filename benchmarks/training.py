@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 import simsiam
-from simsiam.compute import Compute, describe, pick_device, set_threads
+from simsiam.compute import Compute, describe, pick_device, set_threads, wait
 from simsiam.config import read_recipe
 from simsiam.data.cache import build_cache
 from simsiam.data.demo import photograph_files
@@ -88,11 +87,6 @@ def limit(run: Path, seconds: float, device: str) -> float:
             wait(where)  # else a GPU's queue is filled for longer than the clock runs
     wait(where)
     return count * recipe.train.batch_size / (time.perf_counter() - start)
-
-
-def wait(where: torch.device) -> None:
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 import simsiam
 from simsiam import probe
+from simsiam.compute import Compute
 from simsiam.config import UserError, merge
 from simsiam.data.loader import Batch
 from simsiam.probe import Probed, settle
@@ -40,10 +42,9 @@ def probed(
         return fused if _[-1] else plain  # type: ignore[return-value]
 
     monkeypatch.setattr(probe, "_step_seconds", seconds)
-    method, device = torch.nn.Linear(1, 1), torch.device("cpu")
-    return probe._probe_gpu(
-        method, recipe, BATCH, device, lambda s: probe._length(recipe, 97, FACTS, s), told.append
-    ), told
+    start, compute = Probed("bf16", 0.0, "asked for", 2, 2), Compute(torch.device("cpu"), "bf16")
+    length = partial(probe._length, recipe, 97, FACTS)
+    return probe._probe_gpu(torch.nn.Linear(1, 1), recipe, BATCH, compute, start, length, told.append), told
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,14 @@ def repeatable(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.deterministic = before
 
 
+def wait(device: torch.device) -> None:
+    """Until what a GPU was given is done: before a clock is read."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether torch or numpy say that memory has run out; on a CPU torch has no exception of its own for that."""
     import torch

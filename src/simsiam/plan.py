@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsiam.compute import Compute, generator, out_of_memory, pick_device, probe_precision, set_threads
+from simsiam.compute import Compute, generator, out_of_memory, pick_device, probe_precision, set_threads, wait
 from simsiam.config import UserError, counted
 from simsiam.data.decode import DecodeError, decode, in_order
 from simsiam.data.loader import Batch
@@ -199,8 +199,7 @@ def _time(work: Callable[[], object], seconds: float, device: torch.device) -> f
     while len(times) < warm + 3 or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         times.append(time.perf_counter() - start)
     return float(np.median(times[warm:]))
 

@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 
 from simsiam import ranks
-from simsiam.compute import Compute, Pace, generator, out_of_memory, probe_precision, set_threads
+from simsiam.compute import Compute, Pace, generator, out_of_memory, probe_precision, set_threads, wait
 from simsiam.config import UserError
 from simsiam.data.loader import Batch, Loader
-from simsiam.data.views import random_view
+from simsiam.data.views import random_views
 from simsiam.recipe import Facts, Reasons, Recipe, default_epochs
 from simsiam.step import Step
 
@@ -70,9 +70,6 @@ def probe(
     """
     copied = copy.deepcopy(method)
     batch = next(iter(loader.epoch(0)))
-    if device.type == "cuda" and not ranks.several():
-        length = partial(_length, recipe, loader.steps_per_epoch, facts)
-        return _probe_gpu(copied, recipe, batch, device, length, say)
     seconds: dict[str, float] = {}
 
     def step(compute: Compute, images: int | None = None) -> None:
@@ -80,12 +77,11 @@ def probe(
         start = time.perf_counter()
         draws = generator(device, recipe.seed)
         sizes = None if batch.sizes is None else batch.sizes[:images]
-        views = [random_view(batch.images[:images], view, draws, sizes) for view in recipe.views.each()]
+        views = random_views(batch.images[:images], recipe.views.each(), draws, sizes)
         with compute.autocast():
-            loss, _ = copied(views, batch.index[:images])
+            loss, _ = copied(list(views), batch.index[:images])
         loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait(device)
         taken = time.perf_counter() - start
         seconds[compute.precision] = min(taken, seconds.get(compute.precision, taken))
 
@@ -98,6 +94,9 @@ def probe(
     wanted = recipe.train.precision
     precision, why = probe_precision(device, partial(step, images=_FEW)) if wanted == "auto" else (wanted, "asked for")
     compute = Compute(device, precision)
+    if device.type == "cuda" and not ranks.several():
+        length = partial(_length, recipe, loader.steps_per_epoch, facts)
+        return _probe_gpu(copied, recipe, batch, compute, Probed(precision, 0.0, why, full, full), length, say)
     seconds.clear()  # of few images
     for _ in range(3):
         step(compute)
@@ -121,27 +120,23 @@ def _probe_gpu(
     method: torch.nn.Module,
     recipe: Recipe,
     batch: Batch,
-    device: torch.device,
+    compute: Compute,
+    found: Probed,
     length: Callable[[float], float],
     say: Callable[[str], None],
 ) -> Probed:
-    """length: seconds of a step -> seconds of the run."""
-    wanted = recipe.train.precision
-    precision, why = probe_precision(device, lambda _: None) if wanted == "auto" else (wanted, "asked for")
-    compute = Compute(device, precision)
+    """`found` with the seconds of a step and whether to compile. length: seconds of a step -> seconds of the run."""
     compute.place(method)
-    full = set_threads(recipe.train.threads)
     asked = recipe.train.compile
     plain = 0.0 if asked else _step_seconds(method, recipe, batch, compute, False)
+    found = replace(found, step_seconds=plain)
     if asked is False or (asked is None and length(plain) < _WORTH_COMPILING):
-        return Probed(precision, plain, why, full, full)
+        return found
     fused, refused = _compiled(partial(_step_seconds, method, recipe, batch, compute, True), bool(asked), say)
-    if refused:
-        return Probed(precision, plain, why, full, full, why_compiled=refused)
-    if asked or fused < 0.95 * plain:
-        faster = "asked for" if asked else f"measured {plain / fused:.2f}x faster here"
-        return Probed(precision, fused, why, full, full, compiles=True, why_compiled=faster)
-    return Probed(precision, plain, why, full, full, why_compiled="measured no faster here")
+    if refused or not (asked or fused < 0.95 * plain):
+        return replace(found, why_compiled=refused or "measured no faster here")
+    faster = "asked for" if asked else f"measured {plain / fused:.2f}x faster here"
+    return replace(found, step_seconds=fused, compiles=True, why_compiled=faster)
 
 
 def _compiled(work: Callable[[], float], asked: bool, say: Callable[[str], None]) -> tuple[float, str]:
@@ -164,10 +159,10 @@ def _step_seconds(method: torch.nn.Module, recipe: Recipe, batch: Batch, compute
     step = Step(method, None, recipe.views.each(), compute, compiles=compiles)
     times = []
     for number in range(_STEPS):
-        torch.cuda.synchronize(compute.device)
+        wait(compute.device)
         start = time.perf_counter()
         step(batch, recipe.seed, number)
-        torch.cuda.synchronize(compute.device)
+        wait(compute.device)
         times.append(time.perf_counter() - start)
     method.zero_grad(set_to_none=True)
     del step

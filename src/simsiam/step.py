@@ -21,7 +21,7 @@ _WARM = 3
 class Step:
     """Takes one step on a batch.
 
-    A step is some two thousand kernels, many of a few microseconds: launched one by one, they leave the GPU waiting for the
+    A step is a thousand operations, many of a few microseconds: launched one by one, they leave a GPU waiting for the
     processor. Captured once, they are launched together, and the numbers stay the same.
 
     Args:

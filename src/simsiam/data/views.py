@@ -112,7 +112,7 @@ def random_views(
 
     On a GPU those of equal settings are drawn together: two hundred kernels that are too small to fill it, once.
     """
-    if images.device.type == "cpu":
+    if not images.is_cuda:
         return tuple(random_view(images, each, generator, sizes) for each in settings)
     views: dict[int, Tensor] = {}
     for each in dict.fromkeys(settings):
@@ -151,8 +151,8 @@ def random_view(
             kernel = gaussian(sigma, settings.size)
             w_y, w_x = kernel @ w_y, kernel @ w_x
         # float16 on a GPU: its matrix units, half of the memory's traffic; off by half of a level at most.
-        exact = images.device.type == "cpu"
-        view = resample(images, w_y, w_x) if exact else resample(images, w_y.half(), w_x.half()).float()
+        precision = torch.float16 if images.is_cuda else torch.float32
+        view = resample(images, w_y.to(precision), w_x.to(precision)).float()
     matrix, offset = colour_matrix(view.mean((2, 3)) / 255, settings, generator)
     view = _colour(view, matrix, offset, settings)
     if settings.solarize_p > 0:

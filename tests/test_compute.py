@@ -16,6 +16,7 @@ import torch
 from simsiam import compute
 from simsiam.compute import Compute, Pace, cpu_quota, describe, generator, pick_device, probe_precision, set_threads
 from simsiam.config import UserError
+from simsiam.data.decode import default_workers
 
 CPU = torch.device("cpu")
 
@@ -63,7 +64,7 @@ def test_a_device_that_is_not_there(name: str) -> None:
 def test_cores_are_the_smaller_of_affinity_and_quota(monkeypatch: pytest.MonkeyPatch, quota: str, cores: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(compute, "open", lambda *_, **__: io.StringIO(quota), raising=False)
-    assert cpu_quota() == cores
+    assert cpu_quota() == default_workers() == cores
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")

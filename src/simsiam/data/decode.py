@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,8 @@ import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image, features
+
+from simsiam.compute import cpu_quota
 
 T = TypeVar("T")
 
@@ -121,8 +122,7 @@ def orientation(image: Image.Image) -> int:
 
 def default_workers() -> int:
     """Threads for decoding: the cores this process may use, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, cores)
+    return min(16, cpu_quota())
 
 
 def in_order(

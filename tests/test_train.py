@@ -34,7 +34,7 @@ from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.embeddings import read_embeddings
 from simsiam.recipe import Facts, default_epochs, gather, look_at, read, resolve
-from simsiam.runs import Checkpoints, made, read_json, read_metrics
+from simsiam.runs import Checkpoints, claim, made, read_json, read_metrics
 from simsiam.session import method_tensors
 from simsiam.train import _initial, _sweep, build_method
 
@@ -312,6 +312,25 @@ def test_a_finished_run_that_was_moved_is_the_one_that_is_meant(photos: Path, tm
     simsiam.train(photos, tmp_path / "first", epochs=1, **SMALL)
     (tmp_path / "first").rename(tmp_path / "second")
     assert simsiam.train(out=tmp_path / "second", resume=True)["run"] == str(tmp_path / "second")
+
+
+def test_a_run_that_trains_is_nobody_elses(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not to be resumed, and that is said before the images are looked for; once it has stopped it is free."""
+    monkeypatch.setattr("simsiam.session._FLUSH_SECONDS", 0.0)
+    refused = []
+
+    class Second(Stop):
+        def step(self, figures, progress, left) -> None:  # type: ignore[no-untyped-def]
+            if figures["step"] == 2:
+                with monkeypatch.context() as patch, pytest.raises(UserError, match="Another process is training"):
+                    patch.setattr("simsiam.train.open_images", lambda _: pytest.fail("the images were looked for"))
+                    simsiam.train(out=tmp_path / "run", resume=True)
+                refused.append(True)
+            super().step(figures, progress, left)
+
+    with pytest.raises(Interrupted):
+        simsiam.train(photos, tmp_path / "run", epochs=9, listener=Second(signal.SIGINT, 3), **SMALL)
+    assert refused and claim(tmp_path / "run").is_locked
 
 
 def test_resume_refuses_other_images_and_says_what_it_ignores(

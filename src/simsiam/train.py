@@ -38,6 +38,7 @@ from simsiam.runs import (
     SUMMARY,
     Checkpoints,
     check_unused,
+    claim,
     made,
     read_json,
     resumable,
@@ -121,6 +122,7 @@ def _train(
         if (run / SUMMARY).exists():
             listener.say(f"{run} is finished: nothing is left to resume.")
             return {**read_json(run / SUMMARY), "run": str(run)}  # it may have been moved
+        ranks.same(lambda: claim(run).release())  # whoever waits for another's run learns it before the images are read
         asked = read_recipe(run / RECIPE)
     elif given is not None:
         check_unused(given)

@@ -97,6 +97,7 @@ def test_a_method_says_where_it_comes_from(name: str) -> None:
 def test_every_recipe_can_be_had_with_every_method(name: str, recipe: str) -> None:
     """And differs from the method's defaults only in settings that it has: `read` refuses any other."""
     table = preset(recipe, name)
+    assert {"lr", "weight_decay"} <= table["train"].keys(), "or it would take those of no recipe at all"
     views, encoder = {"size": 32, **table["views"]}, {"size": 32, **table["encoder"]}
     plan = read({"data": "x", **table, "views": views, "encoder": encoder, "eval": {"size": 32}})
     assert plan.method == name and len(plan.views.each()) in methods.get(name).VIEWS

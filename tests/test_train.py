@@ -27,13 +27,13 @@ from safetensors.torch import load_file
 
 import simsiam
 from simsiam.compute import Compute
-from simsiam.config import Interrupted, UserError, read_recipe
+from simsiam.config import Interrupted, UserError, read_recipe, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.embeddings import read_embeddings
-from simsiam.recipe import Facts, default_epochs, gather, look_at, read, resolve
+from simsiam.recipe import Facts, default_epochs, gather, look_at, preset, read, resolve
 from simsiam.runs import Checkpoints, claim, made, read_json, read_metrics
 from simsiam.session import method_tensors
 from simsiam.train import _initial, _sweep, build_method
@@ -744,6 +744,28 @@ def test_a_papers_encoder_and_batch_are_cut_to_size_with_a_reason() -> None:
     }.items()
     plan, reasons = resolve(gather("x", None, [], {}), facts)
     assert ("encoder", "resnet18") in [(setting, value) for setting, value, _ in reasons]
+
+
+def test_another_method_takes_the_optimiser_where_it_belongs(tmp_path: Path) -> None:
+    """Its own for a built-in recipe, also where a run of SimSiam starts from one of BYOL; a file of the user's own says
+    itself how to train."""
+    own = tmp_path / "own.toml"
+    own.write_text(
+        '[method]\nname = "simsiam"\ndim = 64\n[encoder]\nname = "thin-resnet18"\n'
+        '[train]\nlr = 0.7\nweight_decay = 2e-3\noptimizer = "lars"\nepochs = 9\n'
+    )
+    table = gather("x", str(own), [], {"method": "byol"})
+    assert table["method"] == {"name": "byol"} and table["encoder"] == {"name": "thin-resnet18"}
+    assert table["train"] == {"lr": 0.7, "weight_decay": 2e-3, "optimizer": "lars", "epochs": 9}
+    run = tmp_path / "run"
+    run.mkdir()
+    byol = resolve(gather("x", "cifar", [], {"method": "byol", "epochs": 5.0}), Facts(50_000, 32, "cuda"))[0]
+    (run / "config.toml").write_text(write_recipe(byol.table()))
+    back = gather("x", None, [], {"init": str(run), "method": "simsiam"})
+    theirs = preset("cifar")
+    assert back["method"] == theirs["method"] and "momentum" not in back["method"]
+    assert all(back["train"][key] == theirs["train"][key] for key in ("lr", "weight_decay"))
+    assert "optimizer" not in back["train"] and back["train"]["epochs"] == 5.0
 
 
 @pytest.mark.usefixtures("on_cpu")

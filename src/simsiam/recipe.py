@@ -223,7 +223,7 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
 
 def preset(recipe: str, method: str | None = None) -> Table:
     """A recipe as another method takes it: its encoder, views, batch and length; heads and optimiser are the method's own,
-    from its DEFAULTS for this recipe.
+    from its DEFAULTS for this recipe. Of a file of the user's own only the method's settings are left out.
 
     Args:
         recipe: name of a built-in recipe or path of a TOML file.
@@ -237,9 +237,14 @@ def as_method(table: Table, recipe: str, method: str | None) -> Table:
     if method is None or method == table.get("method", {}).get("name", method):
         return table
     kept = ("epochs", "budget", "batch_size", "cosine")
-    train = {key: value for key, value in table.get("train", {}).items() if key in kept}
-    own = methods.get(method).DEFAULTS.get("thin" if recipe == "demo" else recipe, {})
-    return merge({**table, "method": {"name": method}, "train": train}, own)
+    own = methods.get(method).DEFAULTS.get("thin" if recipe == "demo" else recipe)
+    table, train = {**table, "method": {"name": method}}, table.get("train", {})
+    if own is None and recipe in recipes.names() and (theirs := recipes.get(recipe))["method"]["name"] == method:
+        # back to the recipe's own method, from a run with another
+        own = {"method": theirs["method"], "train": {k: v for k, v in theirs["train"].items() if k not in kept}}
+    if own is None:
+        return table
+    return merge({**table, "train": {key: value for key, value in train.items() if key in kept}}, own)
 
 
 def qualify(override: Table) -> Table:

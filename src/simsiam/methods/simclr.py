@@ -36,7 +36,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "views": {"scale": [0.08, 1.0], "jitter": [0.8, 0.8, 0.8, 0.2]},
     },
     # In the setting of the SimSiam paper's appendix D, which differs from SimSiam's in nothing but the method.
-    "cifar": {"method": {"temperature": 0.5, "dim": 128, "projector_hidden": 512}},
+    "cifar": {
+        "method": {"temperature": 0.5, "dim": 128, "projector_hidden": 512},
+        "train": {"lr": 0.03, "weight_decay": 5e-4},
+    },
     "thin": {
         "method": {"temperature": 0.2, "dim": 128, "projector_hidden": 512},
         "train": {"lr": 0.3, "weight_decay": 1e-4},

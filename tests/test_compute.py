@@ -50,7 +50,7 @@ def test_pick_device() -> None:
     assert torch.empty(1, device=pick_device("auto")).numel() == 1
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "cpu0"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "", "cpu0", "meta", "hpu"])
 def test_a_device_that_is_not_there(name: str) -> None:
     with pytest.raises(UserError, match=r"cannot be used .* --device cpu") as error:
         pick_device(name)

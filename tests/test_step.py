@@ -29,7 +29,7 @@ WAITS = ("_local_scalar_dense", "nonzero", "item", "equal.default", "masked_sele
 
 
 class Operations(TorchDispatchMode):
-    """Every operation and the shapes of its arguments, in order."""
+    """Every operation and its arguments, in order: of tensors the shapes, of numbers the value, which a graph keeps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,8 +37,9 @@ class Operations(TorchDispatchMode):
         self.sent = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        shapes = [tuple(each.shape) for each in torch.utils._pytree.tree_leaves(args) if isinstance(each, Tensor)]
-        self.seen.append(f"{function} {shapes}")
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        given = [tuple(each.shape) if isinstance(each, Tensor) else each for each in leaves]
+        self.seen.append(f"{function} {[each for each in given if not isinstance(each, torch.Generator)]}")
         # x[index] = True: the value comes from Python.
         self.sent |= "index_put" in str(function) and args[2].ndim == 0
         return function(*args, **(kwargs or {}))
@@ -104,6 +105,16 @@ def test_what_is_captured_once_holds_for_every_step(name: str, settings: dict[st
     assert places == [value.data_ptr() for value in method.state_dict().values()]
 
 
+def test_a_number_that_changes_is_seen() -> None:
+    """A graph would keep the first: a temperature, say, that follows a schedule in Python."""
+    records = []
+    for temperature in (0.1, 0.2):
+        with Operations() as operations:
+            torch.ones(2) / temperature
+        records.append(operations.seen)
+    assert records[0] != records[1]
+
+
 def test_swavs_step_is_not_fixed_before_its_queue_is_in_use() -> None:
     method, step = started("swav")
     assert not method.fixed
@@ -120,11 +131,12 @@ def test_views_wait_for_nothing() -> None:
     """On a GPU; there, small and large images go the same way."""
     _, step = started("simsiam")
     records = []
-    for number in range(2):
+    for number in range(3):
+        images = batch(number)
         with Operations() as operations:
-            step.views(batch(number), 0, number)
+            step.views(images, 0, number)
         records.append(operations.seen)
-    assert records[0] == records[1]
+    assert records[1] == records[2]  # the first made constants
     assert not [each for each in records[0] if each.split()[0].removeprefix("aten.").startswith(WAITS)]
 
 
@@ -192,6 +204,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "stream", nothing)
+    monkeypatch.setattr(torch.cuda, "device", nothing)
     monkeypatch.setattr(torch.cuda, "graph", nothing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     capture = Captured._capture
@@ -248,10 +261,14 @@ def test_where_no_graph_can_be_made_it_is_said_once(cuda: Graphs, monkeypatch: p
         return (2 * x,)
 
     monkeypatch.setattr(torch.cuda, "graph", refused)
+    freed: list[str] = []
+    waiting = types.SimpleNamespace(clone_state=lambda: "as it was", graphsafe_set_state=freed.append)
+    monkeypatch.setattr(torch.cuda, "default_generators", (waiting,))
     told: list[str] = []
     captured = Captured(looks_at_values, told.append)
     assert [float(captured(torch.tensor(float(number)))[0]) for number in range(8)] == [2.0 * n for n in range(8)]
     assert len(told) == 1 and len(cuda) == 1 and "not permitted when stream is capturing)" in told[0]
+    assert freed == ["as it was"]
 
 
 def test_too_little_memory_for_a_graph_is_no_reason_to_go_on(cuda: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,10 +363,11 @@ def test_batches_of_other_shapes_are_taken_too() -> None:
 
 
 @gpu
-def test_what_cannot_be_captured_runs_as_it_is() -> None:
+@pytest.mark.parametrize("name", ["simsiam", "moco"])  # MoCo draws in its forward pass
+def test_what_cannot_be_captured_runs_as_it_is(name: str) -> None:
     device = torch.device("cuda")
     told: list[str] = []
-    method, step = started("simsiam", device, captures=True, say=told.append)
+    method, step = started(name, device, captures=True, say=told.append)
     method.encoder.register_forward_hook(lambda *_: float(torch.ones((), device=device)) and None)  # type: ignore[union-attr]
     losses = [float(step(batch(number, device), 0, number)[0]) for number in range(8)]
     assert len(told) == 1 and "No CUDA graph" in told[0] and len(set(losses)) == 8

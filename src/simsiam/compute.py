@@ -53,6 +53,8 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device("cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not among cpu, cuda and mps")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -264,8 +266,8 @@ def seed_of(*key: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def describe() -> dict[str, Any]:
-    """Versions and hardware, for `environment.json`."""
+def describe(device: torch.device | None = None) -> dict[str, Any]:
+    """Versions and hardware, for `environment.json`; of several GPUs the device's, or the current one."""
     import torch
     import torchvision
 
@@ -274,6 +276,7 @@ def describe() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), cpu)
+    gpu = device if device is not None and device.type == "cuda" else None
     return {
         "simsiam": simsiam.__version__,
         "python": platform.python_version(),
@@ -283,5 +286,5 @@ def describe() -> dict[str, Any]:
         "cpu": cpu,
         "cores": cpu_quota(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(gpu) if torch.cuda.is_available() else None,
     }

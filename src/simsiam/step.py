@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -145,20 +146,32 @@ class Captured:
         return results
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
-        main = torch.cuda.current_stream(inputs[0].device)
+        device = inputs[0].device
+        main = torch.cuda.current_stream(device)
         own = tuple(torch.empty_like(each).copy_(each) for each in inputs)
         graph = torch.cuda.CUDAGraph()
-        if self._draws is not None:
-            graph.register_generator_state(self._draws)
-        try:
-            # Of this thread alone: others decode and read ahead meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._outputs = self._function(*own)
-        except RuntimeError as error:
-            torch.cuda.set_stream(main)  # torch leaves that of the capture in place
-            if out_of_memory(error):
-                raise
-            self._refused = True
-            self._say(f"No CUDA graph of this step can be made ({str(error).splitlines()[0][:100]}): it runs slower.")
-        else:
-            self._graph, self._inputs = graph, own
+        if self._draws is not None and hasattr(graph, "register_generator_state"):
+            with warnings.catch_warnings():  # of torch 2.14, whose graphs find their generators themselves
+                warnings.simplefilter("ignore")
+                graph.register_generator_state(self._draws)
+        with torch.cuda.device(device):  # a graph holds what is launched on its own stream, which is of one device
+            try:
+                # Of this thread alone: others decode and read ahead meanwhile.
+                with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+                    self._outputs = self._function(*own)
+            except RuntimeError as error:
+                torch.cuda.set_stream(main)  # torch leaves that of the capture in place
+                if out_of_memory(error):
+                    raise
+                self._refused = True
+                self._free_generators(device)
+                reason = str(error).splitlines()[0][:100]
+                self._say(f"No CUDA graph of this step can be made ({reason}): it runs slower.")
+            else:
+                self._graph, self._inputs = graph, own
+
+    def _free_generators(self, device: torch.device) -> None:
+        """A capture that failed leaves them waiting for its end, up to torch 2.11: the next draw would be refused."""
+        for draws in (torch.cuda.default_generators[device.index or 0], self._draws):
+            if draws is not None:
+                draws.graphsafe_set_state(draws.clone_state())

@@ -174,7 +174,7 @@ def _train(
         if not resume:
             write_text(run / RECIPE, write_recipe(plan.table()))
         about = {"device": str(where), "processes": ranks.count(), **_command()}
-        write_json(run / ENVIRONMENT, {**describe(), **about})
+        write_json(run / ENVIRONMENT, {**describe(where), **about})
     s.open(resume)
     try:
         listener.plan(_facts(s, cache, len(rows), len(held_out), probed.step_seconds), reasons)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,11 +14,12 @@ import torch
 import simsiam
 from simsiam import probe
 from simsiam.compute import Compute
-from simsiam.config import UserError, merge
+from simsiam.config import Interrupted, UserError, merge, read_recipe, write_recipe
 from simsiam.data.loader import Batch
 from simsiam.probe import Probed, settle
 from simsiam.recipe import Facts, Recipe, preset, read
-from test_train import SMALL
+from simsiam.runs import write_text
+from test_train import SMALL, Recorder, Stop
 
 FACTS = Facts(images=50_000, short_side=32, device="cuda")
 BATCH = Batch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), None, torch.arange(2))
@@ -82,8 +84,11 @@ def test_an_encoder_that_cannot_be_compiled_is_trained_without(monkeypatch: pyte
     assert found.why_compiled == "cannot be compiled here (Failed to find C compiler.)"
     with pytest.raises(UserError, match=r"train.compile: this encoder cannot be compiled here \(Failed to find"):
         probed(monkeypatch, plan(epochs=800, compile=True), 0.02, broken)
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    found, _ = probed(monkeypatch, plan(epochs=800), 0.02, full)  # compiling takes more than the step itself
+    assert not found.compiles and "out of memory" in found.why_compiled
     with pytest.raises(torch.OutOfMemoryError):
-        probed(monkeypatch, plan(epochs=800), 0.02, torch.OutOfMemoryError("CUDA out of memory"))
+        probed(monkeypatch, plan(epochs=800, compile=True), 0.02, full)
 
 
 @pytest.mark.parametrize("asked", [True, False, None])
@@ -94,7 +99,8 @@ def test_what_a_user_asks_for_stands_on_a_cpu(asked: bool | None) -> None:
     assert settled.train.compile is asked
 
 
-def test_a_cpu_without_a_compiler_says_so(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing_compiles(*_: Any, **__: Any) -> Any:
         def fails(x: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("No working C++ compiler found in torch._inductor.config.cpp.cxx\nand so on")
@@ -102,7 +108,25 @@ def test_a_cpu_without_a_compiler_says_so(photos: Path, tmp_path: Path, monkeypa
         return fails
 
     monkeypatch.setattr(torch, "compile", nothing_compiles)
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_cpu_without_a_compiler_says_so(photos: Path, tmp_path: Path) -> None:
     overrides = [*SMALL["overrides"], "train.compile=true"]
     with pytest.raises(UserError, match=r"^train.compile: this encoder cannot be compiled here \(No working C\+\+"):
         simsiam.train(photos, tmp_path / "run", epochs=1, overrides=overrides, device="cpu")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_compiler", "on_cpu")
+def test_a_run_that_was_compiled_goes_on_where_nothing_can_be(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simsiam.session._FLUSH_SECONDS", 0.0)
+    with pytest.raises(Interrupted):
+        simsiam.train(photos, tmp_path / "run", epochs=2, listener=Stop(signal.SIGINT, 3), **SMALL)
+    config = tmp_path / "run" / "config.toml"
+    write_text(config, write_recipe(merge(read_recipe(config), {"train": {"compile": True}})))  # as a GPU leaves it
+    told = Recorder()
+    assert simsiam.train(out=tmp_path / "run", resume=True, listener=told)["steps"] == 10
+    assert any("cannot compile the encoder: the run goes on without" in line for line in told.lines)

@@ -62,11 +62,15 @@ def probe(
     device: torch.device,
     facts: Facts,
     say: Callable[[str], None],
+    resumed: bool = False,
 ) -> Probed:
     """Picks precision, threads and, on a GPU, whether to compile, by measuring. The method is left as it was; torch has all
     threads.
 
     say: is told of what takes long.
+    resumed: the recipe's `train.compile` was settled at the start of the run, perhaps on another machine: where this one
+        cannot compile, the run goes on without.
+    Raises UserError where the user asks to compile what cannot be compiled.
     """
     copied = copy.deepcopy(method)
     batch = next(iter(loader.epoch(0)))
@@ -96,16 +100,18 @@ def probe(
     compute = Compute(device, precision)
     if device.type == "cuda" and not ranks.several():
         length = partial(_length, recipe, loader.steps_per_epoch, facts)
-        return _probe_gpu(copied, recipe, batch, compute, Probed(precision, 0.0, why, full, full), length, say)
+        found = Probed(precision, 0.0, why, full, full)
+        return _probe_gpu(copied, recipe, batch, compute, found, length, say, resumed)
     seconds.clear()  # of few images
     for _ in range(3):
         step(compute)
-    half_seconds = seconds[precision]
+    half_seconds, compiles = seconds[precision], False
     if recipe.train.compile:
         fused = Step(copied, None, recipe.views.each(), compute, compiles=True)
-        _compiled(lambda: float(fused(batch, recipe.seed)[0]), True, say)
+        _, refused = _compiled(lambda: float(fused(batch, recipe.seed)[0]), not resumed, say)
+        compiles = not refused
     if not halves:
-        return Probed(precision, half_seconds, why, full, full)
+        return Probed(precision, half_seconds, why, full, full, compiles=compiles)
     torch.set_num_threads(full)
     del seconds[precision]
     step(compute)
@@ -113,7 +119,7 @@ def probe(
         step(compute)
     full_seconds = seconds[precision]
     threads = full if recipe.train.threads or full_seconds < 1.2 * half_seconds else full // 2
-    return Probed(precision, min(half_seconds, full_seconds), why, threads, full, full_seconds, half_seconds)
+    return Probed(precision, min(half_seconds, full_seconds), why, threads, full, full_seconds, half_seconds, compiles)
 
 
 def _probe_gpu(
@@ -124,15 +130,17 @@ def _probe_gpu(
     found: Probed,
     length: Callable[[float], float],
     say: Callable[[str], None],
+    resumed: bool = False,
 ) -> Probed:
     """`found` with the seconds of a step and whether to compile. length: seconds of a step -> seconds of the run."""
     compute.place(method)
     asked = recipe.train.compile
-    plain = 0.0 if asked else _step_seconds(method, recipe, batch, compute, False)
+    plain = 0.0 if asked and not resumed else _step_seconds(method, recipe, batch, compute, False)
     found = replace(found, step_seconds=plain)
     if asked is False or (asked is None and length(plain) < _WORTH_COMPILING):
         return found
-    fused, refused = _compiled(partial(_step_seconds, method, recipe, batch, compute, True), bool(asked), say)
+    work = partial(_step_seconds, method, recipe, batch, compute, True)
+    fused, refused = _compiled(work, bool(asked) and not resumed, say)
     if refused or not (asked or fused < 0.95 * plain):
         return replace(found, why_compiled=refused or "measured no faster here")
     faster = "asked for" if asked else f"measured {plain / fused:.2f}x faster here"
@@ -145,13 +153,14 @@ def _compiled(work: Callable[[], float], asked: bool, say: Callable[[str], None]
     try:
         return work(), ""
     except Exception as error:  # no C compiler, a backbone that torch cannot trace, ...: there are many kinds
-        if out_of_memory(error):
+        if asked and out_of_memory(error):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"cannot be compiled here ({lines[0][:100]})"
         if asked:
             raise UserError(f"train.compile: this encoder {reason}. Leave it out.") from None
-        return 0.0, reason
+    _free()
+    return 0.0, reason
 
 
 def _step_seconds(method: torch.nn.Module, recipe: Recipe, batch: Batch, compute: Compute, compiles: bool) -> float:
@@ -166,9 +175,13 @@ def _step_seconds(method: torch.nn.Module, recipe: Recipe, batch: Batch, compute
         times.append(time.perf_counter() - start)
     method.zero_grad(set_to_none=True)
     del step
+    _free()
+    return min(times)
+
+
+def _free() -> None:
     gc.collect()  # a step and its graphs refer to one another; the next one needs their memory
     torch.cuda.empty_cache()
-    return min(times)
 
 
 def _length(recipe: Recipe, steps_per_epoch: int, facts: Facts, step_seconds: float) -> float:

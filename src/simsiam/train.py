@@ -147,13 +147,16 @@ def _train(
     _check_parts(plan.train.batch_size)
     method = build_method(plan, len(rows)) if resume else _initial(plan, len(rows), listener)
     loader = Loader(cache, rows, plan.train.batch_size, where, plan.seed)
-    own = probe(method, plan, loader, where, facts, listener.say)
+    own = probe(method, plan, loader, where, facts, listener.say, resumed=resume)
     probed = ranks.same(lambda: own)
     compute = Compute(where, probed.precision)
     torch.set_num_threads(probed.threads)
     if not resume:
         plan, more = settle(plan, probed, facts, loader.steps_per_epoch)
         reasons += more
+    elif plan.train.compile and not probed.compiles:
+        listener.say("This machine cannot compile the encoder: the run goes on without.")
+        plan = replace(plan, train=replace(plan.train, compile=False))
     run = ranks.same(lambda: made(given, Path(asked["data"]).stem, plan.method))
     compute.place(method)
     s = Session(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import simsiam
-from simsiam.config import UserError
+from simsiam.config import UserError, read_recipe
 from simsiam.plan import plan
 from test_train import SMALL
 
@@ -24,6 +24,7 @@ def test_the_figures_fit_together(photos: Path, tmp_path: Path, monkeypatch: pyt
     assert found["seconds"] == pytest.approx(4 * found["seconds_per_epoch"] + found["decode_seconds"], abs=0.3)
     # The broken file costs time but is no image of the cache's.
     assert found["decode_seconds"] == pytest.approx(97 / found["decode_images_per_second"], abs=0.06)
+    assert found["seconds_per_epoch"] == pytest.approx(5 * 16 / found["images_per_second"], rel=0.01)  # 87 are trained on
     assert sum(found["shares"].values()) == pytest.approx(1, abs=0.01) and found["bottleneck"] in found["shares"]
     assert found["images_per_second"] < found["views_images_per_second"]
     assert list(found["fits"]) == ["64"] and found["memory_available"] > found["fits"]["64"]
@@ -48,6 +49,21 @@ def test_what_it_promises_is_what_a_run_does(photos: Path, tmp_path: Path) -> No
     promised = plan(photos, seconds=3, **SMALL)["images_per_second"]
     kept = simsiam.train(photos, tmp_path / "run", budget="6s", **SMALL)["images_per_second"]
     assert promised / 4 < kept < promised * 4  # whatever else runs here; but not another order of magnitude
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_it_plans_the_run_that_is_trained(photos: Path, tmp_path: Path) -> None:
+    """66 images, of which 6 are held out: a quarter of 60 is less than 16, a quarter of 66 is not."""
+    few = tmp_path / "few"
+    few.mkdir()
+    for path in [path for path in sorted(photos.rglob("*.png")) if path.stat().st_size > 100][:66]:
+        (few / f"{path.parent.name}-{path.name}").write_bytes(path.read_bytes())
+    overrides = [text for text in SMALL["overrides"] if "batch_size" not in text]
+    settings = {key: value for key, value in SMALL.items() if key not in ("overrides", "batch_size")}
+    found = plan(few, seconds=0.5, overrides=overrides, epochs=1.0, **settings)
+    summary = simsiam.train(few, tmp_path / "run", overrides=overrides, epochs=1.0, **settings)
+    config = read_recipe(tmp_path / "run" / "config.toml")
+    assert found["batch_size"] == config["train"]["batch_size"] == 8 and summary["steps"] == 60 // 8
 
 
 def test_mistakes_are_the_users(tmp_path: Path) -> None:

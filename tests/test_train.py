@@ -486,7 +486,7 @@ def test_views_are_made_in_float32_before_training_too(photos: Path, tmp_path: P
     images = open_images(photos)
     cache = build_cache(images, 128, tmp_path)
     loader = Loader(cache, np.arange(len(cache)), 16, torch.device("cpu"), 0)
-    plan, _ = resolve(gather(str(photos), None, (), {}), look_at(images, "cpu"), 96)
+    plan, _ = resolve(gather(str(photos), None, (), {}), look_at(images, images.split()[0], "cpu"), 96)
     session = types.SimpleNamespace(recipe=plan, loader=loader, compute=Compute(torch.device("cpu"), "bf16"))
     with torch.autocast("cpu", torch.bfloat16):
         views, _ = next(_sweep(session))  # type: ignore[arg-type]

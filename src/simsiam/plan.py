@@ -53,7 +53,8 @@ def plan(
     where = pick_device(device)
     images = open_images(data)
     asked = gather(data, recipe, overrides, settings)
-    facts = look_at(images, where.type)
+    rows, _ = images.split()
+    facts = look_at(images, rows, where.type)
     wanted, _ = resolve(asked, facts, size)
     pixels, decode_rate = _decode(images, wanted.short_side, workers, seconds / 3)
     batch, sizes = padded(list(itertools.islice(itertools.cycle(pixels), wanted.train.batch_size)))
@@ -73,7 +74,7 @@ def plan(
     times = wanted.train.batch_size / len(batch)
     views_seconds, step_seconds = times * views_seconds, times * step_seconds
 
-    per_epoch = max(1, len(images.train if len(images.test) else range(len(images))) // wanted.train.batch_size)
+    per_epoch = max(1, len(rows) // wanted.train.batch_size)
     epoch_seconds = per_epoch * (views_seconds + step_seconds)
     epochs, _ = default_epochs(facts, epoch_seconds)
     if wanted.train.epochs is not None:

@@ -272,6 +272,7 @@ class Facts:
     """What the defaults are derived from."""
 
     images: int
+    """That are trained on."""
     short_side: int
     """Median over the images, pixels."""
     device: str
@@ -283,15 +284,15 @@ class Facts:
         return self.short_side <= _SMALL_IMAGE
 
 
-def look_at(images: ImageSet, device: str, sample: int = 200) -> Facts:
-    """Reads the headers of up to `sample` images, spread over the set."""
+def look_at(images: ImageSet, rows: np.ndarray, device: str, sample: int = 200) -> Facts:
+    """Reads the headers of up to `sample` images, spread over the set. rows: those that are trained on."""
     sides = []
     for i in np.unique(np.linspace(0, len(images) - 1, min(sample, len(images))).astype(int)).tolist():
         try:
             sides.append(min(open_image(images.read(i)).size))
         except (DecodeError, OSError, ValueError):
             continue  # counted and named when the set is decoded
-    return Facts(len(images), int(np.median(sides)) if sides else 32, device)
+    return Facts(len(rows), int(np.median(sides)) if sides else 32, device)
 
 
 def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[Recipe, Reasons]:

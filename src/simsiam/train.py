@@ -131,7 +131,7 @@ def _train(
     rows, held_out = images.split()
     if len(rows) < 2:
         raise UserError(f"{asked['data']} has {counted(len(rows), 'image')} to train on: at least 2 are needed.")
-    facts = replace(look_at(images, where.type), images=len(rows))
+    facts = look_at(images, rows, where.type)
     plan, reasons = (read(asked), []) if resume else resolve(asked, facts, size)
     if len(rows) < plan.train.batch_size:  # a new run gets a batch that fits
         assert resume

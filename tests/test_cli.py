@@ -91,6 +91,14 @@ def test_list_finds_what_there_is() -> None:
     assert "demo" in found["datasets"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_under_stdout_is_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "simsiam", "list", "--json"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2 and "Traceback" not in done.stderr.decode()
+    assert done.stderr.decode().endswith("Error: Cannot write to stdout: No space left on device.\n")
+
+
 def test_key_value_may_stand_where_data_stands(tmp_path: Path) -> None:
     done = simsiam_cli("train", "train.lr=abc", cwd=tmp_path)
     assert done.returncode == 2 and "train.lr" in done.stderr, done.stderr

@@ -24,7 +24,8 @@ def test_the_figures_fit_together(photos: Path, tmp_path: Path, monkeypatch: pyt
     assert found["seconds"] == pytest.approx(4 * found["seconds_per_epoch"] + found["decode_seconds"], abs=0.3)
     # The broken file costs time but is no image of the cache's.
     assert found["decode_seconds"] == pytest.approx(97 / found["decode_images_per_second"], abs=0.06)
-    assert found["seconds_per_epoch"] == pytest.approx(5 * 16 / found["images_per_second"], rel=0.01)  # 87 are trained on
+    # 87 are trained on
+    assert found["seconds_per_epoch"] == pytest.approx(5 * 16 / found["images_per_second"], rel=0.01)
     assert sum(found["shares"].values()) == pytest.approx(1, abs=0.01) and found["bottleneck"] in found["shares"]
     assert found["images_per_second"] < found["views_images_per_second"]
     assert list(found["fits"]) == ["64"] and found["memory_available"] > found["fits"]["64"]

@@ -61,7 +61,7 @@ def test_what_is_compared_is_what_the_paper_ran() -> None:
     assert (rates["learning rate with cosine decay"], rates["constant learning rate"]) == (False, True)
 
 
-def row(name: str, published: float | None, linear: float, spread: float) -> dict[str, Any]:
+def row(name: str, published: float | None, linear: float, spread: float | None) -> dict[str, Any]:
     return {"name": name, "published": published, "linear": linear, "linear_std": spread, "verdict_agrees": True}
 
 
@@ -80,6 +80,8 @@ def test_order_is_compared_only_where_it_is_clear() -> None:
         "undecided": [["b", "d"]],
     }
     assert found["verdicts_agree"] is True
+    once = reproduce.compare([row("a", 68.1, 90, None), row("b", 64.0, 10, None)])  # one seed: no spread, no order
+    assert once["pairs"] == {"agree": [], "contradict": [], "undecided": [["a", "b"]]}
 
 
 @pytest.fixture(scope="module")

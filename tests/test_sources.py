@@ -81,6 +81,13 @@ def test_check_reports_a_nasty_folder(tmp_path: Path) -> None:
     assert found["labels"] is None and found["splits"] == {"train": found["images"], "test": 0}
 
 
+def test_the_smallest_and_the_largest_image_are_images_that_there_are(tmp_path: Path) -> None:
+    for width, height in ((200, 10), (10, 100), (40, 60)):
+        Image.new("RGB", (width, height)).save(tmp_path / f"{width}.png")
+    sizes = check(open_images(tmp_path))["sizes"]
+    assert (sizes["min"], sizes["max"]) == ([10, 100], [40, 60])
+
+
 def test_files_without_an_ending_are_images_if_they_begin_like_one(tmp_path: Path) -> None:
     kinds = ("JPEG", "PNG", "GIF", "TIFF", "WEBP")
     for kind in kinds:

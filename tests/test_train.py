@@ -32,6 +32,7 @@ from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
+from simsiam.data.views import random_views
 from simsiam.embeddings import read_embeddings
 from simsiam.recipe import Facts, default_epochs, gather, look_at, preset, read, resolve
 from simsiam.runs import Checkpoints, claim, made, read_json, read_metrics
@@ -349,10 +350,56 @@ def test_resume_refuses_other_images_and_says_what_it_ignores(
     with pytest.raises(UserError, match="have changed"):
         simsiam.train(photos, run, resume=True, epochs=3, listener=listener)
     assert any("ignored" in line for line in listener.lines)
+    assert read_recipe(run / "config.toml")["data"] == str(mine)
     for path in list(mine.iterdir())[:38]:
         path.unlink()
     with pytest.raises(UserError, match=r"have changed.*--init"):  # fewer than a batch
         simsiam.train(out=run, resume=True)
+
+
+def test_a_run_goes_on_where_its_images_were_moved_to(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simsiam.session._FLUSH_SECONDS", 0.0)
+    old, new, run = tmp_path / "old", tmp_path / "new", tmp_path / "run"
+    shutil.copytree(photos, old)
+    simsiam.train(old, tmp_path / "whole", epochs=2, **SMALL)
+    with pytest.raises(Interrupted):
+        simsiam.train(old, run, epochs=2, listener=Stop(signal.SIGINT, 3), **SMALL)
+    old.rename(new)
+    with pytest.raises(UserError, match=r"There is no .*name its new place: simsiam train DATA --resume -o"):
+        simsiam.train(out=run, resume=True)
+    listener = Recorder()
+    simsiam.train(new, run, resume=True, listener=listener)
+    assert not any("ignored" in line for line in listener.lines)
+    assert read_recipe(run / "config.toml")["data"] == str(new) == read_json(run / "encoder.json")["data"]
+    whole, moved = weights(tmp_path / "whole"), weights(run)
+    assert all(torch.equal(whole[name], moved[name]) for name in whole)
+
+
+def test_a_signal_ends_the_sweep_before_the_first_step(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepCluster looks at every image once, which may take as long as an epoch."""
+    settings = {**SMALL, "method": "deepcluster", "epochs": 1}
+    overrides = [text for text in SMALL["overrides"] if "predictor" not in text]
+    settings["overrides"] = [*overrides, "method.prototypes=4"]
+    simsiam.train(photos, tmp_path / "whole", **settings)
+    swept = []
+
+    def views(*arguments: Any) -> Any:
+        swept.append(True)
+        signal.raise_signal(signal.SIGINT)
+        return random_views(*arguments)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="before the first step"):
+        patch.setattr("simsiam.train.random_views", views)
+        simsiam.train(photos, run, **settings)
+    assert len(swept) == 1
+    simsiam.train(out=run, resume=True)
+    whole, resumed = weights(tmp_path / "whole"), weights(run)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_a_verdict_outlives_a_resume(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -487,9 +534,10 @@ def test_views_are_made_in_float32_before_training_too(photos: Path, tmp_path: P
     cache = build_cache(images, 128, tmp_path)
     loader = Loader(cache, np.arange(len(cache)), 16, torch.device("cpu"), 0)
     plan, _ = resolve(gather(str(photos), None, (), {}), look_at(images, images.split()[0], "cpu"), 96)
-    session = types.SimpleNamespace(recipe=plan, loader=loader, compute=Compute(torch.device("cpu"), "bf16"))
+    compute = Compute(torch.device("cpu"), "bf16")
+    session = types.SimpleNamespace(recipe=plan, loader=loader, compute=compute, agree=lambda stopped: False)
     with torch.autocast("cpu", torch.bfloat16):
-        views, _ = next(_sweep(session))  # type: ignore[arg-type]
+        views, _ = next(_sweep(session, []))  # type: ignore[arg-type]
     assert all(view.dtype == torch.float32 for view in views)
 
 

@@ -544,10 +544,15 @@ def _data_and_overrides(data: str | None, overrides: list[str] | None) -> tuple[
 
 
 def _last_line(text: str) -> None:
-    from simsiam.console import screen
+    from simsiam.console import screen, visible
 
-    screen().print(text, markup=False, soft_wrap=True)
+    screen().print(visible(text), markup=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
+    try:
+        typer.echo(json.dumps(value, indent=2))
+    except BrokenPipeError:  # `| head`
+        raise
+    except OSError as error:
+        raise UserError(f"Cannot write to stdout: {error.strerror or error}.") from None

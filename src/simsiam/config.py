@@ -29,10 +29,11 @@ MOST_SEED = (1 << 32) - 1
 """What scikit-learn takes."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint for a mistyped name: ' Did you mean X?', or the list of what there is."""
+def did_you_mean(name: str, known: Iterable[str], short: Iterable[str] = ()) -> str:
+    """A hint for a mistyped name: ' Did you mean X?', or the list of what there is; `short` are names that are understood
+    and not listed."""
     known = sorted(set(known))
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, sorted({*known, *short}), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else f" There is: {', '.join(known)}."
 
 

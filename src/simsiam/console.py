@@ -59,6 +59,14 @@ class _Stderr:
             self._stream.flush()
 
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+
+
+def visible(text: str) -> str:
+    """Names of files are anybody's: their control characters are shown, not obeyed by the terminal."""
+    return text.translate(_CONTROLS)
+
+
 def screen() -> Any:
     """rich's console on stderr. Paths are shown as they are: `:smile:` in one is no emoji."""
     from rich.console import Console as Rich
@@ -123,13 +131,13 @@ class Console(Listener):
 
         table = Table.grid(padding=(0, 2))
         for name, value in facts:
-            table.add_row(f"[bold]{name}[/]", escape(value))
+            table.add_row(f"[bold]{name}[/]", escape(visible(value)))
         self.screen.print(table)
         if reasons:
             self.screen.print("\n[bold]Chosen for this data[/] (set any of them as key=value)")
             table = Table.grid(padding=(0, 2))
             for setting, value, why in reasons:
-                table.add_row(f"  {setting}", f"[cyan]{escape(value)}[/]", f"[dim]{escape(why)}[/]")
+                table.add_row(f"  {setting}", f"[cyan]{escape(visible(value))}[/]", f"[dim]{escape(visible(why))}[/]")
             self.screen.print(table)
         self.screen.print()
 
@@ -160,7 +168,7 @@ class Console(Listener):
         self.screen.print("[dim]  held out: " + "  ".join(parts) + "[/]", soft_wrap=True)
 
     def say(self, text: str) -> None:
-        self.screen.print(text, soft_wrap=True, markup=False)
+        self.screen.print(visible(text), soft_wrap=True, markup=False)
 
     def heading(self, text: str) -> None:
         self.screen.print(f"\n[bold]{text}[/]")
@@ -177,12 +185,13 @@ class Console(Listener):
         from rich.markup import escape
         from rich.table import Table
 
-        self.screen.print(title, style="bold", markup=False, soft_wrap=True)  # a table's own title wraps at its width
+        # A table's own title would be wrapped at the table's width.
+        self.screen.print(visible(title), style="bold", markup=False, soft_wrap=True)
         table = Table()
         for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i else "left", style="bold" if column == "trained" else "")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*(escape(visible(cell)) for cell in row))
         self.screen.print(table)
 
     def close(self) -> None:
@@ -195,6 +204,6 @@ class Console(Listener):
         """From now on a warning is one line here, not Python's two with a source line."""
 
         def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
-            self.screen.print(f"Warning: {message}", soft_wrap=True, markup=False, style="yellow")
+            self.screen.print(visible(f"Warning: {message}"), soft_wrap=True, markup=False, style="yellow")
 
         warnings.showwarning = show

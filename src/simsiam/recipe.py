@@ -264,7 +264,7 @@ def qualify(override: Table) -> Table:
     known = [f"{table}.{field.name}" for table, owner in owners.items() for field in dataclasses.fields(owner)]
     if homes:
         raise UserError(f"{key} could be {' or '.join(f'{home}.{key}' for home in homes)}: write which.")
-    raise UserError(f"Unknown setting {key}.{did_you_mean(key, [*known, *(name.split('.')[1] for name in known)])}")
+    raise UserError(f"Unknown setting {key}.{did_you_mean(key, known, (name.split('.')[1] for name in known))}")
 
 
 @dataclass(frozen=True)

@@ -244,4 +244,4 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         for line in file:
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]

@@ -73,7 +73,8 @@ def train(
         recipe: name of a built-in recipe or path of a TOML file.
         overrides: settings as text, "train.lr=0.1".
         size: side of the views, and of the images in use, in pixels.
-        resume: go on with the run in `out`, to the same weights as if it had never stopped.
+        resume: go on with the run in `out`, to the same weights as if it had never stopped. `data` may then name the place
+            that its images were moved to.
         settings: method, encoder, epochs, budget, batch_size, seed, ... : any setting by its name.
 
     Returns the run's summary: the keys of `train --json`.
@@ -115,19 +116,26 @@ def _train(
     given = None if out is None else Path(out)
     if resume:
         run = resumable(given)
-        if data is not None or recipe is not None or overrides or size is not None or _any(settings):
+        if recipe is not None or overrides or size is not None or _any(settings):
             listener.say(
-                f"Warning: --resume takes data and settings from {run / RECIPE}; what else was given is ignored."
+                f"Warning: --resume takes its settings from {run / RECIPE}; those that were given are ignored."
             )
         if (run / SUMMARY).exists():
             listener.say(f"{run} is finished: nothing is left to resume.")
             return {**read_json(run / SUMMARY), "run": str(run)}  # it may have been moved
         ranks.same(lambda: claim(run).release())  # whoever waits for another's run learns it before the images are read
-        asked = read_recipe(run / RECIPE)
+        asked = {**read_recipe(run / RECIPE), **({} if data is None else {"data": asked["data"]})}
     elif given is not None:
         check_unused(given)
 
-    images = open_images(asked["data"])
+    try:
+        images = open_images(asked["data"])
+    except UserError as error:
+        if not resume or data is not None:
+            raise
+        raise UserError(
+            f"{error} If it was moved, name its new place: simsiam train DATA --resume -o {given}"
+        ) from None
     rows, held_out = images.split()
     if len(rows) < 2:
         raise UserError(f"{asked['data']} has {counted(len(rows), 'image')} to train on: at least 2 are needed.")
@@ -179,6 +187,8 @@ def _train(
         about = {"device": str(where), "processes": ranks.count(), **_command()}
         write_json(run / ENVIRONMENT, {**describe(where), **about})
     s.open(resume)
+    if resume and data is not None and ranks.main():  # the same images in another place
+        write_text(run / RECIPE, write_recipe({**read_recipe(run / RECIPE), "data": plan.data}))
     try:
         listener.plan(_facts(s, cache, len(rows), len(held_out), probed.step_seconds), reasons)
 
@@ -188,8 +198,8 @@ def _train(
             return untrained(plan.encoder, plan.seed, prepare, cache, some[cache.usable(some)], compute)
 
         with signals() as stopped:
-            s.begin(before)
             try:
+                s.begin(before)
                 fit(s, stopped)
             except UserError as error:  # the disk is full, ...: mended, the run goes on
                 if ranks.main():
@@ -210,7 +220,7 @@ def fit(s: Session, stopped: list[str]) -> None:
     per_epoch = s.loader.steps_per_epoch
     if s.step == 0:
         with s.compute.autocast():
-            hook(s.method, "before_training", _sweep(s))
+            hook(s.method, "before_training", _sweep(s, stopped))
     while not s.over:
         epoch = s.step // per_epoch
         if s.step % per_epoch == 0:  # a run that is resumed within an epoch has what this did in its state
@@ -240,10 +250,13 @@ def _go_on(s: Session) -> str:
     return f"Go on with: {again} train --resume -o {shlex.quote(str(s.run))}"
 
 
-def _sweep(s: Session) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Views of every image, once, before the first step."""
+def _sweep(s: Session, stopped: list[str]) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Views of every image, once, before the first step. A signal ends it: there is nothing to save yet."""
     settings = s.recipe.views.each()[:2]
     for number, batch in enumerate(s.loader.epoch(0)):
+        s.agree(stopped)
+        if stopped:
+            raise Interrupted(f"{stopped[0]}: stopped before the first step. {_go_on(s)}")
         draws = generator(s.compute.device, s.recipe.seed, -1, number, *ranks.own_key())
         with torch.autocast(s.compute.device.type, enabled=False):  # what asks for the views runs within one
             views = random_views(batch.images, settings, draws, batch.sizes)

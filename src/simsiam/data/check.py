@@ -84,11 +84,12 @@ def check(
 
 
 def _sizes(sizes: np.ndarray) -> dict[str, Any]:
-    short = sizes.min(axis=1)
+    """Of the images with the fewest and the most pixels, and the median of either side: [width, height] each."""
+    short, pixels = sizes.min(axis=1), sizes.astype(np.int64).prod(axis=1)
     return {
-        "min": sizes.min(axis=0).tolist(),
+        "min": sizes[pixels.argmin()].tolist(),
         "median": np.median(sizes, axis=0).astype(int).tolist(),
-        "max": sizes.max(axis=0).tolist(),
+        "max": sizes[pixels.argmax()].tolist(),
         "short_side": {f"p{p}": int(np.percentile(short, p)) for p in _PERCENTILES},
     }
 

@@ -82,8 +82,10 @@ class Loader:
                     at = 0
                     count = len(self.cache.decoded(self.rows))
                     if count < 2:
+                        first = "".join(f" Bad: {path} ({reason}), ..." for path, reason in self.cache.bad[:1])
                         raise UserError(
                             f"{self.cache.name} has {counted(count, 'usable image')} to train on: at least 2 are needed."
+                            f"{first} `simsiam check` lists all bad files."
                         )
                 piece = order[at : at + self.batch_size]
                 found = np.concatenate([found, piece[self.cache.usable(self.rows[piece])]])

@@ -19,6 +19,7 @@ A file says what the paper varies and what it found:
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -223,7 +224,7 @@ def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How the order of the variants agrees with the published one, pair by pair, and whether the verdicts do.
 
     Only pairs count whose published figures differ by at least 1 point. Ours "agree" or "contradict" where the means
-    differ by more than the larger of the two spreads, else the pair is "undecided".
+    differ by more than the larger of the two spreads, else, and where a spread is not known, the pair is "undecided".
     """
     pairs: dict[str, list[list[str]]] = {"agree": [], "contradict": [], "undecided": []}
     for i, first in enumerate(rows):
@@ -234,7 +235,7 @@ def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             if abs(gap) < _CLEAR:
                 continue
             ours = first["linear"] - second["linear"]
-            spread = max(first["linear_std"] or 0.0, second["linear_std"] or 0.0)
+            spread = max(math.inf if row["linear_std"] is None else row["linear_std"] for row in (first, second))
             kind = "undecided" if abs(ours) <= spread else "agree" if ours * gap > 0 else "contradict"
             pairs[kind].append([first["name"], second["name"]])
     decided = [row["verdict_agrees"] for row in rows if row["verdict_agrees"] is not None]

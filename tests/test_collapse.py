@@ -14,6 +14,7 @@ from simsiam.collapse import (
     COLLAPSED_RANK,
     COLLAPSED_STD,
     PARTIAL_SHARE,
+    TOO_FEW,
     Guard,
     Name,
     Verdict,
@@ -88,6 +89,8 @@ def test_partial_collapse_is_what_std_alone_does_not_see() -> None:
     assert float(normalised_std(z)) > 3 * COLLAPSED_STD
     assert judge(-0.9, float(normalised_std(z)), effective_rank(z), most=200).name == "partial"
     assert judge(-0.9, float(normalised_std(z))).name == "healthy"
+    two = judge(-0.9, 1.41, effective_rank(z[:2]), most=1)  # whose rank is 1 at best
+    assert two.name == "healthy" and two.evidence.endswith(TOO_FEW)
 
 
 def test_zeros_have_no_rank() -> None:

@@ -129,6 +129,22 @@ def test_palette_with_a_transparent_colour() -> None:
         assert out[0, 0].tolist() == [10, 200, 10] and out[1, 1].tolist() == [255, 255, 255], kind
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "RGB"])
+def test_what_is_left_of_a_palettes_transparency_is_nothing(mode: str) -> None:
+    """Pillow keeps it in `info` when it converts a palette image, in a form that the new mode does not have."""
+    converted = Image.fromarray(scene()).convert(mode)
+    expected = np.asarray(converted.convert("RGB"))
+    converted.info["transparency"] = bytes(range(32))
+    assert np.array_equal(decode(converted), expected)
+    assert isinstance(converted.info["transparency"], bytes)  # the caller's own
+
+
+def test_premultiplied_alpha_is_understood() -> None:
+    plain = Image.fromarray(scene()).convert("L")
+    for mode, start in (("La", "LA"), ("RGBa", "RGBA")):
+        assert decode(plain.convert(start).convert(mode)).shape == (H, W, 3)
+
+
 def test_sixteen_bits_are_scaled_not_clipped() -> None:
     ramp = np.linspace(0, 65535, 256 * 4).astype(np.uint16).reshape(4, 256)
     for kind in ("PNG", "TIFF"):

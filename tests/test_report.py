@@ -168,6 +168,25 @@ def test_a_bad_verdict_is_said_first_and_not_praised(tmp_path: Path, verdict: st
     assert says in page.text and "Healthy" not in page.text
 
 
+def test_an_evaluation_that_the_page_does_not_know_is_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["new_parts"] = {"trained": 61.25, "untrained": 40.0, "pixels": None, "pieces": 7}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = re.sub(r"\s+", " ", Page(write_report(run)).text)
+    assert "New parts" in text and "61.2" in text and "pieces = 7" in text
+
+
+def test_labels_of_lines_that_nearly_meet_are_one() -> None:
+    apart = charts._apart({"raw pixels": 94.9, "untrained": 94.8, "chance": 50.0}, 2.0)
+    assert apart == [{"y": 94.9, "label": "raw pixels, untrained"}, {"y": 50.0, "label": "chance"}]
+    spec = charts.curve(
+        [(0, 90.0), (1, 95.0)], title="kNN", x_title="epoch", references={"raw pixels": 94.9, "untrained": 94.9}
+    )
+    text = json.dumps(spec)
+    assert text.count('"label": "') == 1 and "raw pixels, untrained" in text and text.count('"y": 94.9') >= 3
+
+
 def test_no_gain_is_said(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", items=24, steps=40)
     (run / "evaluation.json").write_text(json.dumps({"knn": {"trained": 40.0, "untrained": 61.0, "pixels": 48.0}}))

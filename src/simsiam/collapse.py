@@ -96,6 +96,8 @@ class Verdict:
 
 TOO_SHORT = "the run was too short to tell."
 """Evidence where nothing was seen yet, or too little to call it a collapse."""
+TOO_FEW = "there are too few images to tell more."
+"""End of the evidence where a rank says nothing: of fewer than five images."""
 
 
 def suspicious(std: float, count: int) -> bool:
@@ -147,6 +149,8 @@ def judge(
             f"std is {std:.2f}, but z uses only {rank:.1f} directions (effective rank), loss {loss:.3f}.",
             "Keep method.stop_gradient and method.predictor on; else lower train.lr or strengthen the views.",
         )
+    if 0 < most < 4:
+        return Verdict("healthy", f"std {std:.2f} of 1/sqrt(d); {TOO_FEW}")
     features = "" if std_features is None else f", features {std_features:.2f}"
     ranked = "" if rank is None else f", effective rank {rank:.1f}"
     return Verdict("healthy", f"std {std:.2f} of 1/sqrt(d){features}{ranked}.")

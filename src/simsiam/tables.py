@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def training(console: Console, summary: dict[str, Any]) -> None:
-    from simsiam.collapse import TOO_SHORT
+    from simsiam.collapse import TOO_FEW, TOO_SHORT
 
     knn = summary["knn"]
     console.say("")
-    if summary["verdict"] != "healthy" or summary["evidence"] == TOO_SHORT:
+    if summary["verdict"] != "healthy" or summary["evidence"].endswith((TOO_SHORT, TOO_FEW)):
         console.say(f"{summary['verdict'].upper()}: {summary['evidence']} {summary['advice'] or ''}".rstrip())
     rows = [
         ["loss", _number(summary["loss"], 3)],
@@ -44,7 +44,9 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
     else:
         console.say("No labels, so no kNN, linear or few-shot figures: only what needs none.")
     collapse = result.get("collapse")
-    if collapse:
+    if collapse and collapse["rows"] < 5:
+        console.say(f"Collapse: {counted(collapse['rows'], 'image')} cannot tell.")
+    elif collapse:
         console.say(
             f"Collapse: {collapse['verdict']}; std {_number(collapse['std'], 2)} (1 healthy, 0 collapsed), "
             f"effective rank {_number(collapse['effective_rank'])} of {collapse['dim']}."

@@ -159,6 +159,11 @@ def _reason(error: Exception) -> str:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_to_8_bit(np.asarray(image))).convert("RGB")
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    if image.mode in ("1", "L", "RGB") and isinstance(image.info.get("transparency"), bytes):
+        image = image.copy()  # what Pillow left of the palette that it was converted from says nothing of these pixels
+        del image.info["transparency"]
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

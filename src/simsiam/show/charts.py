@@ -56,10 +56,11 @@ def curve(
         layers.append(base.mark_area(opacity=0.22).encode(y=alt.Y("low:Q", title=None, scale=scale), y2="high:Q"))
     layers.append(base.mark_line(point={"size": 22} if len(rows) <= 40 else False).encode(y=y))
     if references:
-        at = [{"y": height, "label": label} for label, height in references.items()]
-        rules = alt.Chart(alt.Data(values=at)).encode(y=y)
-        layers.append(rules.mark_rule(style="reference"))
-        labels = rules.mark_text(style="reference-label", align=label_at, dx=-4 if label_at == "right" else 4)
+        at = [{"y": height} for height in references.values()]
+        layers.append(alt.Chart(alt.Data(values=at)).encode(y=y).mark_rule(style="reference"))
+        heights = [0.0] * zero + [height for row in rows for height in (row["low"], row["high"])]
+        said = _apart(references, 0.08 * (max(heights + [*references.values()]) - min(heights + [*references.values()])))
+        labels = alt.Chart(alt.Data(values=said)).encode(y=y).mark_text(style="reference-label", align=label_at, dx=-4 if label_at == "right" else 4)
         layers.append(labels.encode(x=alt.value("width" if label_at == "right" else 0), text="label:N"))
     shown = alt.when(hover).then(alt.value(1)).otherwise(alt.value(0))
     layers.append(base.mark_point(filled=True, size=55).encode(y=y, opacity=shown, tooltip=tips).add_params(hover))
@@ -130,6 +131,17 @@ def _legend() -> alt.Legend:
     return alt.Legend(
         title=None, orient="top", direction="horizontal", columns=columns, symbolType="circle", labelLimit=140
     )
+
+
+def _apart(references: Mapping[str, float], line: float) -> list[Row]:
+    """Rows {y, label}, from the top: labels less than the height of a `line` below another stand in that one's."""
+    rows: list[Row] = []
+    for label, height in sorted(references.items(), key=lambda item: -item[1]):
+        if rows and rows[-1]["y"] - height < line:
+            rows[-1]["label"] += f", {label}"
+        else:
+            rows.append({"y": height, "label": label})
+    return rows
 
 
 def _extent(rows: Sequence[Row], axis: str) -> list[float]:

@@ -139,7 +139,8 @@ def _content(run: Path) -> Table:
     config = _toml(run / RECIPE, recipe)
     metrics = read_metrics(run)
     sample = _read_sample(run)
-    figures = {name: evaluation.get(name) or summary.get(name) or {} for name in _MEASURES}
+    measures = _measures(evaluation)
+    figures = {name: evaluation.get(name) or summary.get(name) or {} for name in measures}
     facts = _facts(run, summary, config, evaluation, metrics, sample)
     data = facts["data"]
     again = shlex.join(["simsiam", "train", *([data] if data else []), "--recipe", str(run / RECIPE), "-o", "NEW_RUN"])
@@ -156,7 +157,7 @@ def _content(run: Path) -> Table:
         "tiles": _tiles(facts),
         "facts": facts,
         "bad_files": summary.get("bad_files") if isinstance(summary.get("bad_files"), list) else [],
-        "results": _results(figures),
+        "results": _results(measures, figures),
         "curves": _curves(facts, metrics),
         "views": _views(run),
         "neighbours": None if sample is None or len(sample.ids) < 3 else _neighbours(sample),
@@ -273,9 +274,15 @@ def _tiles(facts: Table) -> list[tuple[str, str]]:
     return [(name, value) for name, value in tiles if value is not None]
 
 
-def _results(figures: Mapping[str, Mapping[str, Any]]) -> Table | None:
+def _measures(evaluation: Table) -> dict[str, tuple[str, str]]:
+    """Title and explanation of everything that may have been measured: an evaluation that is new has only a name."""
+    compared = [key for key, value in evaluation.items() if isinstance(value, dict) and "trained" in value]
+    return {**_MEASURES, **{key: (key.replace("_", " ").capitalize(), "") for key in compared if key not in _MEASURES}}
+
+
+def _results(measures: Mapping[str, tuple[str, str]], figures: Mapping[str, Mapping[str, Any]]) -> Table | None:
     rows: list[Table] = []
-    for key, (name, says) in _MEASURES.items():
+    for key, (name, says) in measures.items():
         row = {of: figures[key].get(of) for of in charts.REPRESENTATIONS}
         if all(value is None for value in row.values()):
             continue

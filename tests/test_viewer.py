@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -168,9 +169,26 @@ def test_the_number_of_clusters_stays_what_was_asked_for(stored: Path, tmp_path:
     shutil.copytree(stored, tmp_path / "vectors", ignore=shutil.ignore_patterns("clusters.parquet"))
     asked = clusters(tmp_path / "vectors", 4)
     written = pq.read_table(asked["file"])
-    found, label, _ = Viewer(tmp_path / "vectors").clusters()
-    assert found["count"] == 4 and label.tolist() == written["cluster"].to_pylist()
+    about, found = Viewer(tmp_path / "vectors").clusters()
+    assert about["count"] == 4 and found.label.tolist() == written["cluster"].to_pylist()
     assert pq.read_table(asked["file"]) == written
+    Path(asked["file"]).write_bytes(b"damaged")
+    assert Viewer(tmp_path / "vectors").clusters()[0]["count"] == 9  # a tenth of the images
+
+
+def test_a_folder_that_cannot_be_written_to_is_shown_as_well(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = shutil.ignore_patterns("clusters.parquet", "map.json")
+    shutil.copytree(stored, tmp_path / "vectors", ignore=kept)
+    refuse = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr("simsiam.runs.os.replace", lambda *_: (_ for _ in ()).throw(refuse))
+    viewer = Viewer(tmp_path / "vectors")
+    about, found = viewer.clusters()
+    assert about["count"] == 9 and len(about["on_map"]) == len(found.label) == 96
+    assert viewer.images(0, 500, "", None, 0)["total"] == about["clusters"][0]["images"]
+    assert viewer.map()["rows"] == list(range(96)) and "groups" in viewer.duplicates()
+    assert not list((tmp_path / "vectors").glob("*clusters*"))
 
 
 def test_mistakes_are_one_clear_line(stored: Path, server: Server) -> None:

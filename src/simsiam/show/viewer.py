@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-import pyarrow.parquet as pq
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from numpy.typing import NDArray
@@ -51,7 +50,7 @@ class Viewer:
         if (folder / RECIPE).exists():
             raise UserError(f"{folder} is a run. Embed images with it first: simsiam embed {folder} DATA -o DIR.")
         set_threads()
-        self.stored, self.device = read_embeddings(folder, ("id", "class")), device
+        self.stored, self.device = read_embeddings(folder, ("id", "class", "pixels")), device
         if not len(self.stored):
             raise UserError(f"{folder} holds no vectors: there is nothing to see.")
         self.ids, self.classes = self.stored.ids, self.stored.items["class"]
@@ -193,9 +192,9 @@ class Viewer:
         """A page of the images whose id holds `text`, of one class or cluster where that is asked for."""
         rows: Any = range(len(self.ids))
         if cluster is not None:
-            _, label, similarity = self.once(Viewer.clusters)
-            rows = np.flatnonzero(label == cluster)
-            rows = rows[np.argsort(-similarity[rows], kind="stable")].tolist()
+            found = self.once(Viewer.clusters)[1]
+            rows = np.flatnonzero(found.label == cluster)
+            rows = rows[np.argsort(-found.similarity[rows], kind="stable")].tolist()
         if text or kind is not None:
             text = text.lower()
             rows = [
@@ -205,29 +204,21 @@ class Viewer:
 
     # --- what the set is made of ---
 
-    def clusters(self) -> tuple[dict[str, Any], NDArray[np.int64], NDArray[np.float32]]:
-        """What `explore.clusters` returns with rows in place of ids, the cluster of every row and its similarity."""
-        rows = self.once(Viewer.rows)
-        path = self.stored.folder / explore.CLUSTERS
-        kept = pq.read_table(path, columns=["cluster"])["cluster"].to_numpy() if path.exists() else np.zeros(0)
+    def clusters(self) -> tuple[dict[str, Any], explore.Clusters]:
+        """What `explore.summary` returns with images in place of rows, and the arrays that it is of."""
         # As many as `simsiam clusters` was asked for last: its file is written anew.
-        count = max(2, int(kept.max()) + 1) if len(kept) == len(self.stored) else None
-        found = explore.clusters(self.stored.folder, count, device=self.device)
-        table = pq.read_table(found["file"])
-        label = table["cluster"].to_numpy()
-        for each in found["clusters"]:
-            each["examples"] = [self.item(rows[id_]) for id_ in each["examples"]]
-        found["odd"] = [{**self.item(rows[each["id"]]), "score": each["similarity"]} for each in found["odd"]]
-        found["on_map"] = label[self.on_map].tolist()
-        return found, label, table["similarity"].to_numpy()
+        found = explore.find_clusters(self.stored, explore.kept_count(self.stored), device=self.device)
+        with contextlib.suppress(UserError):  # a folder that cannot be written to can still be looked at
+            explore.write_clusters(self.stored, found)
+        about = explore.summary(self.stored, found)
+        for each in about["clusters"]:
+            each["examples"] = [self.item(row) for row in each["examples"]]
+        about["odd"] = [{**self.item(each["row"]), "score": each["similarity"]} for each in about["odd"]]
+        return about | {"on_map": found.label[self.on_map].tolist()}, found
 
     def duplicates(self) -> dict[str, Any]:
-        rows = self.once(Viewer.rows)
-        found = explore.near_duplicates(self.stored.folder, device=self.device)
-        return {**found, "groups": [[each | self.item(rows[each["id"]]) for each in g] for g in found["groups"]]}
-
-    def rows(self) -> dict[str, int]:
-        return {id_: row for row, id_ in enumerate(self.ids)}
+        found = explore.find_duplicates(self.stored, device=self.device)
+        return {**found, "groups": [[each | self.item(each["row"]) for each in group] for group in found["groups"]]}
 
 
 def build_app(viewer: Viewer, hosts: tuple[str, ...] = ("localhost", "127.0.0.1")) -> FastAPI:

@@ -26,7 +26,7 @@ from simsiam.embeddings import embed_to, read_embeddings
 from simsiam.explore import clusters
 from simsiam.runs import write_json
 from simsiam.search import search
-from simsiam.show.viewer import Viewer
+from simsiam.show.viewer import HEADERS, UPLOAD, Viewer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,8 +139,29 @@ def test_what_cannot_be_is_refused_in_words(server: Server) -> None:
         422,
         '{"detail":"This is no image that can be read: text, not an image."}',
     )
-    # A page elsewhere whose name points here.
-    assert server.refuses("about", headers={"Host": "elsewhere.example"})[0] == 400
+    # As much as may be sent is read, and found to be no image; a byte more is not.
+    assert server.refuses("near", data=bytes(UPLOAD), method="POST")[0] == 422
+    assert server.refuses("near", data=bytes(UPLOAD + 1), method="POST") == (
+        413,
+        '{"detail":"The file is larger than 64 MB."}',
+    )
+
+
+def test_pages_elsewhere_get_nothing(server: Server, photos: Path) -> None:
+    assert server.refuses("about", headers={"Host": "elsewhere.example"})[0] == 400  # one whose name points here
+    image = (photos / "rings/001.png").read_bytes()
+    for origin in ("http://elsewhere.example", "null", "http://127.0.0.1:1"):
+        headers = {"Origin": origin}
+        assert server.refuses("near", data=image, method="POST", headers=headers)[0] == 403, origin
+    headers = {"Origin": server.address.rstrip("/")}
+    assert server.json("near", data=image, method="POST", headers=headers)["neighbours"]
+    for path in ("", "about", f"{server.state}/picture/0", f"{server.state}/near/96", "0/map", "nothing"):
+        try:
+            answer: Any = urllib.request.urlopen(server.address + path, timeout=60)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            assert [answer.headers.get_all(name) for name, _ in HEADERS] == [[value] for _, value in HEADERS], path
 
 
 def test_a_picture_is_kept_under_an_address_of_its_embeddings_alone(

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
@@ -39,6 +40,12 @@ MAP = "map.json"
 _MARKED = 12
 UPLOAD = 64 << 20
 """Bytes of an image that is searched for, at most."""
+HEADERS = [
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+]
+"""Of every answer: a page elsewhere may not show what is served here."""
 
 T = TypeVar("T")
 K = Annotated[int, Query(ge=1, le=200)]
@@ -253,6 +260,13 @@ def _same(state: str, latest: Annotated[Viewer, Depends(_latest)]) -> Viewer:
     return latest
 
 
+def _from_here(request: Request) -> None:
+    """Refuses what a page elsewhere sends; a program that is no browser does not say where it comes from."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise HTTPException(403, "Only the viewer's own page may ask for this.")
+
+
 Latest = Annotated[Viewer, Depends(_latest)]
 Same = Annotated[Viewer, Depends(_same)]
 
@@ -313,7 +327,7 @@ def build_app(viewer: Viewer, hosts: tuple[str, ...] = ("localhost", "127.0.0.1"
     def near(viewer: Same, row: int, k: K = 24) -> dict[str, Any]:
         return viewer.near(known(viewer, row), k)
 
-    @app.post("/{state}/near")
+    @app.post("/{state}/near", dependencies=[Depends(_from_here)])
     async def near_image(viewer: Same, request: Request, k: K = 24) -> dict[str, Any]:
         content = bytearray()
         async for part in request.stream():
@@ -366,7 +380,7 @@ def serve(
     with contextlib.closing(sockets[0]):
         shown = f"[{host}]" if ":" in host else host
         ready(f"http://{shown}:{sockets[0].getsockname()[1]}/")
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1, headers=HEADERS)
         with contextlib.suppress(KeyboardInterrupt):  # how a viewer is meant to end
             uvicorn.Server(config).run(sockets)
 

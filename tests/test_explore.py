@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +22,7 @@ import simsiam
 from simsiam import explore
 from simsiam.config import UserError
 from simsiam.embeddings import embed_to, read_embeddings
-from simsiam.explore import clusters, near_duplicates
+from simsiam.explore import clusters, find_clusters, find_duplicates, near_duplicates
 from simsiam.search import nearest
 from test_search import made
 from test_train import SMALL
@@ -213,6 +215,37 @@ def test_clusters_are_the_kinds_that_were_planted(blobs: Path) -> None:
     assert found["clusters"][0]["examples"] == [f"image-{row}" for row in best]
     assert clusters(blobs, 5) == found  # the same seed, the same clusters
     assert clusters(blobs)["count"] == 9  # a tenth of the images
+
+
+def test_the_vectors_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of ImageNet are 10 GB: no copy of all, and the same results."""
+    rng = np.random.default_rng(0)
+    of = np.sort(rng.integers(0, 5, 3000))
+    vectors = (np.eye(16)[of] + 0.05 * rng.normal(size=(3000, 16))) * rng.uniform(0.5, 2, (3000, 1))
+    vectors[-1] = 0.5 * vectors[5]
+    stored = read_embeddings(made(tmp_path / "vectors", vectors))
+    stored.items["pixels"] = [f"{min(row, 2900)}" for row in range(3000)]  # of the last hundred one is compared
+    whole, copies = find_clusters(stored, 5), find_duplicates(stored, 0.99)
+
+    class Watched(explore._Picked):
+        most = 0
+
+        def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
+            rows = super().__getitem__(which)
+            self.most = max(self.most, len(rows))
+            return rows
+
+    watched: Any = Watched(stored.vectors, np.arange(3000))
+    monkeypatch.setattr("simsiam.explore._BLOCK", 1600)
+    monkeypatch.setattr("simsiam.neighbours._BANK_BLOCK", 1600)
+    parts = find_clusters(replace(stored, vectors=watched), 5)
+    assert np.array_equal(parts.label, whole.label) and [row for row, _ in parts.odd] == [row for row, _ in whole.odd]
+    assert np.abs(parts.similarity - whole.similarity).max() < 1e-6
+    watched.most = 0
+    monkeypatch.setattr("simsiam.explore._MANY", 500)  # directions of a part of them
+    parts = find_clusters(replace(stored, vectors=watched), 5)
+    assert np.array_equal(parts.label, whole.label) and watched.most == 512
+    assert find_duplicates(replace(stored, vectors=watched), 0.99) == copies and watched.most == 512
 
 
 def test_a_collapsed_embedding_has_clusters_that_are_empty(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -21,10 +22,11 @@ import pytest
 from PIL import Image
 
 from simsiam.config import UserError
-from simsiam.embeddings import read_embeddings
+from simsiam.embeddings import embed_to, read_embeddings
 from simsiam.explore import clusters
+from simsiam.runs import write_json
 from simsiam.search import search
-from simsiam.show.viewer import Viewer
+from simsiam.show.viewer import HEADERS, UPLOAD, Viewer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,6 +43,7 @@ class Server:
             said += line
             if found := re.search(r"http://\S+", line):
                 self.address = found[0]
+                self.state = self.json("about")["state"]
                 return
         self.stop()
         raise AssertionError(said)
@@ -52,7 +55,8 @@ class Server:
         return self.process.returncode, said
 
     def get(self, path: str, **options: Any) -> bytes:
-        request = urllib.request.Request(self.address + path, **options)
+        whole = path if path in ("", "about") else f"{self.state}/{path}"
+        request = urllib.request.Request(self.address + whole, **options)
         with urllib.request.urlopen(request, timeout=120) as answer:
             content: bytes = answer.read()
             return content
@@ -135,8 +139,97 @@ def test_what_cannot_be_is_refused_in_words(server: Server) -> None:
         422,
         '{"detail":"This is no image that can be read: text, not an image."}',
     )
-    # A page elsewhere whose name points here.
-    assert server.refuses("about", headers={"Host": "elsewhere.example"})[0] == 400
+    # As much as may be sent is read, and found to be no image; a byte more is not.
+    assert server.refuses("near", data=bytes(UPLOAD), method="POST")[0] == 422
+    assert server.refuses("near", data=bytes(UPLOAD + 1), method="POST") == (
+        413,
+        '{"detail":"The file is larger than 64 MB."}',
+    )
+
+
+def test_pages_elsewhere_get_nothing(server: Server, photos: Path) -> None:
+    assert server.refuses("about", headers={"Host": "elsewhere.example"})[0] == 400  # one whose name points here
+    image = (photos / "rings/001.png").read_bytes()
+    for origin in ("http://elsewhere.example", "null", "http://127.0.0.1:1"):
+        headers = {"Origin": origin}
+        assert server.refuses("near", data=image, method="POST", headers=headers)[0] == 403, origin
+    headers = {"Origin": server.address.rstrip("/")}
+    assert server.json("near", data=image, method="POST", headers=headers)["neighbours"]
+    for path in ("", "about", f"{server.state}/picture/0", f"{server.state}/near/96", "0/map", "nothing"):
+        try:
+            answer: Any = urllib.request.urlopen(server.address + path, timeout=60)
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            assert [answer.headers.get_all(name) for name, _ in HEADERS] == [[value] for _, value in HEADERS], path
+
+
+def test_a_picture_is_kept_under_an_address_of_its_embeddings_alone(
+    server: Server, stored: Path, photos: Path, tmp_path: Path
+) -> None:
+    for row in (0, 95):
+        with urllib.request.urlopen(f"{server.address}{server.state}/picture/{row}", timeout=60) as answer:
+            assert "immutable" in answer.headers["Cache-Control"]
+    run = stored.parent / "run"
+    embed_to(run, photos / "rings", tmp_path / "other")
+    other = Viewer(tmp_path / "other")
+    assert other.state != server.state == Viewer(stored).state
+    other_address = f"{server.address}{other.state}/picture/0"  # asked for of the other viewer, on the same port
+    with pytest.raises(urllib.error.HTTPError) as gone:
+        urllib.request.urlopen(other_address, timeout=60)
+    assert gone.value.code == 410 and "Cache-Control" not in gone.value.headers
+    embed_to(run, photos / "rings", tmp_path / "other")  # the same again: what a browser has kept is right
+    assert other.stored.replaced() and Viewer(tmp_path / "other").state == other.state
+
+
+def test_embeddings_that_are_brought_up_to_date_are_shown(stored: Path, photos: Path, tmp_path: Path) -> None:
+    run, images, folder = stored.parent / "run", tmp_path / "images", tmp_path / "vectors"
+    shutil.copytree(photos, images)
+    embed_to(run, images, folder)
+    server = Server(folder)
+    try:
+        first, before = server.get("picture/0"), server.json("clusters")
+        (folder / "meta.json").rename(tmp_path / "meta.json")  # as while it is written
+        assert server.json("about")["state"] == server.state and server.get("picture/0") == first
+        (tmp_path / "meta.json").rename(folder / "meta.json")
+        Image.new("RGB", (40, 40), "red").save(images / "a.png")  # comes before all others
+        embed_to(run, images, folder)
+        assert server.refuses("picture/0")[0] == server.refuses("clusters")[0] == 410
+        about = server.json("about")
+        assert about["images"] == 97 and about["state"] != server.state
+        server.state = about["state"]
+        assert server.json("item/0")["id"] == "a.png" and server.get("picture/0") != first
+        assert server.get("picture/1") == first
+        after = server.json("clusters")
+        assert sum(each["images"] for each in after["clusters"]) == 97 and after["count"] == before["count"]
+        assert server.json("images?cluster=0")["total"] == after["clusters"][0]["images"]
+        assert pq.read_table(folder / "clusters.parquet")["id"].to_pylist() == read_embeddings(folder).ids
+        assert "groups" in server.json("duplicates") and server.json("map")["rows"] == list(range(97))
+    finally:
+        server.stop(signal.SIGTERM)
+
+
+def test_what_was_read_goes_on_together_while_the_folder_changes(
+    stored: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, images, folder = stored.parent / "run", tmp_path / "images", tmp_path / "vectors"
+    shutil.copytree(photos / "rings", images)
+    embed_to(run, images, folder)
+    viewer = Viewer(folder)
+    Image.new("RGB", (40, 40), "red").save(images / "0.png")
+    embed_to(run, images, folder)
+    about, found = viewer.clusters()
+    assert about["images"] == len(found.label) == 32 and viewer.images(0, 99, "", None, 0)["items"]
+    assert viewer.stored.images()[1].tolist() == list(range(1, 33)) and viewer.duplicates()["images"] == 32
+
+    def meanwhile(*arguments: Any, **settings: Any) -> Any:
+        write_json(folder / "meta.json", json.loads((folder / "meta.json").read_text()))
+        return load(*arguments, **settings)
+
+    load = np.load
+    monkeypatch.setattr("simsiam.embeddings.np.load", meanwhile)
+    with pytest.raises(UserError, match="written anew while it was read"):
+        read_embeddings(folder)
 
 
 def test_the_page_works_in_a_browser(server: Server, tmp_path: Path) -> None:
@@ -168,9 +261,26 @@ def test_the_number_of_clusters_stays_what_was_asked_for(stored: Path, tmp_path:
     shutil.copytree(stored, tmp_path / "vectors", ignore=shutil.ignore_patterns("clusters.parquet"))
     asked = clusters(tmp_path / "vectors", 4)
     written = pq.read_table(asked["file"])
-    found, label, _ = Viewer(tmp_path / "vectors").clusters()
-    assert found["count"] == 4 and label.tolist() == written["cluster"].to_pylist()
+    about, found = Viewer(tmp_path / "vectors").clusters()
+    assert about["count"] == 4 and found.label.tolist() == written["cluster"].to_pylist()
     assert pq.read_table(asked["file"]) == written
+    Path(asked["file"]).write_bytes(b"damaged")
+    assert Viewer(tmp_path / "vectors").clusters()[0]["count"] == 9  # a tenth of the images
+
+
+def test_a_folder_that_cannot_be_written_to_is_shown_as_well(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = shutil.ignore_patterns("clusters.parquet", "map.json")
+    shutil.copytree(stored, tmp_path / "vectors", ignore=kept)
+    refuse = OSError(errno.EROFS, "Read-only file system")
+    monkeypatch.setattr("simsiam.runs.os.replace", lambda *_: (_ for _ in ()).throw(refuse))
+    viewer = Viewer(tmp_path / "vectors")
+    about, found = viewer.clusters()
+    assert about["count"] == 9 and len(about["on_map"]) == len(found.label) == 96
+    assert viewer.images(0, 500, "", None, 0)["total"] == about["clusters"][0]["images"]
+    assert viewer.map()["rows"] == list(range(96)) and "groups" in viewer.duplicates()
+    assert not list((tmp_path / "vectors").glob("*clusters*"))
 
 
 def test_mistakes_are_one_clear_line(stored: Path, server: Server) -> None:

@@ -118,6 +118,10 @@ class Embeddings:
     items: dict[str, list[Any]]
     """The columns that were asked for, N values each."""
     meta: dict[str, Any]
+    keys: NDArray[np.uint64]
+    """[N], of each image's name, size and time of change; 0 where the file does not say."""
+    written: tuple[int, ...]
+    """Tells this writing of the folder from others."""
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -125,6 +129,10 @@ class Embeddings:
     @property
     def ids(self) -> list[str]:
         return self.items["id"]
+
+    def replaced(self) -> bool:
+        """Whether the folder holds something else by now; not while that is being written."""
+        return _written(self.folder) not in (None, self.written)
 
     def encoder(self, device: str = "auto") -> ImageEncoder:
         """The encoder that made the vectors. Raises UserError where its run is gone or has other weights by now."""
@@ -146,10 +154,9 @@ class Embeddings:
         from simsiam.data.cache import open_cache
 
         source = open_images(self.meta["data"])
-        keys = np.array(read_embeddings(self.folder, ["key"]).items["key"], np.uint64)
         there = {id_: row for row, id_ in enumerate(source.ids)}
         rows = np.array([there.get(id_, -1) for id_ in self.ids], np.int64)
-        changed = int(((rows < 0) | (source.keys[rows] != keys)).sum())
+        changed = int(((rows < 0) | (source.keys[rows] != self.keys)).sum())
         if changed:
             raise UserError(
                 f"{changed:,} of the {counted(len(self), 'image')} in {self.folder} have changed or are gone from "
@@ -164,7 +171,8 @@ def read_embeddings(folder: str | Path, columns: Sequence[str] = ("id",)) -> Emb
     import pyarrow.parquet as pq
 
     folder = Path(folder)
-    if not (folder / META).exists():
+    written = _written(folder)
+    if written is None:
         half = (
             " Its writing was interrupted: run the same `simsiam embed` again." if (folder / VECTORS).exists() else ""
         )
@@ -172,13 +180,25 @@ def read_embeddings(folder: str | Path, columns: Sequence[str] = ("id",)) -> Emb
     meta = read_json(folder / META)
     try:
         vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
-        table = pq.read_table(folder / ITEMS, columns=list(columns))
+        table = pq.ParquetFile(folder / ITEMS).read([*columns, "key"])  # only those there are
         items = {name: table[name].to_pylist() for name in columns}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"Cannot read the embeddings in {folder}: {' '.join(str(error).split())}") from None
     if not len(vectors) == len(table) == meta.get("vectors") or vectors.shape[1:] != (meta.get("dim"),):
         raise UserError(f"The files of {folder} do not belong together: run `simsiam embed` again, or copy all three.")
-    return Embeddings(folder, vectors, items, meta)
+    if _written(folder) != written:  # equally many as before would pass for belonging together
+        raise UserError(f"{folder} was written anew while it was read: run this again when `simsiam embed` is done.")
+    keys = table["key"].to_numpy() if "key" in table.column_names else np.zeros(len(table), np.uint64)
+    return Embeddings(folder, vectors, items, meta, keys, written)
+
+
+def _written(folder: Path) -> tuple[int, ...] | None:
+    """Another one after each writing; None where there is none, or one is under way."""
+    try:
+        found = (folder / META).stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def _known(out: Path, sha256: str) -> dict[str, NDArray[np.float32]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from simsiam.embed import padded
 from simsiam.embeddings import Embeddings, read_embeddings
 from simsiam.neighbours import top_k, unit_rows
 from simsiam.runs import atomic, keep
-from simsiam.search import make_index, nearest, open_index
+from simsiam.search import Vectors, make_index, nearest, open_index
 
 CLUSTERS = "clusters.parquet"
 COUNT = 20
@@ -38,6 +40,8 @@ _SIDE = 16
 _FLAT = 3.0  # grey levels
 _EXAMPLES, _ODD, _ODD_NEIGHBOURS = 9, 20, 10
 _DIRECTIONS, _MANY = 64, 50_000
+_BLOCK = 1 << 22
+"""Values of the vectors that are read and held at a time: all of ImageNet's would be 10 GB."""
 
 Tell = Callable[[str], None]
 Rows = NDArray[np.int64]
@@ -69,12 +73,21 @@ def near_duplicates(
     Raises UserError where, without a threshold, the run or the images are gone or were changed.
     """
     set_threads()
-    tell = progress or (lambda text: None)
     if threshold is not None and not -1 <= threshold <= 1:
         raise UserError(f"The threshold is {threshold:g}: it is a cosine similarity, from -1 to 1.")
     stored = read_embeddings(folder, ("id", "pixels"))
+    found = find_duplicates(stored, threshold, device=device, progress=progress)
+    groups = [[{"id": stored.ids[each.pop("row")], **each} for each in group] for group in found["groups"]]
+    return {**found, "groups": groups}
+
+
+def find_duplicates(
+    stored: Embeddings, threshold: float | None = None, *, device: str = "auto", progress: Tell | None = None
+) -> dict[str, Any]:
+    """What `near_duplicates` returns, with "row" in place of "id"; the columns id and pixels have to be there."""
+    tell = progress or (lambda text: None)
     rows, kind = _kinds(stored.items["pixels"])
-    vectors = stored.vectors[rows]
+    vectors: Any = _Picked(stored.vectors, rows)
     measured: dict[str, float] = {}
     if threshold is not None:
         tell(f"Comparing {len(rows):,} images ...")
@@ -94,7 +107,7 @@ def near_duplicates(
         scores = _cosine(vectors, links)
         kept = (scores >= measured["threshold"]) & (pictures.correlation(links) >= measured["pixel_threshold"])
     groups = [
-        [{"id": stored.ids[row], "score": round(score, 6), "identical": same} for row, score, same in group]
+        [{"row": row, "score": round(score, 6), "identical": same} for row, score, same in group]
         for group in _groups(kind, links[kept], scores[kept])
     ]
     return {
@@ -105,6 +118,21 @@ def near_duplicates(
         "copies": sum(len(group) - 1 for group in groups),
         "groups": groups,
     }
+
+
+class _Picked:
+    """Some rows of memory-mapped vectors, read when they are asked for: an array of them would be a copy in memory."""
+
+    ndim = 2
+
+    def __init__(self, vectors: NDArray[np.float32], rows: Rows) -> None:
+        self.vectors, self.rows, self.shape = vectors, rows, (len(rows), vectors.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, which: slice | Rows) -> NDArray[np.float32]:
+        return self.vectors[self.rows[which]]
 
 
 def _kinds(pixels: Sequence[str]) -> tuple[Rows, Rows]:
@@ -123,10 +151,13 @@ def _links(found: Rows, scores: NDArray[np.float32] | None = None) -> tuple[Rows
     return pairs, np.zeros(len(pairs)) if scores is None else scores.ravel()[which].astype(np.float64)
 
 
-def _cosine(vectors: NDArray[np.float32], links: Rows) -> NDArray[np.float64]:
-    parts = [links[start : start + 8192] for start in range(0, len(links), 8192)]
-    both = [(unit_rows(vectors[part[:, 0]]) * unit_rows(vectors[part[:, 1]])).sum(1) for part in parts]
-    return torch.cat([*both, torch.zeros(0)]).double().numpy()
+def _cosine(vectors: Vectors, links: Rows) -> NDArray[np.float64]:
+    """[L], of each pair of rows."""
+    found = np.empty(len(links))
+    for block in _blocks(len(links), vectors.shape[1]):
+        one, other = (unit_rows(vectors[links[block, side]]) for side in range(2))
+        found[block] = (one * other).sum(1)
+    return found
 
 
 def _groups(kind: Rows, links: Rows, scores: NDArray[np.float64]) -> list[list[tuple[int, float, bool]]]:
@@ -178,9 +209,11 @@ class _Pictures:
 
     def correlation(self, links: Rows) -> NDArray[np.float32]:
         """[L], as they are or with one of them mirrored, whichever is larger."""
-        parts = [torch.from_numpy(links[start : start + 8192]) for start in range(0, len(links), 8192)]
-        both = [_correlation(self.looks[part[:, 0]].float(), self.looks[part[:, 1]].float()) for part in parts]
-        return torch.cat([*both, torch.zeros(0)]).numpy()
+        found = np.empty(len(links), np.float32)
+        for block in _blocks(len(links), self.looks[:1].numel()):
+            one, other = (self.looks[links[block, side]].float() for side in range(2))
+            found[block] = _correlation(one, other)
+        return found
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -247,6 +280,19 @@ def _mirrored(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 # --- clusters -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Clusters:
+    """N images in clusters, by row."""
+
+    count: int
+    label: Rows
+    """[N], the cluster of each: 0, the largest, to count - 1."""
+    similarity: NDArray[np.float32]
+    """[N], cosine, to the centre of its cluster."""
+    odd: list[tuple[int, float]]
+    """The images that are least like their 10 nearest, at most 20, and their mean cosine similarity to these."""
+
+
 def clusters(
     folder: str | Path, count: int | None = None, *, seed: int = 0, device: str = "auto", progress: Tell | None = None
 ) -> dict[str, Any]:
@@ -262,69 +308,125 @@ def clusters(
     [0, 1], None where there are none. `file` is None where it could not be written.
     Raises UserError where `count` does not fit the images.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     set_threads()
-    tell = progress or (lambda text: None)
     stored = read_embeddings(folder, ("id", "class"))
+    found = find_clusters(stored, count, seed=seed, device=device, progress=progress)
+    kept = keep(lambda: write_clusters(stored, found))
+    about = summary(stored, found)
+    return {
+        "images": about["images"],
+        "count": about["count"],
+        "file": str(stored.folder / CLUSTERS) if kept else None,
+        "clusters": [each | {"examples": [stored.ids[row] for row in each["examples"]]} for each in about["clusters"]],
+        "odd": [{"id": stored.ids[each["row"]], "similarity": each["similarity"]} for each in about["odd"]],
+        "agreement": about["agreement"],
+    }
+
+
+def find_clusters(
+    stored: Embeddings,
+    count: int | None = None,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Tell | None = None,
+) -> Clusters:
+    """The arrays that `clusters` describes; arguments and errors are the same."""
+    tell = progress or (lambda text: None)
     if len(stored) < 2 or (count is not None and not 2 <= count <= len(stored)):
         raise UserError(
             f"{len(stored)} images cannot form {count or 2} clusters: from 2 to as many as there are images."
         )
     count = count or max(2, min(COUNT, len(stored) // 10))
     tell(f"Forming {count} clusters of {len(stored):,} images ...")
-    unit = unit_rows(stored.vectors)
-    label = k_means(unit, count, seed)
+    vectors = stored.vectors
+    label = k_means(vectors, count, seed)
     order = np.argsort(-np.bincount(label, minlength=count), kind="stable")
     label = np.argsort(order)[label]
-    centres = unit_rows(torch.zeros(count, unit.shape[1]).index_add_(0, torch.from_numpy(label), unit))
-    similarity = (unit * centres[label]).sum(1).numpy()
-    columns = {"id": stored.ids, "cluster": label.astype(np.int64), "similarity": similarity.astype(np.float32)}
-
-    def write() -> None:
-        with atomic(stored.folder / CLUSTERS) as temporary:
-            pq.write_table(pa.table(columns), temporary)
-
-    kept = keep(write)
+    blocks = list(_blocks(*vectors.shape))
+    sums = torch.zeros(count, vectors.shape[1])
+    for block in blocks:
+        sums.index_add_(0, torch.from_numpy(label[block]), unit_rows(vectors[block]))
+    centres = unit_rows(sums)
+    similarity = np.empty(len(label), np.float32)
+    for block in blocks:
+        similarity[block] = (unit_rows(vectors[block]) * centres[label[block]]).sum(1)
     tell("Looking for images that are like no other ...")
-    near, _ = nearest(stored.vectors, _ODD_NEIGHBOURS, device=device, index=lambda: open_index(stored, progress))
+    near, _ = nearest(vectors, _ODD_NEIGHBOURS, device=device, index=lambda: open_index(stored, progress))
     alone = near.mean(1)
+    odd = [(row, float(alone[row])) for row in np.argsort(alone, kind="stable")[:_ODD].tolist()]
+    return Clusters(count, label, similarity, odd)
+
+
+def write_clusters(stored: Embeddings, found: Clusters) -> None:
+    """`clusters.parquet` in the folder: id, cluster, similarity. Raises UserError where it cannot be written."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"id": stored.ids, "cluster": found.label, "similarity": found.similarity}
+    with atomic(stored.folder / CLUSTERS) as temporary:
+        pq.write_table(pa.table(columns), temporary)
+
+
+def kept_count(stored: Embeddings) -> int | None:
+    """How many clusters were asked for last; None where there is no `clusters.parquet` of as many images."""
+    import pyarrow.parquet as pq
+
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        kept = pq.read_table(stored.folder / CLUSTERS, columns=["cluster"])["cluster"].to_numpy()
+        return max(2, int(kept.max()) + 1) if len(kept) == len(stored) else None
+    return None
+
+
+def summary(stored: Embeddings, found: Clusters) -> dict[str, Any]:
+    """What `clusters` returns but the file, with rows in place of ids; the column class has to be there."""
     classes = stored.items["class"]
     return {
         "images": len(stored),
-        "count": count,
-        "file": str(stored.folder / CLUSTERS) if kept else None,
-        "clusters": [_cluster(c, np.flatnonzero(label == c), similarity, stored.ids, classes) for c in range(count)],
-        "odd": [
-            {"id": stored.ids[row], "similarity": round(float(alone[row]), 6)}
-            for row in np.argsort(alone, kind="stable")[:_ODD].tolist()
+        "count": found.count,
+        "clusters": [
+            _cluster(c, np.flatnonzero(found.label == c), found.similarity, classes) for c in range(found.count)
         ],
-        "agreement": _agreement(label, classes),
+        "odd": [{"row": row, "similarity": round(similarity, 6)} for row, similarity in found.odd],
+        "agreement": _agreement(found.label, classes),
     }
 
 
-def k_means(unit: Tensor, count: int, seed: int = 0) -> Rows:
-    """The cluster of every unit vector, float32 [N,D] -> [N] in 0..count-1; the best of four starts. Collapsed vectors may
-    leave clusters empty."""
+def k_means(vectors: Vectors, count: int, seed: int = 0) -> Rows:
+    """The cluster of every vector by its direction, float [N,D] -> [N] in 0..count-1; the best of four starts. Collapsed
+    vectors may leave clusters empty."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.decomposition import PCA
 
-    # Distances between unit vectors order as cosine similarity does; a few directions hold nearly all of them.
-    width = min(_DIRECTIONS, *unit.shape)
-    solver = "randomized" if min(unit.shape) > 8 * width else "full"
-    kind = MiniBatchKMeans if len(unit) > _MANY else KMeans
+    # Distances between unit vectors order as cosine similarity does; a few directions hold nearly all of them, and of
+    # many vectors a part tells which.
+    some = np.sort(np.random.default_rng(seed).permutation(len(vectors))[:_MANY])
+    sample = np.empty((len(some), vectors.shape[1]), np.float32)
+    for block in _blocks(*sample.shape):
+        sample[block] = unit_rows(vectors[some[block]])
+    width = min(_DIRECTIONS, *sample.shape)
+    solver = "randomized" if min(sample.shape) > 8 * width else "full"
+    kind = MiniBatchKMeans if len(vectors) > _MANY else KMeans
     with warnings.catch_warnings():  # collapsed features: no variance, and fewer different vectors than clusters
         warnings.simplefilter("ignore", RuntimeWarning)
         warnings.simplefilter("ignore", ConvergenceWarning)
-        few = PCA(width, svd_solver=solver, random_state=seed).fit_transform(unit.numpy())
+        directions = PCA(width, svd_solver=solver, random_state=seed, copy=False).fit(sample)
+        del sample  # centred in place
+        few = np.empty((len(vectors), width), np.float32)
+        for block in _blocks(*vectors.shape):
+            few[block] = directions.transform(unit_rows(vectors[block]).numpy())
         label: Rows = kind(count, n_init=4, random_state=seed).fit_predict(np.nan_to_num(few)).astype(np.int64)
     return label
 
 
-def _cluster(
-    number: int, rows: Rows, similarity: NDArray[np.float32], ids: Sequence[str], classes: Sequence[str | None]
-) -> dict[str, Any]:
+def _blocks(rows: int, width: int) -> Iterator[slice]:
+    """Of `rows` rows of `width` values. What they give goes into one array made beforehand: small ones that are kept
+    between large ones that are freed leave holes, many times the size of both."""
+    step = max(1, _BLOCK // max(1, width))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _cluster(number: int, rows: Rows, similarity: NDArray[np.float32], classes: Sequence[str | None]) -> dict[str, Any]:
     names, counts = np.unique([classes[row] for row in rows if classes[row] is not None], return_counts=True)
     most = np.argsort(-counts, kind="stable")[:3]
     best = rows[np.argsort(-similarity[rows], kind="stable")[:_EXAMPLES]]
@@ -332,7 +434,7 @@ def _cluster(
         "cluster": number,
         "images": len(rows),
         "similarity": round(float(similarity[rows].mean()), 4) if len(rows) else None,
-        "examples": [ids[row] for row in best],
+        "examples": best.tolist(),
         "classes": {str(names[i]): round(float(counts[i] / counts.sum()), 4) for i in most} if len(names) else None,
     }
 

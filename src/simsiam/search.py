@@ -110,7 +110,7 @@ def nearest(
     """The k nearest of every vector among the others, itself left out: cosine similarities and rows, [N,k] each.
 
     Args:
-        vectors: float [N,D].
+        vectors: float [N,D], or what gives some rows of such an array when it is indexed.
         queries: float [N,D], what to look for in place of the vectors: row i is another form of vector i.
         index: gives an index of the vectors where there are more than `ALL_PAIRS`; None: one is made for the purpose.
     """
@@ -182,7 +182,9 @@ def make_index(vectors: Vectors) -> tuple[Any, dict[str, Any]]:
     from usearch.index import Index
 
     index = Index(ndim=vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=128)
-    index.add(np.arange(len(vectors), dtype=np.uint64), np.asarray(vectors), threads=torch.get_num_threads())
+    for start in range(0, len(vectors), _QUERIES):
+        part = np.asarray(vectors[start : start + _QUERIES])
+        index.add(np.arange(start, start + len(part), dtype=np.uint64), part, threads=torch.get_num_threads())
     expansion, recall = _widen(index, vectors)
     return index, {"expansion": expansion, "recall_at_10": round(recall, 4)}
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import threading
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
+from urllib.parse import urlsplit
 
 import numpy as np
-import pyarrow.parquet as pq
-from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -38,23 +40,33 @@ MAP = "map.json"
 _MARKED = 12
 UPLOAD = 64 << 20
 """Bytes of an image that is searched for, at most."""
+HEADERS = [
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+]
+"""Of every answer: a page elsewhere may not show what is served here."""
 
 T = TypeVar("T")
 K = Annotated[int, Query(ge=1, le=200)]
 
 
 class Viewer:
-    """What the page asks for; what takes long is computed when it is first asked for, once."""
+    """What the page asks for, of the embeddings as they were read; what takes long is computed when it is first asked for,
+    once."""
 
     def __init__(self, folder: str | Path, device: str = "auto") -> None:
         folder = Path(folder)
         if (folder / RECIPE).exists():
             raise UserError(f"{folder} is a run. Embed images with it first: simsiam embed {folder} DATA -o DIR.")
         set_threads()
-        self.stored, self.device = read_embeddings(folder, ("id", "class")), device
+        self.stored, self.device = read_embeddings(folder, ("id", "class", "pixels")), device
         if not len(self.stored):
             raise UserError(f"{folder} holds no vectors: there is nothing to see.")
         self.ids, self.classes = self.stored.ids, self.stored.items["class"]
+        told = json.dumps(self.stored.meta).encode() + self.stored.keys.tobytes()
+        self.state = hashlib.blake2b(told, digest_size=8).hexdigest()
+        """Part of every address that holds a row: the same row of other embeddings has another address."""
         self.names = sorted({name for name in self.classes if name is not None})
         self.pictures: tuple[Cache, NDArray[np.int64]] | None = None
         self.why_none: str | None = None
@@ -78,6 +90,7 @@ class Viewer:
 
     def about(self) -> dict[str, Any]:
         return {
+            "state": self.state,
             "folder": str(self.stored.folder),
             "data": self.stored.meta["data"],
             "run": self.stored.meta["run"],
@@ -193,9 +206,9 @@ class Viewer:
         """A page of the images whose id holds `text`, of one class or cluster where that is asked for."""
         rows: Any = range(len(self.ids))
         if cluster is not None:
-            _, label, similarity = self.once(Viewer.clusters)
-            rows = np.flatnonzero(label == cluster)
-            rows = rows[np.argsort(-similarity[rows], kind="stable")].tolist()
+            found = self.once(Viewer.clusters)[1]
+            rows = np.flatnonzero(found.label == cluster)
+            rows = rows[np.argsort(-found.similarity[rows], kind="stable")].tolist()
         if text or kind is not None:
             text = text.lower()
             rows = [
@@ -205,40 +218,72 @@ class Viewer:
 
     # --- what the set is made of ---
 
-    def clusters(self) -> tuple[dict[str, Any], NDArray[np.int64], NDArray[np.float32]]:
-        """What `explore.clusters` returns with rows in place of ids, the cluster of every row and its similarity."""
-        rows = self.once(Viewer.rows)
-        path = self.stored.folder / explore.CLUSTERS
-        kept = pq.read_table(path, columns=["cluster"])["cluster"].to_numpy() if path.exists() else np.zeros(0)
+    def clusters(self) -> tuple[dict[str, Any], explore.Clusters]:
+        """What `explore.summary` returns with images in place of rows, and the arrays that it is of."""
         # As many as `simsiam clusters` was asked for last: its file is written anew.
-        count = max(2, int(kept.max()) + 1) if len(kept) == len(self.stored) else None
-        found = explore.clusters(self.stored.folder, count, device=self.device)
-        table = pq.read_table(found["file"])
-        label = table["cluster"].to_numpy()
-        for each in found["clusters"]:
-            each["examples"] = [self.item(rows[id_]) for id_ in each["examples"]]
-        found["odd"] = [{**self.item(rows[each["id"]]), "score": each["similarity"]} for each in found["odd"]]
-        found["on_map"] = label[self.on_map].tolist()
-        return found, label, table["similarity"].to_numpy()
+        found = explore.find_clusters(self.stored, explore.kept_count(self.stored), device=self.device)
+        with contextlib.suppress(UserError):  # a folder that cannot be written to can still be looked at
+            explore.write_clusters(self.stored, found)
+        about = explore.summary(self.stored, found)
+        for each in about["clusters"]:
+            each["examples"] = [self.item(row) for row in each["examples"]]
+        about["odd"] = [{**self.item(each["row"]), "score": each["similarity"]} for each in about["odd"]]
+        return about | {"on_map": found.label[self.on_map].tolist()}, found
 
     def duplicates(self) -> dict[str, Any]:
-        rows = self.once(Viewer.rows)
-        found = explore.near_duplicates(self.stored.folder, device=self.device)
-        return {**found, "groups": [[each | self.item(rows[each["id"]]) for each in g] for g in found["groups"]]}
+        found = explore.find_duplicates(self.stored, device=self.device)
+        return {**found, "groups": [[each | self.item(each["row"]) for each in group] for group in found["groups"]]}
 
-    def rows(self) -> dict[str, int]:
-        return {id_: row for row, id_ in enumerate(self.ids)}
+
+class _Latest:
+    """The viewer of what a folder holds by now; while that is being written, of what it held before."""
+
+    def __init__(self, viewer: Viewer) -> None:
+        self._viewer, self._lock = viewer, threading.Lock()
+
+    def __call__(self) -> Viewer:
+        with self._lock:
+            if self._viewer.stored.replaced():
+                with contextlib.suppress(UserError):
+                    self._viewer = Viewer(self._viewer.stored.folder, self._viewer.device)
+            return self._viewer
+
+
+def _latest(request: Request) -> Viewer:
+    viewer: Viewer = request.app.state.latest()
+    return viewer
+
+
+def _same(state: str, latest: Annotated[Viewer, Depends(_latest)]) -> Viewer:
+    if state != latest.state:
+        raise HTTPException(410, "The embeddings are others by now: load the page anew.")
+    return latest
+
+
+def _from_here(request: Request) -> None:
+    """Refuses what a page elsewhere sends; a program that is no browser does not say where it comes from."""
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        raise HTTPException(403, "Only the viewer's own page may ask for this.")
+
+
+Latest = Annotated[Viewer, Depends(_latest)]
+Same = Annotated[Viewer, Depends(_same)]
 
 
 def build_app(viewer: Viewer, hosts: tuple[str, ...] = ("localhost", "127.0.0.1")) -> FastAPI:
     """The page and what it asks for. Requests for another host than `hosts` are refused: a web page elsewhere could
-    otherwise point its own name here and read the images."""
+    otherwise point its own name here and read the images.
+
+    When `simsiam embed` has brought the folder up to date, what is asked for with an earlier `Viewer.state` is gone (410).
+    """
     app = FastAPI(title="simsiam", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.latest = _Latest(viewer)
     app.add_middleware(GZipMiddleware, minimum_size=2000)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    kept = {"Cache-Control": "max-age=86400"}
+    kept = {"Cache-Control": "private, max-age=31536000, immutable"}
 
-    def known(row: int) -> int:
+    def known(viewer: Viewer, row: int) -> int:
         if not 0 <= row < len(viewer.ids):
             raise HTTPException(404, "There is no such image.")
         return row
@@ -252,19 +297,20 @@ def build_app(viewer: Viewer, hosts: tuple[str, ...] = ("localhost", "127.0.0.1"
         return Path(__file__).with_name("viewer.html").read_text(encoding="utf-8")
 
     @app.get("/about")
-    def about() -> dict[str, Any]:
+    def about(viewer: Latest) -> dict[str, Any]:
         return viewer.about()
 
-    @app.get("/map")
-    def map_() -> dict[str, Any]:
+    @app.get("/{state}/map")
+    def map_(viewer: Same) -> dict[str, Any]:
         return viewer.once(Viewer.map)
 
-    @app.get("/atlas")
-    def atlas() -> Response:
+    @app.get("/{state}/atlas")
+    def atlas(viewer: Same) -> Response:
         return Response(viewer.once(Viewer.atlas)[0], media_type="image/webp")
 
-    @app.get("/images")
+    @app.get("/{state}/images")
     def images(
+        viewer: Same,
         start: Annotated[int, Query(ge=0)] = 0,
         count: Annotated[int, Query(ge=1, le=500)] = 60,
         text: str = "",
@@ -273,16 +319,16 @@ def build_app(viewer: Viewer, hosts: tuple[str, ...] = ("localhost", "127.0.0.1"
     ) -> dict[str, Any]:
         return viewer.images(start, count, text, kind, cluster)
 
-    @app.get("/item/{row}")
-    def item(row: int) -> dict[str, Any]:
-        return viewer.item(known(row))
+    @app.get("/{state}/item/{row}")
+    def item(viewer: Same, row: int) -> dict[str, Any]:
+        return viewer.item(known(viewer, row))
 
-    @app.get("/near/{row}")
-    def near(row: int, k: K = 24) -> dict[str, Any]:
-        return viewer.near(known(row), k)
+    @app.get("/{state}/near/{row}")
+    def near(viewer: Same, row: int, k: K = 24) -> dict[str, Any]:
+        return viewer.near(known(viewer, row), k)
 
-    @app.post("/near")
-    async def near_image(request: Request, k: K = 24) -> dict[str, Any]:
+    @app.post("/{state}/near", dependencies=[Depends(_from_here)])
+    async def near_image(viewer: Same, request: Request, k: K = 24) -> dict[str, Any]:
         content = bytearray()
         async for part in request.stream():
             content += part
@@ -290,24 +336,25 @@ def build_app(viewer: Viewer, hosts: tuple[str, ...] = ("localhost", "127.0.0.1"
                 raise HTTPException(413, f"The file is larger than {UPLOAD >> 20} MB.")
         return await run_in_threadpool(viewer.near_image, bytes(content), k)
 
-    @app.get("/clusters")
-    def clusters() -> dict[str, Any]:
+    @app.get("/{state}/clusters")
+    def clusters(viewer: Same) -> dict[str, Any]:
         return viewer.once(Viewer.clusters)[0]
 
-    @app.get("/duplicates")
-    def duplicates() -> dict[str, Any]:
+    @app.get("/{state}/duplicates")
+    def duplicates(viewer: Same) -> dict[str, Any]:
         return viewer.once(Viewer.duplicates)
 
-    @app.get("/picture/{row}")
-    def picture(row: int) -> Response:
-        image = viewer.thumbnail(known(row))
+    @app.get("/{state}/picture/{row}")
+    def picture(viewer: Same, row: int) -> Response:
+        image = viewer.thumbnail(known(viewer, row))
         small = max(image.size) <= 64  # every pixel counts
         content = _encoded(image, "PNG") if small else _encoded(image, "JPEG", quality=88)
         return Response(content, media_type="image/png" if small else "image/jpeg", headers=kept)
 
-    @app.get("/original/{row}")
-    def original(row: int) -> Response:
-        return Response(_encoded(viewer.original(known(row)), "PNG"), media_type="image/png", headers=kept)
+    @app.get("/{state}/original/{row}")
+    def original(viewer: Same, row: int) -> Response:
+        content = _encoded(viewer.original(known(viewer, row)), "PNG")
+        return Response(content, media_type="image/png", headers={"Cache-Control": "no-store"})  # the file may change
 
     return app
 
@@ -333,7 +380,7 @@ def serve(
     with contextlib.closing(sockets[0]):
         shown = f"[{host}]" if ":" in host else host
         ready(f"http://{shown}:{sockets[0].getsockname()[1]}/")
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1, headers=HEADERS)
         with contextlib.suppress(KeyboardInterrupt):  # how a viewer is meant to end
             uvicorn.Server(config).run(sockets)
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.validation import check_is_fitted
 
 import simsiam
+from simsiam.assess import evaluate_run
 from simsiam.compute import Compute
 from simsiam.config import UserError
 from simsiam.data.cache import build_cache
@@ -135,6 +137,22 @@ def test_embed_looks_before_it_works(run: Path, photos: Path, tmp_path: Path, mo
         embed_to(run, photos, tmp_path / "file" / "x")
     with pytest.raises(UserError, match=r"holds no trained encoder\. Name a folder that `simsiam train` wrote"):
         simsiam.load(photos)
+
+
+def test_no_verb_decodes_onto_a_disk_without_room(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1, used=0, free=1))
+    for verb in (
+        lambda: simsiam.train(photos, tmp_path / "run", epochs=1, **SMALL),
+        lambda: embed_to(run, photos, tmp_path / "vectors"),
+        lambda: evaluate_run(run),
+    ):
+        with pytest.raises(UserError, match=r"photos\S* needs about .* GB are free"):
+            verb()
+    assert not (tmp_path / "run").exists()
+    assert all(not path.stat().st_size for path in (tmp_path / "cache").glob("*/images.bin"))
 
 
 def test_it_is_a_scikit_learn_transformer(run: Path, photos: Path) -> None:

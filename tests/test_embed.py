@@ -76,6 +76,25 @@ def test_embedding_again_computes_only_what_is_new(run: Path, copy: Path, tmp_pa
     assert np.array_equal(np.load(out / "vectors.npy")[ids.index("yy.png")], first[0])
 
 
+def test_embedding_holds_the_vectors_once(
+    run: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed_to(run, copy, tmp_path / "whole")
+    monkeypatch.setattr("simsiam.embed._BATCH", 4)
+    made, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **how: (made.append(shape), empty(*shape, **how))[1])
+    out, later = tmp_path / "vectors", sorted(copy.iterdir())[::3]
+    for path in later:
+        path.rename(tmp_path / path.name)
+    assert embed_to(run, copy, out)["new"] == 20
+    for path in later:
+        (tmp_path / path.name).rename(path)
+    assert embed_to(run, copy, out)["new"] == 10
+    whole, parts = (np.load(folder / "vectors.npy") for folder in (tmp_path / "whole", out))
+    assert np.abs(parts - whole).max() < 0.05 * np.abs(whole).max()  # bf16 has 8 bits
+    assert not {(20, 64), (10, 64)} & {*made}, "a second array of all new vectors"
+
+
 def test_what_does_not_belong_together_is_refused(run: Path, copy: Path, photos: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     simsiam.train(photos, other, epochs=1, seed=5, **SMALL)

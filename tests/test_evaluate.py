@@ -6,9 +6,11 @@ import inspect
 import itertools
 import json
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simsiam import evaluate
 from simsiam.collapse import effective_rank, normalised_std
@@ -239,6 +242,33 @@ def test_fit_is_scikit_learns_optimum(C: float) -> None:
     assert loss.item() == pytest.approx(objective(best, x.double(), labels, C).item(), rel=1e-5)
     expected = 100 * reference.score(test.double().numpy(), test_labels.numpy())
     assert float(linear.accuracy(theta.detach().float(), test, test_labels)) == pytest.approx(expected, abs=1)
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes that tensors made since held at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.held:
+                    self.held[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, self.held.pop, storage.data_ptr())
+        self.most = max(self.most, sum(self.held.values()))
+        return result
+
+
+def test_a_fit_holds_two_values_for_every_row_and_class() -> None:
+    x, labels = torch.randn(2000, 4), torch.arange(2000) % 500
+    with Memory() as memory:
+        linear.fit(x, labels, 500, 1.0, steps=3)
+    assert memory.most < 2.2 * len(x) * 500 * 4
 
 
 def test_problems_solved_together_have_the_solutions_of_each_alone() -> None:

@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ def test_a_class_without_training_images_counts_as_missed(name: str) -> None:
 
 def test_compare_puts_the_kinds_side_by_side() -> None:
     by_kind = {"trained": clusters(noise=0.3), "untrained": clusters(noise=2.0), "pixels": clusters(dim=30, noise=4.0)}
-    table = compare(evaluate.names(), by_kind, seed=1, settings={"knn": {"k": 20}, "fewshot": {"draws": 5}})
+    kinds = {kind: partial(replace, features) for kind, features in by_kind.items()}
+    table = compare(evaluate.names(), kinds, seed=1, settings={"knn": {"k": 20}, "fewshot": {"draws": 5}})
     assert json.loads(json.dumps(table)) == table
     assert list(table) == evaluate.names()
     for name in LABELLED:
@@ -164,16 +166,29 @@ def test_compare_says_null_where_labels_do_not_suffice() -> None:
         replace(full, train_labels=torch.ones(300, dtype=torch.int64)),
     ]
     for features in lacking:
-        table = compare(evaluate.names(), {"trained": features})
+        table = compare(evaluate.names(), {"trained": partial(replace, features)})
         assert [name for name in table if table[name] is None] == sorted(LABELLED)
         assert table["collapse"] is not None
 
 
+def test_compare_holds_one_kind_at_a_time() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def make() -> Features:
+        assert all(features() is None for features in made)
+        features = clusters()
+        made.extend(map(weakref.ref, (features.train, features.test)))
+        return features
+
+    compare(evaluate.names(), dict.fromkeys(("trained", "untrained", "pixels"), make))
+    assert len(made) == 6
+
+
 def test_compare_refuses_what_it_does_not_know() -> None:
     with pytest.raises(UserError, match=r"Unknown evaluation 'knm'.*'knn'"):
-        compare(["knm"], {"trained": clusters()})
+        compare(["knm"], {"trained": clusters})
     with pytest.raises(UserError, match=r"Unknown setting 'draw' of fewshot\. Did you mean 'draws'"):
-        compare(["fewshot"], {"trained": clusters()}, settings={"fewshot": {"draw": 3}})
+        compare(["fewshot"], {"trained": clusters}, settings={"fewshot": {"draw": 3}})
 
 
 # --- knn --------------------------------------------------------------------------------------------------------------

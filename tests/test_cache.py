@@ -7,14 +7,17 @@ import errno
 import io
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -503,6 +506,58 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(
         again.batch(np.arange(200))[0], build_cache(flat_set(200, 64), 64, tmp_path / "b").batch(np.arange(200))[0]
     )
+
+
+def photographs(read: list[int], sizes: tuple[tuple[int, int], ...] = ((80, 64), (40, 64), (9, 100))) -> ImageSet:
+    """50 images of these heights and widths in turn, one of them empty; `read` notes which are read."""
+    contents = [encode(np.zeros((*sizes[i % len(sizes)], 3), np.uint8)) if i != 7 else b"" for i in range(50)]
+    return flat_set(read=lambda i: (read.append(i), contents[i])[1])
+
+
+@pytest.mark.parametrize("opens", [open_cache, build_cache])
+def test_a_disk_with_too_little_room_is_refused_before_anything_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opens: Callable[..., Cache]
+) -> None:
+    read: list[int] = []
+    images = photographs(read)
+    needed = (build_cache(images, 16, tmp_path / "twin").directory / PIXELS).stat().st_size
+    room: dict[str, object] = {"total": 10**9, "used": 0}
+    asked: list[Path] = []
+    usage = SimpleNamespace(**room, free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (asked.append(Path(path)), usage)[1])
+
+    def decode_some() -> Cache:
+        cache = opens(images, 16, tmp_path / "place")
+        cache.usable(np.arange(4))
+        return cache
+
+    with pytest.raises(
+        UserError, match=r"flat needs about 0\.0 GB in .*place, where 0\.0 GB are free\. Set SIMSIAM_CACHE"
+    ):
+        decode_some()
+    (folder,) = (tmp_path / "place").iterdir()
+    assert not (folder / PIXELS).stat().st_size and asked and all(path.is_relative_to(folder) for path in asked)
+    for change in ({"free": needed}, {"total": 0}):  # it fits exactly; the file system does not tell
+        usage.__dict__.update(change)
+        cache = decode_some()
+        assert cache.usable(np.arange(50)).sum() == 49
+    usage.__dict__.update(room, free=0)
+    read.clear()
+    assert len(open_cache(images, 16, tmp_path / "place").usable(np.arange(50))) == 50 and not read, "all is there"
+
+
+def test_room_is_looked_at_by_few_headers_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    images = photographs(read, ((64, 64),))
+    monkeypatch.setattr(cache_module, "_HEADERS", 5)
+    usage = SimpleNamespace(total=10**9, used=0, free=50 * 3 * 4 * 16**2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    build_cache(images, 16, tmp_path / "a", workers=1)
+    assert read == [*range(50)], "there is room for 50 of the widest"
+    read.clear()
+    usage.free -= 1
+    build_cache(images, 16, tmp_path / "b", workers=1)
+    assert read == [0, 12, 24, 36, 49, *range(50)]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")

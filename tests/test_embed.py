@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.validation import check_is_fitted
 
 import simsiam
+from simsiam.assess import evaluate_run
 from simsiam.compute import Compute
 from simsiam.config import UserError
 from simsiam.data.cache import build_cache
@@ -72,6 +74,25 @@ def test_embedding_again_computes_only_what_is_new(run: Path, copy: Path, tmp_pa
     assert (told["new"], told["vectors"]) == (1, 31)
     ids = pq.read_table(out / "items.parquet")["id"].to_pylist()
     assert np.array_equal(np.load(out / "vectors.npy")[ids.index("yy.png")], first[0])
+
+
+def test_embedding_holds_the_vectors_once(
+    run: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed_to(run, copy, tmp_path / "whole")
+    monkeypatch.setattr("simsiam.embed._BATCH", 4)
+    made, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **how: (made.append(shape), empty(*shape, **how))[1])
+    out, later = tmp_path / "vectors", sorted(copy.iterdir())[::3]
+    for path in later:
+        path.rename(tmp_path / path.name)
+    assert embed_to(run, copy, out)["new"] == 20
+    for path in later:
+        (tmp_path / path.name).rename(path)
+    assert embed_to(run, copy, out)["new"] == 10
+    whole, parts = (np.load(folder / "vectors.npy") for folder in (tmp_path / "whole", out))
+    assert np.abs(parts - whole).max() < 0.05 * np.abs(whole).max()  # bf16 has 8 bits
+    assert not {(20, 64), (10, 64)} & {*made}, "a second array of all new vectors"
 
 
 def test_what_does_not_belong_together_is_refused(run: Path, copy: Path, photos: Path, tmp_path: Path) -> None:
@@ -135,6 +156,22 @@ def test_embed_looks_before_it_works(run: Path, photos: Path, tmp_path: Path, mo
         embed_to(run, photos, tmp_path / "file" / "x")
     with pytest.raises(UserError, match=r"holds no trained encoder\. Name a folder that `simsiam train` wrote"):
         simsiam.load(photos)
+
+
+def test_no_verb_decodes_onto_a_disk_without_room(
+    run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1, used=0, free=1))
+    for verb in (
+        lambda: simsiam.train(photos, tmp_path / "run", epochs=1, **SMALL),
+        lambda: embed_to(run, photos, tmp_path / "vectors"),
+        lambda: evaluate_run(run),
+    ):
+        with pytest.raises(UserError, match=r"photos\S* needs about .* GB are free"):
+            verb()
+    assert not (tmp_path / "run").exists()
+    assert all(not path.stat().st_size for path in (tmp_path / "cache").glob("*/images.bin"))
 
 
 def test_it_is_a_scikit_learn_transformer(run: Path, photos: Path) -> None:

@@ -6,9 +6,12 @@ import inspect
 import itertools
 import json
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simsiam import evaluate
 from simsiam.collapse import effective_rank, normalised_std
@@ -130,7 +134,8 @@ def test_a_class_without_training_images_counts_as_missed(name: str) -> None:
 
 def test_compare_puts_the_kinds_side_by_side() -> None:
     by_kind = {"trained": clusters(noise=0.3), "untrained": clusters(noise=2.0), "pixels": clusters(dim=30, noise=4.0)}
-    table = compare(evaluate.names(), by_kind, seed=1, settings={"knn": {"k": 20}, "fewshot": {"draws": 5}})
+    kinds = {kind: partial(replace, features) for kind, features in by_kind.items()}
+    table = compare(evaluate.names(), kinds, seed=1, settings={"knn": {"k": 20}, "fewshot": {"draws": 5}})
     assert json.loads(json.dumps(table)) == table
     assert list(table) == evaluate.names()
     for name in LABELLED:
@@ -161,16 +166,29 @@ def test_compare_says_null_where_labels_do_not_suffice() -> None:
         replace(full, train_labels=torch.ones(300, dtype=torch.int64)),
     ]
     for features in lacking:
-        table = compare(evaluate.names(), {"trained": features})
+        table = compare(evaluate.names(), {"trained": partial(replace, features)})
         assert [name for name in table if table[name] is None] == sorted(LABELLED)
         assert table["collapse"] is not None
 
 
+def test_compare_holds_one_kind_at_a_time() -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def make() -> Features:
+        assert all(features() is None for features in made)
+        features = clusters()
+        made.extend(map(weakref.ref, (features.train, features.test)))
+        return features
+
+    compare(evaluate.names(), dict.fromkeys(("trained", "untrained", "pixels"), make))
+    assert len(made) == 6
+
+
 def test_compare_refuses_what_it_does_not_know() -> None:
     with pytest.raises(UserError, match=r"Unknown evaluation 'knm'.*'knn'"):
-        compare(["knm"], {"trained": clusters()})
+        compare(["knm"], {"trained": clusters})
     with pytest.raises(UserError, match=r"Unknown setting 'draw' of fewshot\. Did you mean 'draws'"):
-        compare(["fewshot"], {"trained": clusters()}, settings={"fewshot": {"draw": 3}})
+        compare(["fewshot"], {"trained": clusters}, settings={"fewshot": {"draw": 3}})
 
 
 # --- knn --------------------------------------------------------------------------------------------------------------
@@ -239,6 +257,33 @@ def test_fit_is_scikit_learns_optimum(C: float) -> None:
     assert loss.item() == pytest.approx(objective(best, x.double(), labels, C).item(), rel=1e-5)
     expected = 100 * reference.score(test.double().numpy(), test_labels.numpy())
     assert float(linear.accuracy(theta.detach().float(), test, test_labels)) == pytest.approx(expected, abs=1)
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes that tensors made since held at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.held:
+                    self.held[storage.data_ptr()] = storage.nbytes()
+                    weakref.finalize(storage, self.held.pop, storage.data_ptr())
+        self.most = max(self.most, sum(self.held.values()))
+        return result
+
+
+def test_a_fit_holds_two_values_for_every_row_and_class() -> None:
+    x, labels = torch.randn(2000, 4), torch.arange(2000) % 500
+    with Memory() as memory:
+        linear.fit(x, labels, 500, 1.0, steps=3)
+    assert memory.most < 2.2 * len(x) * 500 * 4
 
 
 def test_problems_solved_together_have_the_solutions_of_each_alone() -> None:

@@ -11,6 +11,7 @@ import shutil
 import struct
 import tarfile
 import threading
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -565,6 +566,43 @@ def test_damage_inside_a_zip_is_one_bad_image(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(data)
     bad = check(open_images(tmp_path / "a.zip"))["bad_files"]
     assert [entry["path"] for entry in bad] == ["0.png"] and "CRC" in bad[0]["reason"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_a_member_of_an_archive_that_is_too_large_is_not_read(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    files = {f"{i}.png": png(i) for i in range(3)} | {"1.cls": bytes(4_000_000), "bomb.png": bytes(40_000_000)}
+    if kind == "tar":
+        write_tar(tmp_path / "a.tar", files)
+    else:
+        with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        assert (tmp_path / "a.zip").stat().st_size < 60_000
+    tracemalloc.start()
+    images = open_images(tmp_path / f"a.{kind}")
+    bad = check(images)["bad_files"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert images.labels is None and len(images) == 4
+    reason = "40 MB, more than the 3 MB of pixels that Pillow's limit of 1 megapixels allows"
+    assert bad == [{"path": "bomb.png", "reason": reason}] and peak < 3_000_000
+
+
+def test_a_zip_that_tells_too_small_a_size_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.png", bytes(40_000_000))
+    told = struct.pack("<I", 40_000_000)
+    content = (tmp_path / "a.zip").read_bytes()
+    assert content.count(told) == 2  # beside the member, and in the directory
+    (tmp_path / "a.zip").write_bytes(content.replace(told, struct.pack("<I", 1_000)))
+    tracemalloc.start()
+    bad = check(open_images(tmp_path / "a.zip"))["bad_files"]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [entry["path"] for entry in bad] == ["bomb.png"] and peak < 3_000_000
 
 
 # --- torchvision ------------------------------------------------------------------------------------------------------

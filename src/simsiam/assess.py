@@ -51,8 +51,8 @@ class Subject:
         return embed_rows(network, self.prepare, self.cache, rows, self.compute, self.listener.embedding)
 
 
-def side_by_side(subject: Subject, train: Rows, test: Rows) -> dict[str, Features]:
-    """Features of the same images from the trained encoder and, as baselines, the untrained one and no encoder at all."""
+def side_by_side(subject: Subject, train: Rows, test: Rows) -> dict[str, Callable[[], Features]]:
+    """What makes features of the same images: the trained encoder and, as baselines, the untrained one and none at all."""
     cache = subject.cache
 
     def features(embed: Callable[[Rows], Tensor]) -> Features:
@@ -65,14 +65,11 @@ def side_by_side(subject: Subject, train: Rows, test: Rows) -> dict[str, Feature
             len(cache.classes or ()),
         )
 
-    trained = {"trained": features(partial(subject.embed, subject.encoder))}
-    if subject.before is None:
-        return trained
-    return {
-        **trained,
-        "untrained": features(partial(subject.embed, subject.before)),
-        "pixels": features(lambda rows: pixel_rows(subject.prepare, cache, rows)),
-    }
+    ways: dict[str, Callable[[Rows], Tensor]] = {"trained": partial(subject.embed, subject.encoder)}
+    if subject.before is not None:
+        ways["untrained"] = partial(subject.embed, subject.before)
+        ways["pixels"] = partial(pixel_rows, subject.prepare, cache)
+    return {kind: partial(features, embed) for kind, embed in ways.items()}
 
 
 def evaluate_run(
@@ -124,15 +121,15 @@ def evaluate_run(
         before = untrained(encoder.spec, meta["seed"], prepare, cache, draw(train, BN_IMAGES), compute)
     subject = Subject(encoder=encoder, before=before, prepare=prepare, cache=cache, compute=compute, listener=listener)
     kinds = side_by_side(subject, train, test)
-    listener.close()
     settings = {} if k is None else {"knn": {"k": k}}
     compared = evaluate.compare(names or evaluate.names(), kinds, seed=seed, settings=settings)
+    listener.close()
     result: dict[str, Any] = {"run": str(run), "data": own, **compared}
     collapse = compared.get("collapse")
     if collapse is not None:
         result["collapse"] = _collapse(run, data, collapse)
     if sgd:
-        result["linear_sgd"] = _sgd(subject, kinds["trained"], train, seed)
+        result["linear_sgd"] = _sgd(subject, kinds["trained"](), train, seed)
     if share is not None:
         result["finetune"] = _finetuned(subject, train, test, share, seed)
     if data is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -64,6 +64,29 @@ def preprocessing(size: int, mean: tuple[float, float, float], std: tuple[float,
     return Preprocessing(size, 1.0 if size <= _SMALL else 0.875, mean, std)
 
 
+def embed_batches(
+    encoder: Callable[[Tensor], Tensor],
+    prepare: Callable[[Tensor, Tensor], Tensor],
+    cache: Cache,
+    rows: NDArray[np.int64],
+    compute: Compute,
+    progress: Progress | None = None,
+) -> Iterator[Tensor]:
+    """Features float32 [B,D], on the CPU, of the given rows of a cache, in order, a batch at a time. The encoder must be in
+    eval mode and placed.
+
+    `prepare` is a `Preprocessing`, or anything else from uint8 pixels and sizes to the encoder's input.
+    """
+    for start in range(0, len(rows), _BATCH):
+        images, sizes = cache.batch(rows[start : start + _BATCH])
+        x = prepare(images.to(compute.device), sizes.to(compute.device))
+        with torch.inference_mode(), compute.autocast():
+            found = encoder(x).float().cpu()
+        yield found
+        if progress is not None:
+            progress(min(start + _BATCH, len(rows)), len(rows))
+
+
 def embed_rows(
     encoder: Callable[[Tensor], Tensor],
     prepare: Callable[[Tensor, Tensor], Tensor],
@@ -72,21 +95,13 @@ def embed_rows(
     compute: Compute,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Features float32 [N,D], on the CPU, of the given rows of a cache. The encoder must be in eval mode and placed.
-
-    `prepare` is a `Preprocessing`, or anything else from uint8 pixels and sizes to the encoder's input.
-    """
-    features = torch.zeros(0, 0)
-    for start in range(0, len(rows), _BATCH):
-        images, sizes = cache.batch(rows[start : start + _BATCH])
-        x = prepare(images.to(compute.device), sizes.to(compute.device))
-        with torch.inference_mode(), compute.autocast():
-            found = encoder(x).float().cpu()
-        if not start:  # all at once: a list and its concatenation would take twice the memory
+    """What `embed_batches` yields as one: float32 [N,D]."""
+    features, done = torch.zeros(0, 0), 0
+    for found in embed_batches(encoder, prepare, cache, rows, compute, progress):
+        if not done:  # all at once: a list and its concatenation would take twice the memory
             features = torch.empty(len(rows), found.shape[1])
-        features[start : start + len(found)] = found
-        if progress is not None:
-            progress(min(start + _BATCH, len(rows)), len(rows))
+        features[done : done + len(found)] = found
+        done += len(found)
     return features
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from simsiam.config import UserError, counted, fill
 from simsiam.data.sources import absolute, open_images
-from simsiam.embed import ImageEncoder, Preprocessing, Progress, embed_rows
+from simsiam.embed import ImageEncoder, Preprocessing, Progress, embed_batches
 from simsiam.runs import atomic, make_writable, read_json, write_json
 
 if TYPE_CHECKING:
@@ -53,10 +53,10 @@ def embed_to(
     for i, each in enumerate(digests):
         if each in known:
             vectors[i] = known[each]
-    if len(new):
-        vectors[new] = embed_rows(
-            encoder.encoder_, encoder.preprocessing_, cache, rows[new], encoder.compute_, progress
-        ).numpy()
+    done, network = 0, (encoder.encoder_, encoder.preprocessing_)
+    for found in embed_batches(*network, cache, rows[new], encoder.compute_, progress):
+        vectors[new[done : done + len(found)]] = found.numpy()
+        done += len(found)
     write_embedding(out, vectors, cache, rows, origin(run, encoder.meta_, data, cache), digests)
     bad = [{"path": path, "reason": reason} for path, reason in cache.bad]
     return {"vectors": len(vectors), "dim": encoder.dim, "new": len(new), "bad_files": bad}

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from simsiam.config import UserError
 from simsiam.data import decode
@@ -85,21 +86,34 @@ def _side_labels(members: dict[str, Callable[[], bytes]]) -> dict[str, Any]:
     """Sample key -> label, from WebDataset's .cls or .json members."""
     labels: dict[str, Any] = {}
     for path, reader in members.items():
-        if path.endswith(".cls"):
-            labels[_key(path)] = reader().decode("utf-8", "replace").strip()
-        elif path.endswith(".json"):
-            try:
+        try:
+            if path.endswith(".cls"):
+                labels[_key(path)] = reader().decode("utf-8", "replace").strip()
+            elif path.endswith(".json"):
                 record = json.loads(reader())
-            except ValueError:
-                continue
-            value = (
-                next((record[key] for key in LABEL_COLUMNS if key in record), None)
-                if isinstance(record, dict)
-                else record
-            )
-            if isinstance(value, int | str):
-                labels.setdefault(_key(path), value)
+                value = (
+                    next((record[key] for key in LABEL_COLUMNS if key in record), None)
+                    if isinstance(record, dict)
+                    else record
+                )
+                if isinstance(value, int | str):
+                    labels.setdefault(_key(path), value)
+        except ValueError:  # no JSON, or too large
+            continue
     return labels
+
+
+def _check_size(size: int) -> None:
+    """Of a member, bytes, before it is read: 1 MB of a zip may unpack to 1 GB.
+
+    Raises DecodeError where it has more than the pixels of the largest image that is decoded.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and size > 3 * limit:
+        raise decode.DecodeError(
+            f"{size / 1e6:,.0f} MB, more than the {3 * limit / 1e6:,.0f} MB of pixels that Pillow's limit of "
+            f"{limit / 1e6:.0f} megapixels allows"
+        )
 
 
 def _tar_members(file: File) -> dict[str, Callable[[], bytes]]:
@@ -111,6 +125,7 @@ def _tar_members(file: File) -> dict[str, Callable[[], bytes]]:
 
     def reader(offset: int, size: int) -> Callable[[], bytes]:
         def read() -> bytes:
+            _check_size(size)
             with open(source.path, "rb") as archive:  # `source`, not `path`: it keeps the unpacked copy alive
                 archive.seek(offset)
                 return archive.read(size)
@@ -167,10 +182,12 @@ def _zip_members(file: File) -> dict[str, Callable[[], bytes]]:
 
     def reader(member: zipfile.ZipInfo) -> Callable[[], bytes]:
         def read() -> bytes:
+            _check_size(member.file_size)
             with lock:
                 if not held:
                     held.append(zipfile.ZipFile(path))
-                return held[0].read(member)
+                with held[0].open(member) as opened:
+                    return opened.read(member.file_size)  # without a length, it would unpack more than it was told of
 
         return read
 

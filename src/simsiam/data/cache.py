@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from simsiam.config import UserError, counted
-from simsiam.data.decode import VERSION, DecodeError, decode, default_workers, in_order
+from simsiam.data.decode import MAX_ASPECT, VERSION, DecodeError, decode, default_workers, in_order, open_image
 from simsiam.data.imageset import ImageSet
 from simsiam.runs import write_json
 
@@ -35,8 +36,11 @@ _TOGETHER, _TOGETHER_BYTES = 1024, 16 << 20
 """Decoded images that are written at once, at most."""
 _SETS = 100
 """Versions of a set that are remembered, at most."""
+_HEADERS = 64
+"""Images whose headers are read to tell what the others will take on the disk, at most."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
+_MORE_ROOM = "Set SIMSIAM_CACHE to a folder with room, or choose a smaller --size."
 
 Progress = Callable[[int, int, int], None]
 
@@ -113,11 +117,14 @@ class Cache:
 
         progress: called as progress(done, total, bad) after every image that is decoded.
 
-        Raises UserError where the folder cannot be written or the disk is full.
+        Raises UserError where the folder cannot be written or the disk is full, and, before the first is decoded, where
+        all that the set still lacks clearly will not fit on the disk.
         """
         missing = self.missing(rows)
         if len(missing):
             with _explained(self.directory.parent, self):
+                if not self._decoded:
+                    self._check_room()
                 self._fill(np.unique(missing), progress)
         able: np.ndarray = self.heights[rows] > 0
         return able
@@ -144,6 +151,32 @@ class Cache:
         return torch.from_numpy(images), sizes
 
     # --- the files ---
+
+    def _check_room(self) -> None:
+        """Raises UserError where the images of the set that are still missing need more than the disk has free."""
+        if self.short_side is None:  # there is no bound on an image, and no verb keeps them whole
+            return
+        missing, disk = self.missing(np.arange(len(self))), shutil.disk_usage(self.directory)
+        most = 3 * MAX_ASPECT * self.short_side**2
+        if len(missing) * most <= disk.free or not disk.total:  # some network file systems tell neither
+            return
+        some = np.linspace(0, len(missing) - 1, min(_HEADERS, len(missing))).astype(int)
+        needed = len(missing) * float(np.mean([self._expected(row, self.short_side) for row in missing[some].tolist()]))
+        if needed > disk.free:
+            raise UserError(
+                f"The cache of {self.name} needs about {needed / 1e9:,.1f} GB in {self.directory.parent}, "
+                f"where {disk.free / 1e9:,.1f} GB are free. {_MORE_ROOM}"
+            )
+
+    def _expected(self, row: int, short_side: int) -> int:
+        """Bytes that an image's pixels will take, by its header; 0 where that cannot be read."""
+        try:
+            sides = open_image(self.images.read(row)).size
+        except Exception:  # as in _load: it will be bad, and take no room
+            return 0
+        short, long = min(sides), min(max(sides), MAX_ASPECT * min(sides))
+        scale = min(1, short_side / short)
+        return 3 * round(short * scale) * round(long * scale)
 
     def _fill(self, rows: np.ndarray, progress: Progress | None) -> None:
         """Decodes the rows, ascending."""
@@ -361,8 +394,7 @@ def _explained(base: Path, cache: Cache | None = None) -> Iterator[None]:
             size = 3 * int((cache.heights[there].astype(np.int64) * cache.widths[there]).sum())
             needed = f"about {size / len(there) * len(cache) / 1e9:.1f} GB" if len(there) else "more"
             raise UserError(
-                f"The disk of {base} is full: the cache of {cache.name} needs {needed}. "
-                "Set SIMSIAM_CACHE to a folder with room, or choose a smaller --size."
+                f"The disk of {base} is full: the cache of {cache.name} needs {needed}. {_MORE_ROOM}"
             ) from error
         if error.errno in _FULL | _REFUSED:
             raise UserError(

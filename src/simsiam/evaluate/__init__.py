@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -58,7 +58,7 @@ class Features:
 
 def check_finite(rows: Tensor) -> None:
     """Raises UserError where an encoder's features hold NaN or infinity."""
-    if not rows.isfinite().all():
+    if rows.numel() and not torch.stack(rows.aminmax()).isfinite().all():  # isfinite() of all would copy them
         raise UserError(
             "The encoder's features are not finite: its training diverged. "
             "Evaluate an earlier checkpoint, or train again with a lower train.lr."
@@ -78,35 +78,40 @@ def get(name: str) -> ModuleType:
 
 def compare(
     names: Iterable[str],
-    by_kind: Mapping[str, Features],
+    by_kind: Mapping[str, Callable[[], Features]],
     *,
     seed: int = 0,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any] | None]:
-    """Every named evaluation on every kind of features ("trained", "untrained", "pixels") of the same images.
+    """Every named evaluation on every kind of features ("trained", "untrained", "pixels") of the same images, which are made
+    and let go one kind after the other: of a million images, one kind takes 10 GB.
 
     Returns, ready for JSON, {name: {kind: value, ..., setting: value, ...}}; what a module names in `BY_KIND` is itself
     a table by kind. None for an evaluation that needs labels where there are not enough of them.
     Raises UserError for an unknown evaluation or setting, and for features that are not finite.
     """
-    return {name: _side_by_side(get(name), by_kind, seed, dict((settings or {}).get(name, {}))) for name in names}
+    asked = {name: (get(name), dict((settings or {}).get(name, {}))) for name in names}
+    for name, (module, given) in asked.items():
+        known = inspect.signature(module.score).parameters.keys() - {"features", "seed"}
+        for key in given:
+            if key not in known:
+                raise UserError(f"Unknown setting {key!r} of {name}.{did_you_mean(key, known)}")
+    scores: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in asked}
+
+    def judge(kind: str, features: Features) -> None:
+        for name, (module, given) in asked.items():
+            usable = features.labelled() if module.NEEDS_LABELS else features
+            if usable is not None:
+                scores[name][kind] = module.score(usable, seed=seed, **given)
+
+    for kind, make in by_kind.items():
+        judge(kind, make())
+    return {name: _side_by_side(module, scores[name]) for name, (module, _) in asked.items()}
 
 
-def _side_by_side(
-    module: ModuleType, by_kind: Mapping[str, Features], seed: int, settings: dict[str, Any]
-) -> dict[str, Any] | None:
-    known = inspect.signature(module.score).parameters.keys() - {"features", "seed"}
-    for key in settings:
-        if key not in known:
-            raise UserError(
-                f"Unknown setting {key!r} of {module.__name__.rpartition('.')[2]}.{did_you_mean(key, known)}"
-            )
-    scores: dict[str, dict[str, Any]] = {}
-    for kind, given in by_kind.items():
-        features = given.labelled() if module.NEEDS_LABELS else given
-        if features is None:
-            return None
-        scores[kind] = module.score(features, seed=seed, **settings)
+def _side_by_side(module: ModuleType, scores: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    if not scores:
+        return None
     table: dict[str, Any] = {kind: score["value"] for kind, score in scores.items()}
     by_kind_too = getattr(module, "BY_KIND", ())
     first = next(iter(scores.values()))

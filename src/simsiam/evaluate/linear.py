@@ -60,7 +60,7 @@ def fit(x: Tensor, labels: Tensor, classes: int, C: float, start: Tensor | None 
         float32 [...,classes,D+1]: weights, then the intercept.
     """
     n, penalty = x.shape[-2], 1 / (C * x.shape[-2])
-    target = F.one_hot(labels, classes).to(x.dtype)
+    right = labels[..., None]
     theta = x.new_zeros(*x.shape[:-2], classes, x.shape[-1] + 1) if start is None else start.clone()
     optimiser = torch.optim.LBFGS(
         [theta],
@@ -73,10 +73,14 @@ def fit(x: Tensor, labels: Tensor, classes: int, C: float, start: Tensor | None 
 
     def closure() -> float:
         log_p, weight = F.log_softmax(_logits(theta, x), dim=-1), theta[..., :-1]
-        # By hand: autograd would multiply x^T by the residual, which is four times slower than residual^T by x.
-        residual = (log_p.exp() - target) / n
+        # In float64: near the optimum the line search compares losses that float32 rounds to one.
+        cross_entropy = -log_p.gather(-1, right).double().sum() / n
+        # By hand: autograd would multiply x^T by the residual, which is four times slower than residual^T by x. In place:
+        # with many classes, a value for every row and class is more than the features.
+        residual = log_p.exp_()
+        residual.scatter_(-1, right, residual.gather(-1, right) - 1).div_(n)
         theta.grad = torch.cat([residual.mT @ x + penalty * weight, residual.sum(-2)[..., None]], -1)
-        return float(-(target * log_p).sum() / n + penalty / 2 * weight.square().sum())
+        return float(cross_entropy + penalty / 2 * weight.double().square().sum())
 
     optimiser.step(closure)
     return theta.detach()
@@ -88,7 +92,7 @@ def accuracy(theta: Tensor, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def _logits(theta: Tensor, x: Tensor) -> Tensor:
-    return x @ theta[..., :-1].mT + theta[..., -1:].mT
+    return (x @ theta[..., :-1].mT).add_(theta[..., -1:].mT)
 
 
 def _choose(x: Tensor, labels: Tensor, classes: int, seed: int) -> float:

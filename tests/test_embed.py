@@ -237,6 +237,31 @@ def test_what_is_embedded_stays_as_it_was(run: Path, tmp_path: Path) -> None:
     assert np.array_equal(encoder.transform(paths), encoder.transform(paths.astype(object)))
 
 
+@pytest.mark.parametrize(
+    "one",
+    [
+        *(np.zeros(shape, np.uint8) for shape in ((8, 9, 3), (8, 9))),
+        torch.zeros(8, 9, 3, dtype=torch.uint8),  # or every row of its pixels would be an image
+        Image.new("L", (9, 8)),
+        "a.png",
+        Path("a.png"),
+        b"\xff\xd8",
+    ],
+    ids=lambda one: type(one).__name__,
+)
+def test_one_image_is_no_list_of_images(run: Path, one: object) -> None:
+    with pytest.raises(UserError, match=r"put the one image into a list, \[image\]"):
+        simsiam.load(run).embed(one)
+
+
+def test_a_damaged_description_is_one_line(run: Path, tmp_path: Path) -> None:
+    for text in ("{}", "[1]", '{"encoder": {"name": "thin-resnet18", "size": 16}}'):
+        shutil.copytree(run, tmp_path / "run", dirs_exist_ok=True)
+        (tmp_path / "run" / "encoder.json").write_text(text)
+        with pytest.raises(UserError, match=r"encoder.json is damaged: it does not describe an encoder"):
+            read_encoder(tmp_path / "run")
+
+
 def test_other_parameters_are_another_encoder(run: Path, photos: Path, tmp_path: Path) -> None:
     simsiam.train(photos, tmp_path / "wide", epochs=1, overrides=[*SMALL["overrides"], "encoder.width=12"])
     encoder, paths = simsiam.load(run), sorted(photos.rglob("*.png"))[:2]

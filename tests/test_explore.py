@@ -278,6 +278,9 @@ def test_without_labels_nothing_is_said_about_them(planted: Path) -> None:
 def test_mistakes_are_one_clear_line(blobs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="91 images cannot form 92 clusters"):
         clusters(blobs, 92)
+    stored = read_embeddings(blobs)
+    with pytest.raises(UserError, match=r"has 1 image: clusters need at least 2\.$"):
+        find_clusters(replace(stored, vectors=stored.vectors[:1]))
     with pytest.raises(UserError, match="from -1 to 1"):
         near_duplicates(blobs, 1.5)
     with pytest.raises(UserError, match="simsiam embed RUN DATA"):

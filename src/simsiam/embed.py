@@ -168,8 +168,12 @@ def read_encoder(run: Path) -> tuple[Encoder, Preprocessing, dict[str, Any]]:
         resume = f" Its training has not finished: `simsiam train --resume -o {run}`." if begun else ""
         raise UserError(f"{run} holds no trained encoder.{resume or ' Name a folder that `simsiam train` wrote.'}")
     meta = read_json(description)
-    spec = fill(EncoderSpec, meta["encoder"], "encoder")
-    prepare = fill(Preprocessing, meta["preprocessing"], "preprocessing")
+    try:
+        spec = fill(EncoderSpec, meta["encoder"], "encoder")
+        prepare = fill(Preprocessing, meta["preprocessing"], "preprocessing")
+        _ = meta["seed"], meta["sha256"]
+    except (KeyError, TypeError):
+        raise UserError(f"{description} is damaged: it does not describe an encoder.") from None
     if hashlib.sha256(weights.read_bytes()).hexdigest() != meta["sha256"]:
         raise UserError(f"{weights} is not the file that {description.name} describes: copy both from one run.")
     encoder = build(spec, meta["seed"])
@@ -262,7 +266,8 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.open()
         if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OUS":
             images = images.tolist()  # of paths, as scikit-learn hands them on
-        if isinstance(images, str | os.PathLike | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        one = getattr(images, "ndim", None) in (2, 3) or (isinstance(images, np.ndarray) and images.ndim < 2)
+        if one or isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise UserError("embed() takes a list of images: put the one image into a list, [image].")
         if not hasattr(images, "__len__"):
             images = list(images)

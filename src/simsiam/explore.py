@@ -20,7 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from simsiam.compute import set_threads
-from simsiam.config import UserError
+from simsiam.config import UserError, counted
 from simsiam.data.views import plain_pixels
 from simsiam.embed import padded
 from simsiam.embeddings import Embeddings, read_embeddings
@@ -90,13 +90,13 @@ def find_duplicates(
     vectors: Any = _Picked(stored.vectors, rows)
     measured: dict[str, float] = {}
     if threshold is not None:
-        tell(f"Comparing {len(rows):,} images ...")
+        tell(f"Comparing {counted(len(rows), 'image')} ...")
         similarity, found = nearest(vectors, _NEIGHBOURS, device=device)
         links, scores = _links(found, similarity)
         kept = scores >= threshold
     else:
         pictures, measured = _pictures(stored, rows, device, tell)
-        tell(f"Comparing {len(rows):,} images ...")
+        tell(f"Comparing {counted(len(rows), 'image')} ...")
         small = pictures.small()
         index = functools.cache(lambda: make_index(small))
         both = [
@@ -227,7 +227,7 @@ def _pictures(stored: Embeddings, rows: Rows, device: str, tell: Tell) -> tuple[
         encoder, (cache, cached) = stored.encoder(device), stored.images()
     except UserError as error:
         raise UserError(f"{error} Or say how alike duplicates are: --threshold 0.95.") from None
-    tell(f"Measuring how alike copies of an image are, on {min(_SAMPLE, len(rows))} images ...")
+    tell(f"Measuring how alike copies of an image are, on {counted(min(_SAMPLE, len(rows)), 'image')} ...")
     cached = cached[rows]
     pictures = _Pictures(cache.batch(cached[start : start + 1024]) for start in range(0, len(rows), 1024))
     bank = pictures.small()
@@ -333,10 +333,10 @@ def find_clusters(
 ) -> Clusters:
     """The arrays that `clusters` describes; arguments and errors are the same."""
     tell = progress or (lambda text: None)
-    if len(stored) < 2 or (count is not None and not 2 <= count <= len(stored)):
-        raise UserError(
-            f"{len(stored)} images cannot form {count or 2} clusters: from 2 to as many as there are images."
-        )
+    if len(stored) < 2:
+        raise UserError(f"{stored.folder} has {counted(len(stored), 'image')}: clusters need at least 2.")
+    if count is not None and not 2 <= count <= len(stored):
+        raise UserError(f"{len(stored):,} images cannot form {count} clusters: from 2 to as many as there are images.")
     count = count or max(2, min(COUNT, len(stored) // 10))
     tell(f"Forming {count} clusters of {len(stored):,} images ...")
     vectors = stored.vectors

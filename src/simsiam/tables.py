@@ -95,11 +95,16 @@ def duplicates(console: Console, found: dict[str, Any]) -> None:
         )
     )
     console.say(f"Alike means a similarity of {found['threshold']:.3f} or more{measured}.")
+    if found["recall"] is not None and found["recall"] < 0.5:
+        console.say(
+            "Warning: most copies would be missed: these images are too plain to be told apart by their pictures. "
+            "--threshold 0.95 goes by the embeddings alone."
+        )
     console.say(
         f"{found['copies']:,} of {counted(found['images'], 'image')} could go, being copies of another, in "
         f"{counted(len(groups), 'group')}."
         if groups
-        else f"None of {found['images']:,} images is a copy of another."
+        else f"None of {counted(found['images'], 'image')} is a copy of another."
     )
     for group in groups[:10]:
         first, *others = group
@@ -136,8 +141,13 @@ def check(console: Console, found: dict[str, Any]) -> None:
     sizes, splits = found["sizes"], found["splits"]
     labels = found["labels"]
     extra = sum(len(group) - 1 for group in found["duplicates"])
+    split = (
+        f"{splits['train']:,} to train on, {splits['test']:,} in the test split"
+        if splits["test"]
+        else "no test split: training will hold some out"
+    )
     rows = [
-        ["images", f"{found['images']:,} ({splits['train']:,} to train on, {splits['test']:,} in the test split)"],
+        ["images", f"{found['images']:,} ({split})"],
         ["on disk", f"{found['bytes'] / 1e6:,.1f} MB"],
         ["bad files", f"{len(found['bad_files']):,}"],
         ["byte-identical copies", f"{extra:,}" + _across(found)],

@@ -58,9 +58,10 @@ def curve(
     if references:
         at = [{"y": height} for height in references.values()]
         layers.append(alt.Chart(alt.Data(values=at)).encode(y=y).mark_rule(style="reference"))
-        heights = [0.0] * zero + [height for row in rows for height in (row["low"], row["high"])]
-        said = _apart(references, 0.08 * (max(heights + [*references.values()]) - min(heights + [*references.values()])))
-        labels = alt.Chart(alt.Data(values=said)).encode(y=y).mark_text(style="reference-label", align=label_at, dx=-4 if label_at == "right" else 4)
+        heights = [0.0] * zero + [*references.values(), *(row[end] for row in rows for end in ("low", "high"))]
+        said = alt.Data(values=_apart(references, 0.08 * (max(heights) - min(heights))))
+        dx = -4 if label_at == "right" else 4
+        labels = alt.Chart(said).encode(y=y).mark_text(style="reference-label", align=label_at, dx=dx)
         layers.append(labels.encode(x=alt.value("width" if label_at == "right" else 0), text="label:N"))
     shown = alt.when(hover).then(alt.value(1)).otherwise(alt.value(0))
     layers.append(base.mark_point(filled=True, size=55).encode(y=y, opacity=shown, tooltip=tips).add_params(hover))

@@ -102,15 +102,19 @@ def apply(optimiser: torch.optim.Optimizer, named: dict[str, torch.Tensor], grad
 def naive_lars(
     parameters: dict[str, torch.Tensor], steps: list[dict[str, torch.Tensor]], decay: float, settings: dict[str, float]
 ) -> dict[str, np.ndarray]:
-    """As You et al. 2017 write it, one number at a time, in float64."""
+    """As the released code of each writes it, one number at a time, in float64: BYOL's LARS, and apex's LARC."""
     result = {}
     for name, parameter in parameters.items():
         w, v = parameter.double().numpy().copy(), np.zeros(parameter.shape)
         for gradients in steps:
             g = gradients[name].double().numpy()
-            if w.ndim > 1 or settings.get("vectors"):
+            w_norm, g_norm = math.sqrt((w**2).sum()), math.sqrt((g**2).sum())
+            if settings.get("vectors"):
+                if w_norm > 0 and g_norm > 0:
+                    g = settings["trust_coefficient"] * w_norm / (g_norm + decay * w_norm) * (g + decay * w)
+            elif w.ndim > 1:
                 g = g + decay * w
-                w_norm, g_norm = math.sqrt((w**2).sum()), math.sqrt((g**2).sum())
+                g_norm = math.sqrt((g**2).sum())
                 if w_norm > 0 and g_norm > 0:
                     g = settings["trust_coefficient"] * w_norm / g_norm * g
             v = settings["momentum"] * v + g

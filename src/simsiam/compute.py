@@ -20,7 +20,8 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how the network runs. `precision` is that of the convolutions; losses are always float32."""
+    """Where and how the network runs. `precision` is that of the convolutions, which in fp32 take TF32 on a GPU that has it,
+    as torch does by itself; losses are always float32."""
 
     device: torch.device
     precision: Literal["bf16", "fp32"]

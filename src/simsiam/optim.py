@@ -71,10 +71,11 @@ class Schedule:
 class LARS(torch.optim.Optimizer):
     """SGD with layer-wise adaptive rates (You et al. 2017).
 
-    A parameter's gradient g, weight decay added, is scaled by trust_coefficient * |w| / |g|.
+    A parameter's gradient g, weight decay added, is scaled by trust_coefficient * |w| / |g + weight_decay * w|.
 
-    vectors: True: every parameter's, as apex's LARC does it for SwAV, DeepCluster v2 and SimSiam's linear protocol. False:
-        biases and BN, of one dimension, have neither that nor weight decay, as in SimCLR, BYOL, Barlow Twins and VICReg.
+    vectors: True: every parameter's, by trust_coefficient * |w| / (|g| + weight_decay * |w|), and one without gradient
+        stays as it is: apex's LARC, unclipped, as SwAV, DeepCluster v2 and SimSiam's linear protocol use it. False: biases
+        and BN, of one dimension, have neither that nor weight decay, as in SimCLR, BYOL, Barlow Twins and VICReg.
     """
 
     def __init__(
@@ -103,12 +104,18 @@ class LARS(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                update: Tensor = parameter.grad
-                if self.vectors or parameter.ndim > 1:
-                    update = update.add(parameter, alpha=group["weight_decay"])
-                    norm, update_norm = parameter.norm(), update.norm()
-                    trust = group["trust_coefficient"] * norm / update_norm
-                    update = update * torch.where((norm > 0) & (update_norm > 0), trust, 1.0)
+                gradient: Tensor = parameter.grad
+                update, norm, decay = gradient, parameter.norm(), group["weight_decay"]
+                if self.vectors:
+                    size = gradient.norm()
+                    trust = group["trust_coefficient"] * norm / (size + decay * norm)
+                    decayed = gradient.add(parameter, alpha=decay) * trust
+                    update = torch.where((norm > 0) & (size > 0), decayed, gradient)
+                elif parameter.ndim > 1:
+                    update = gradient.add(parameter, alpha=decay)
+                    size = update.norm()
+                    trust = group["trust_coefficient"] * norm / size
+                    update = update * torch.where((norm > 0) & (size > 0), trust, 1.0)
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)

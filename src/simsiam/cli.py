@@ -156,7 +156,12 @@ def evaluate(
     ] = None,
     k: Annotated[
         int | None,
-        typer.Option(min=1, help="Neighbours of kNN; default: 200, or 20 where classes have fewer than 1,000 images."),
+        typer.Option(
+            "-k",
+            "--k",
+            min=1,
+            help="Neighbours of kNN; default: 200, or 20 where classes have fewer than 1,000 images.",
+        ),
     ] = None,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of splits and draws.")] = 0,

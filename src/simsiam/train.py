@@ -128,6 +128,7 @@ def _train(
     elif given is not None:
         check_unused(given)
 
+    listener.say(f"Looking at {asked['data']} ...")
     try:
         images = open_images(asked["data"])
     except UserError as error:

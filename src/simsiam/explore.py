@@ -192,20 +192,24 @@ def _groups(kind: Rows, links: Rows, scores: NDArray[np.float64]) -> list[list[t
 class _Pictures:
     """Images at 16 x 16 pixels, less their mean colour, of length 1: float16 [N,3,16,16]; 0 where nearly nothing is left."""
 
-    def __init__(self, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """parts: uint8 [B,3,H,W] and sizes."""
-        looks = []
+    def __init__(self, count: int, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """parts: uint8 [B,3,H,W] and sizes, `count` images in all."""
+        self.looks, end = torch.empty(count, 3, _SIDE, _SIDE, dtype=torch.float16), 0
         for images, sizes in parts:
             small = plain_pixels(images, _SIDE, 1.0, sizes)
             small = small - small.mean((2, 3), keepdim=True)
             flat = small.square().mean((1, 2, 3)).sqrt() < _FLAT
-            looks.append((unit_rows(small.flatten(1)) * ~flat[:, None]).view_as(small).half())
-        self.looks = torch.cat(looks)
+            start, end = end, end + len(small)
+            self.looks[start:end] = (unit_rows(small.flatten(1)) * ~flat[:, None]).view_as(small)
+        assert end == count
 
     def small(self, mirrored: bool = False) -> Tensor:
         """At 8 x 8 pixels, float32 [N,192], to find candidates by."""
-        looks = self.looks.flip(3) if mirrored else self.looks
-        return F.avg_pool2d(looks.float(), 2).flatten(1)
+        found = torch.empty(len(self.looks), 3 * (_SIDE // 2) ** 2)
+        for block in _blocks(len(found), self.looks[:1].numel()):
+            looks = self.looks[block].float()
+            found[block] = F.avg_pool2d(looks.flip(3) if mirrored else looks, 2).flatten(1)
+        return found
 
     def correlation(self, links: Rows) -> NDArray[np.float32]:
         """[L], as they are or with one of them mirrored, whichever is larger."""
@@ -229,7 +233,7 @@ def _pictures(stored: Embeddings, rows: Rows, device: str, tell: Tell) -> tuple[
         raise UserError(f"{error} Or say how alike duplicates are: --threshold 0.95.") from None
     tell(f"Measuring how alike copies of an image are, on {counted(min(_SAMPLE, len(rows)), 'image')} ...")
     cached = cached[rows]
-    pictures = _Pictures(cache.batch(cached[start : start + 1024]) for start in range(0, len(rows), 1024))
+    pictures = _Pictures(len(rows), (cache.batch(cached[start : start + 1024]) for start in range(0, len(rows), 1024)))
     bank = pictures.small()
     shaped = np.flatnonzero(pictures.looks.flatten(1).any(1).numpy())
     if not len(shaped):
@@ -241,7 +245,7 @@ def _pictures(stored: Embeddings, rows: Rows, device: str, tell: Tell) -> tuple[
     similarity, correlation, candidate = [], [], []
     for alter in (_saved_anew, _scaled, _cropped, _mirrored):
         altered = [alter(image) for image in plain]
-        looks = _Pictures([padded(altered)])
+        looks = _Pictures(len(altered), [padded(altered)])
         similarity.append((unit_rows(encoder.embed(altered)) * of_image).sum(1).numpy())
         correlation.append(_correlation(looks.looks.float(), look_of_image).numpy())
         near = [top_k(looks.small(mirrored), bank, _NEIGHBOURS)[1].numpy() for mirrored in (False, True)]

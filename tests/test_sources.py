@@ -568,12 +568,21 @@ def test_damage_inside_a_zip_is_one_bad_image(tmp_path: Path) -> None:
     assert [entry["path"] for entry in bad] == ["0.png"] and "CRC" in bad[0]["reason"]
 
 
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    write(tmp_path, "a.png", "b.png")
+    with open(tmp_path / "b.png", "r+b") as file:
+        file.truncate(40_000_000)
+    bad = check(open_images(tmp_path))["bad_files"]
+    assert bad == [{"path": "b.png", "reason": "40 MB, more than 1 megapixels take, Pillow's limit against bombs"}]
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_a_member_of_an_archive_that_is_too_large_is_not_read(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
-    files = {f"{i}.png": png(i) for i in range(3)} | {"1.cls": bytes(4_000_000), "bomb.png": bytes(40_000_000)}
+    files = {f"{i}.png": png(i) for i in range(3)} | {"1.cls": bytes(9_000_000), "bomb.png": bytes(40_000_000)}
     if kind == "tar":
         write_tar(tmp_path / "a.tar", files)
     else:
@@ -587,7 +596,7 @@ def test_a_member_of_an_archive_that_is_too_large_is_not_read(
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert images.labels is None and len(images) == 4
-    reason = "40 MB, more than the 3 MB of pixels that Pillow's limit of 1 megapixels allows"
+    reason = "40 MB, more than 1 megapixels take, Pillow's limit against bombs"
     assert bad == [{"path": "bomb.png", "reason": reason}] and peak < 3_000_000
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from simsiam.config import UserError
 from simsiam.data import decode
@@ -103,19 +102,6 @@ def _side_labels(members: dict[str, Callable[[], bytes]]) -> dict[str, Any]:
     return labels
 
 
-def _check_size(size: int) -> None:
-    """Of a member, bytes, before it is read: 1 MB of a zip may unpack to 1 GB.
-
-    Raises DecodeError where it has more than the pixels of the largest image that is decoded.
-    """
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and size > 3 * limit:
-        raise decode.DecodeError(
-            f"{size / 1e6:,.0f} MB, more than the {3 * limit / 1e6:,.0f} MB of pixels that Pillow's limit of "
-            f"{limit / 1e6:.0f} megapixels allows"
-        )
-
-
 def _tar_members(file: File) -> dict[str, Callable[[], bytes]]:
     """Path inside -> reader, by the offsets noted here once."""
     ending = next((ending for ending in _PACKED_TAR if file.id.lower().endswith(ending)), None)
@@ -125,7 +111,7 @@ def _tar_members(file: File) -> dict[str, Callable[[], bytes]]:
 
     def reader(offset: int, size: int) -> Callable[[], bytes]:
         def read() -> bytes:
-            _check_size(size)
+            decode.check_length(size)
             with open(source.path, "rb") as archive:  # `source`, not `path`: it keeps the unpacked copy alive
                 archive.seek(offset)
                 return archive.read(size)
@@ -182,7 +168,7 @@ def _zip_members(file: File) -> dict[str, Callable[[], bytes]]:
 
     def reader(member: zipfile.ZipInfo) -> Callable[[], bytes]:
         def read() -> bytes:
-            _check_size(member.file_size)
+            decode.check_length(member.file_size)  # 1 MB may unpack to 1 GB
             with lock:
                 if not held:
                     held.append(zipfile.ZipFile(path))

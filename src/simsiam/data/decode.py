@@ -59,6 +59,16 @@ class DecodeError(ValueError):
     """The image cannot be decoded; the message is the reason, fit for a list of bad files."""
 
 
+def check_length(length: int) -> None:
+    """Of an encoded image, bytes, before it is read. Raises DecodeError where it is more than the largest image takes that
+    is decoded: 16 bits for each of four channels."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and length > 8 * limit:
+        raise DecodeError(
+            f"{length / 1e6:,.0f} MB, more than {limit / 1e6:.0f} megapixels take, Pillow's limit against bombs"
+        )
+
+
 def open_image(source: bytes | Image.Image) -> Image.Image:
     """Reads the header only: size, mode and format are known, pixels are not. Raises DecodeError."""
     if isinstance(source, Image.Image):

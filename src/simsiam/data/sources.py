@@ -218,6 +218,7 @@ def _count(files: list[File]) -> str:
 
 def _from_images(name: str, root: str, files: list[File]) -> ImageSet:
     def read(i: int) -> bytes:
+        decode.check_length(files[i].size)
         with open(files[i].path, "rb") as file:
             return file.read()
 

@@ -92,9 +92,9 @@ def test_list_finds_what_there_is() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_full_disk_under_stdout_is_one_line() -> None:
+def test_a_full_disk_under_stdout_is_one_line(photos: Path) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "simsiam", "list", "--json"], stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run(command("check", photos, "--json"), stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2 and "Traceback" not in done.stderr.decode()
     assert done.stderr.decode().endswith("Error: Cannot write to stdout: No space left on device.\n")
 

@@ -183,13 +183,15 @@ class Graphs(list[Graph]):
     """Those that were made. To capture runs nothing: what it changed here is put back, of these methods too."""
 
     methods: list[nn.Module]
+    freed: list[str]
+    """Of generators that waited for the end of a capture."""
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     """What `Captured` asks of torch.cuda."""
     made = Graphs()
-    made.methods = []
+    made.methods, made.freed = [], []
 
     @contextlib.contextmanager
     def nothing(*_: Any, **__: Any) -> Iterator[None]:
@@ -204,6 +206,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "stream", nothing)
+    waiting = types.SimpleNamespace(clone_state=lambda: "as it was", graphsafe_set_state=made.freed.append)
+    monkeypatch.setattr(torch.cuda, "default_generators", (waiting,))
     monkeypatch.setattr(torch.cuda, "device", nothing)
     monkeypatch.setattr(torch.cuda, "graph", nothing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
@@ -261,14 +265,11 @@ def test_where_no_graph_can_be_made_it_is_said_once(cuda: Graphs, monkeypatch: p
         return (2 * x,)
 
     monkeypatch.setattr(torch.cuda, "graph", refused)
-    freed: list[str] = []
-    waiting = types.SimpleNamespace(clone_state=lambda: "as it was", graphsafe_set_state=freed.append)
-    monkeypatch.setattr(torch.cuda, "default_generators", (waiting,))
     told: list[str] = []
     captured = Captured(looks_at_values, told.append)
     assert [float(captured(torch.tensor(float(number)))[0]) for number in range(8)] == [2.0 * n for n in range(8)]
     assert len(told) == 1 and len(cuda) == 1 and "not permitted when stream is capturing)" in told[0]
-    assert freed == ["as it was"]
+    assert cuda.freed == ["as it was"]
 
 
 def test_too_little_memory_for_a_graph_is_no_reason_to_go_on(cuda: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,6 +284,7 @@ def test_too_little_memory_for_a_graph_is_no_reason_to_go_on(cuda: Graphs, monke
         captured(torch.ones(1))
     with pytest.raises(torch.OutOfMemoryError):
         captured(torch.ones(1))
+    assert cuda.freed == ["as it was"]  # where a run goes on without what took the memory, it draws again
 
 
 @every_case

@@ -104,18 +104,16 @@ class LARS(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                gradient: Tensor = parameter.grad
-                update, norm, decay = gradient, parameter.norm(), group["weight_decay"]
+                update: Tensor = parameter.grad
+                decay, eta = group["weight_decay"], group["trust_coefficient"]
                 if self.vectors:
-                    size = gradient.norm()
-                    trust = group["trust_coefficient"] * norm / (size + decay * norm)
-                    decayed = gradient.add(parameter, alpha=decay) * trust
-                    update = torch.where((norm > 0) & (size > 0), decayed, gradient)
+                    norm, size = parameter.norm(), update.norm()
+                    scaled = update.add(parameter, alpha=decay) * (eta * norm / (size + decay * norm))
+                    update = torch.where((norm > 0) & (size > 0), scaled, update)
                 elif parameter.ndim > 1:
-                    update = gradient.add(parameter, alpha=decay)
-                    size = update.norm()
-                    trust = group["trust_coefficient"] * norm / size
-                    update = update * torch.where((norm > 0) & (size > 0), trust, 1.0)
+                    update = update.add(parameter, alpha=decay)
+                    norm, size = parameter.norm(), update.norm()
+                    update = update * torch.where((norm > 0) & (size > 0), eta * norm / size, 1.0)
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)

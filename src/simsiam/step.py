@@ -161,10 +161,10 @@ class Captured:
                     self._outputs = self._function(*own)
             except RuntimeError as error:
                 torch.cuda.set_stream(main)  # torch leaves that of the capture in place
+                self._free_generators(device)
                 if out_of_memory(error):
                     raise
                 self._refused = True
-                self._free_generators(device)
                 reason = str(error).splitlines()[0][:100]
                 self._say(f"No CUDA graph of this step can be made ({reason}): it runs slower.")
             else:

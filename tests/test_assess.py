@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,13 @@ def test_other_data_some_evaluations_and_no_labels(run: Path, photos: Path, tmp_
         evaluate_run(run, names=["kNN"])
     with pytest.raises(UserError, match="no trained encoder"):
         evaluate_run(tmp_path)
+    moved = shutil.copytree(run, tmp_path / "run")
+    about = json.loads((moved / "encoder.json").read_text())
+    (moved / "encoder.json").write_text(json.dumps(about | {"data": "/nowhere"}))
+    with pytest.raises(UserError, match=r"There is no /nowhere.*name its new place: simsiam evaluate .*run DATA$"):
+        evaluate_run(moved)
+    with pytest.raises(UserError, match=r"There is no /not/here\. Name (?!.*new place)"):
+        evaluate_run(moved, "/not/here")
 
 
 def test_the_papers_linear_protocol_on_request(run: Path) -> None:

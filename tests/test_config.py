@@ -21,6 +21,7 @@ from simsiam.config import (
     parse_duration,
     parse_override,
     read_recipe,
+    show_bytes,
     show_duration,
     write_recipe,
 )
@@ -182,3 +183,8 @@ def test_recipes_are_toml_1() -> None:
 def test_counted() -> None:
     shown = [counted(count, "bad file") for count in (0, 1, 2, 3000)]
     assert shown == ["0 bad files", "1 bad file", "2 bad files", "3,000 bad files"]
+
+
+def test_bytes_are_said_in_the_unit_that_fits() -> None:
+    shown = {0: "0 bytes", 999: "999 bytes", 1_000: "1 kB", 84_251_000: "84.3 MB", 999_600_000: "1 GB", 335e9: "335 GB"}
+    assert {count: show_bytes(count) for count in [*shown]} == shown and show_bytes(12.34e15) == "12,340.0 TB"

@@ -112,7 +112,13 @@ def evaluate_run(
     compute = compute_of(run, encoder, prepare, pick_device(device))
     compute.place(encoder)
     own = meta["data"] if data is None else str(data)
-    cache = build_cache(open_images(own), prepare.short_side, workers=workers, progress=listener.decoding)
+    try:
+        images = open_images(own)
+    except UserError as error:
+        if data is not None:
+            raise
+        raise UserError(f"{error} If it was moved, name its new place: simsiam evaluate {run} DATA") from None
+    cache = build_cache(images, prepare.short_side, workers=workers, progress=listener.decoding)
     train, test = cache.split()
     if len(train) < 2:
         raise UserError(f"{own} has {counted(len(train), 'usable image')}: an evaluation needs more.")

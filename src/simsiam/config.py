@@ -146,6 +146,15 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
+def show_bytes(count: float) -> str:
+    """'512 bytes', '84.3 MB', '335 GB'."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
 def show_duration(seconds: float) -> str:
     """Seconds as a person says them: '48 s', '9 min 05 s', '3 h 12 min'."""
     if seconds < 59.5:

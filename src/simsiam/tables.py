@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from simsiam.config import counted, show_duration
+from simsiam.config import counted, show_bytes, show_duration
 
 if TYPE_CHECKING:
     from simsiam.console import Console
@@ -55,7 +55,7 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
 
 def plan(console: Console, found: dict[str, Any]) -> None:
     def memory(count: int | None) -> str:
-        return "unknown" if count is None else f"{count / 1e9:,.1f} GB" if count > 1e9 else f"{count / 1e6:,.0f} MB"
+        return "unknown" if count is None else show_bytes(count)
 
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found["shares"].items())
     none = "none: choose a smaller encoder or size" if found["images"] >= 64 else "all: there are few images"

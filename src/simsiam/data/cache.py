@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from simsiam.config import UserError, counted
+from simsiam.config import UserError, counted, show_bytes
 from simsiam.data.decode import MAX_ASPECT, VERSION, DecodeError, decode, default_workers, in_order, open_image
 from simsiam.data.imageset import ImageSet
 from simsiam.runs import write_json
@@ -164,8 +164,8 @@ class Cache:
         needed = len(missing) * float(np.mean([self._expected(row, self.short_side) for row in missing[some].tolist()]))
         if needed > disk.free:
             raise UserError(
-                f"The cache of {self.name} needs about {needed / 1e9:,.1f} GB in {self.directory.parent}, "
-                f"where {disk.free / 1e9:,.1f} GB are free. {_MORE_ROOM}"
+                f"The cache of {self.name} needs about {show_bytes(needed)} in {self.directory.parent}, "
+                f"where {show_bytes(disk.free)} are free. {_MORE_ROOM}"
             )
 
     def _expected(self, row: int, short_side: int) -> int:
@@ -392,7 +392,7 @@ def _explained(base: Path, cache: Cache | None = None) -> Iterator[None]:
         if error.errno in _FULL and cache is not None:
             there = cache.decoded(np.arange(len(cache)))
             size = 3 * int((cache.heights[there].astype(np.int64) * cache.widths[there]).sum())
-            needed = f"about {size / len(there) * len(cache) / 1e9:.1f} GB" if len(there) else "more"
+            needed = f"about {show_bytes(size / len(there) * len(cache))}" if len(there) else "more"
             raise UserError(
                 f"The disk of {base} is full: the cache of {cache.name} needs {needed}. {_MORE_ROOM}"
             ) from error

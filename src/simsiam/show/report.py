@@ -9,7 +9,7 @@ import math
 import shlex
 import tomllib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from simsiam.config import UserError, show_duration
+from simsiam.config import UserError, show_bytes, show_duration
 from simsiam.runs import (
     ENCODER,
     ENVIRONMENT,
@@ -166,7 +166,11 @@ def _content(run: Path) -> Table:
         "environment": {key: value for key, value in environment.items() if value is not None},
         "again": environment["command"] if isinstance(environment.get("command"), str) else again,
         "files": [
-            {"name": name, "says": says, "size": _size((run / name).stat().st_size)}
+            {
+                "name": name,
+                "says": says,
+                "size": show_bytes((run / name).stat().st_size).replace(" ", "\N{NO-BREAK SPACE}"),
+            }
             for name, says in _FILES.items()
             if (run / name).exists()
         ],
@@ -499,12 +503,3 @@ def _number(value: Any) -> str | None:
         return None if value is None else str(value)
     whole = value == int(value) or abs(value) >= 100
     return (f"{value:,.0f}" if whole else f"{value:.3g}").replace("-", "\N{MINUS SIGN}")
-
-
-def _size(count: float) -> str:
-    units: Iterable[str] = ("bytes", "kB", "MB")
-    for unit in units:
-        if count < 1000:
-            return f"{count:.3g}\N{NO-BREAK SPACE}{unit}"
-        count /= 1000
-    return f"{count:.3g}\N{NO-BREAK SPACE}GB"

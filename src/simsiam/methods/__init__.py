@@ -5,7 +5,8 @@ they come from. The contract, which tests/test_methods.py checks for every file:
 
     CITATION, PUBLISHED      text; {setting: figure}
     VIEWS                    how many views of an image it takes, the default first
-    DEFAULTS                 {recipe: table}: what it changes in the recipes "imagenet", "cifar" and "thin"
+    DEFAULTS                 {recipe: table}: what it changes in the recipes "imagenet", "cifar" and "thin", learning rate
+                             and weight decay at least; a recipe that is not there keeps its own
     Settings                 frozen dataclass; its defaults are the paper's
 
     Method(encoder, settings)

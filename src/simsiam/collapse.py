@@ -122,7 +122,8 @@ def judge(
         std_features: `normalised_std` of the backbone's features, where measured.
         most: min(N-1,d), the largest rank that could have been measured; of less than 4 the rank tells nothing. 0: unknown.
     """
-    if 0 < most < 4:
+    few = 0 < most < 4
+    if few:
         rank = None
     if not math.isfinite(loss) or not math.isfinite(std):
         return Verdict(
@@ -149,7 +150,7 @@ def judge(
             f"std is {std:.2f}, but z uses only {rank:.1f} directions (effective rank), loss {loss:.3f}.",
             "Keep method.stop_gradient and method.predictor on; else lower train.lr or strengthen the views.",
         )
-    if 0 < most < 4:
+    if few:
         return Verdict("healthy", f"std {std:.2f} of 1/sqrt(d); {TOO_FEW}")
     features = "" if std_features is None else f", features {std_features:.2f}"
     ranked = "" if rank is None else f", effective rank {rank:.1f}"

@@ -122,11 +122,24 @@ def test_padding_never_shows(largest: int) -> None:
 @pytest.mark.parametrize("size", [8, 32, 64])
 def test_blur_is_torchvisions(size: int, side: int) -> None:
     settings = replace(PLAIN, size=size, blur_p=0.7, flip_p=0.5)
-    assert difference(noise(24, side, side + 10).float(), settings).max() < 1e-5
+    # Large ones leave out weights beyond 4 sigma: a hundredth of a level.
+    assert difference(noise(24, side, side + 10).float(), settings).max() < (LEVEL / 100 if side > 72 else 1e-5)
     _, _, sigma = views.draw_geometry(torch.full((4000, 2), 40), settings, seeded())
     assert abs((sigma > 0).float().mean().item() - 0.7) < 0.03
     drawn = sigma[sigma > 0]
     assert 0.1 <= drawn.min() < 0.11 and 1.99 < drawn.max() <= 2 and abs(drawn.mean().item() - 1.05) < 0.05
+
+
+@pytest.mark.parametrize("side", [40, 120])
+def test_how_the_images_lie_in_memory_changes_nothing(side: int) -> None:
+    """Every other test has planes; a cache's batch is channels_last."""
+    images, sizes = noise(9, side, side + 10), torch.randint(side // 2, side + 1, (9, 2), generator=seeded(1))
+    other = images.contiguous(memory_format=torch.channels_last)
+    for own in (None, sizes):
+        first, second = (random_view(each, ViewSettings(size=32), seeded(), own) for each in (images, other))
+        assert torch.equal(first, second)
+        first, second = (plain_pixels(each, 32, 0.875, own) for each in (images, other))
+        assert torch.equal(first, second)
 
 
 def test_threads_change_nothing() -> None:

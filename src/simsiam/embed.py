@@ -291,10 +291,10 @@ def padded(images: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:
     """Images uint8 [h,w,3] of any sizes as a batch, zero at the bottom and right: uint8 [B,3,H,W], and int64 [B,2] with
     each one's (height, width)."""
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    batch = np.zeros((len(images), 3, height, width), np.uint8)
+    batch = np.zeros((len(images), height, width, 3), np.uint8)
     for row, image in zip(batch, images, strict=True):
-        row[:, : image.shape[0], : image.shape[1]] = image.transpose(2, 0, 1)
-    return torch.from_numpy(batch), torch.tensor([image.shape[:2] for image in images])
+        row[: image.shape[0], : image.shape[1]] = image
+    return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.tensor([image.shape[:2] for image in images])
 
 
 def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:

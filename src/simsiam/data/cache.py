@@ -26,7 +26,7 @@ from simsiam.data.decode import MAX_ASPECT, VERSION, DecodeError, decode, defaul
 from simsiam.data.imageset import ImageSet
 from simsiam.runs import write_json
 
-FORMAT = 4
+FORMAT = 5
 """Part of every cache's key: raise it when the files or what `decode` returns change."""
 
 PIXELS, RECORDS, REASONS, META = "images.bin", "records.bin", "bad.jsonl", "meta.json"
@@ -132,8 +132,8 @@ class Cache:
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """The pixels of the rows, int64 [B], B > 0, none of them bad: copied out of the memory map. Thread-safe.
 
-        Returns uint8 [B, 3, H, W], zero-padded at the bottom and right to the batch's largest height and width, and
-        int32 [B, 2] with each image's own (height, width).
+        Returns uint8 [B, 3, H, W] in channels_last, zero-padded at the bottom and right to the batch's largest height
+        and width, and int32 [B, 2] with each image's own (height, width).
         """
         rows = np.asarray(rows, dtype=np.int64)
         able = self.usable(rows)
@@ -142,13 +142,14 @@ class Cache:
         sizes = torch.from_numpy(np.stack([heights, widths], axis=1))
         pixels = self._map()
         if (heights == heights[0]).all() and (widths == widths[0]).all():
-            shape = 3, int(heights[0]), int(widths[0])
+            shape = int(heights[0]), int(widths[0]), 3
             whole = np.lib.stride_tricks.sliding_window_view(pixels, int(np.prod(shape)))
-            return torch.from_numpy(whole[starts].reshape(-1, *shape)), sizes
-        images = np.zeros((len(rows), 3, heights.max(), widths.max()), dtype=np.uint8)
-        for image, start, h, w in zip(images, starts.tolist(), heights.tolist(), widths.tolist(), strict=True):
-            image[:, :h, :w] = pixels[start : start + 3 * h * w].reshape(3, h, w)
-        return torch.from_numpy(images), sizes
+            images = whole[starts].reshape(-1, *shape)
+        else:
+            images = np.zeros((len(rows), heights.max(), widths.max(), 3), dtype=np.uint8)
+            for image, start, h, w in zip(images, starts.tolist(), heights.tolist(), widths.tolist(), strict=True):
+                image[:h, :w] = pixels[start : start + 3 * h * w].reshape(h, w, 3)
+        return torch.from_numpy(images).permute(0, 3, 1, 2), sizes
 
     # --- the files ---
 
@@ -202,12 +203,11 @@ class Cache:
         self._decode_seconds += time.perf_counter() - began
 
     def _load(self, row: int) -> np.ndarray | Exception:
-        """uint8 [3, H, W], or why there are no pixels."""
+        """uint8 [H, W, 3], or why there are no pixels."""
         try:
-            pixels = decode(self.images.read(row), self.short_side)
+            return np.ascontiguousarray(decode(self.images.read(row), self.short_side))
         except Exception as error:  # also: the file vanished, is not ours to read, has a bad checksum, ...
             return error
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _append(self, loaded: list[tuple[int, np.ndarray | Exception]]) -> None:
         with self._threads, self._processes:
@@ -224,7 +224,7 @@ class Cache:
                     elif isinstance(pixels, Exception):  # of the disk or the network: the next run tries again
                         self._reasons[key], self.heights[row] = f"cannot be read: {pixels}", _BAD
                     else:
-                        records.append((key, end, *pixels.shape[1:]))
+                        records.append((key, end, *pixels.shape[:2]))
                         end += file.write(pixels.data)
             if reasons:
                 with _written_from(self.directory / REASONS, self._read_bytes[REASONS]) as file:

@@ -109,7 +109,8 @@ class Loader:
         good = self.cache.usable(self.rows)
         images = self.cache.batch(self.rows[good])[0]
         if not good.all():  # a place for each position; nobody asks for a bad one's
-            images, there = images.new_zeros(len(self.rows), *images.shape[1:]), images
+            there, shape = images, (len(self.rows), *images.shape[1:])
+            images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
             images[torch.from_numpy(good)] = there
         self._images = images.to(self.device)
 

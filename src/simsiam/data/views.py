@@ -34,8 +34,9 @@ from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to a central crop
-_SMALL = 88 * 88  # pixels of an image up to which a CPU is faster with matrices; measured
+_SMALL = 72 * 72  # pixels of an image up to which a CPU is faster with matrices; measured
 _RADIUS = 11  # of the blur: 23 taps, as SimCLR's at 224 pixels
+_PIECE = 300_000  # pixels that are blurred at once, so that they stay in a CPU's caches; measured
 
 Box = tuple[Tensor, Tensor, Tensor, Tensor]
 """top, left, height and width in whole pixels, float32 [B] each."""
@@ -130,8 +131,8 @@ def random_view(
     """One random view of every image.
 
     Args:
-        images: uint8 or float [B,3,H,W] with values 0..255, on the device; padded at the bottom and right where `sizes`
-            is given.
+        images: uint8 or float [B,3,H,W] with values 0..255, on the device, in channels_last for speed; padded at the
+            bottom and right where `sizes` is given.
         sizes: int [B,2], each image's own (height, width); None where all fill the batch.
     Returns:
         float32 [B,3,size,size] in channels_last, normalised by mean and std.
@@ -140,9 +141,7 @@ def random_view(
         sizes = _whole(images)
     box, flip, sigma = draw_geometry(sizes, settings, generator)
     if images.device.type == "cpu" and images.shape[2] * images.shape[3] > _SMALL:
-        view = _cut(images, box, flip, settings.size)
-        if settings.blur_p > 0:
-            _blur(view, sigma)
+        view = _cut(images, box, flip, sigma, settings.size)
     else:
         top, left, height, width = box
         w_y = resampling(top, height, settings.size, images.shape[2])
@@ -298,8 +297,8 @@ def gaussian(sigma: Tensor, size: int) -> Tensor:
 
     The kernel spans 23 pixels, or less where the view is smaller.
     """
-    weight = _gaussian_taps(sigma, size)
-    radius = weight.shape[1] // 2
+    radius = min(size - 1, _RADIUS)
+    weight = _gaussian_taps(sigma, radius)
     source = torch.arange(size, device=sigma.device)[:, None] + torch.arange(-radius, radius + 1, device=sigma.device)
     source = source.abs()
     source = torch.where(source > size - 1, 2 * (size - 1) - source, source)
@@ -308,9 +307,8 @@ def gaussian(sigma: Tensor, size: int) -> Tensor:
     return kernel.scatter_add_(2, source.expand(batch, -1, -1), weight[:, None].expand(-1, size, -1))
 
 
-def _gaussian_taps(sigma: Tensor, size: int) -> Tensor:
-    """Weights [B,2*radius+1] that sum to 1, for views of this size; sigma 0 leaves a pixel as it is."""
-    radius = min(size - 1, _RADIUS)
+def _gaussian_taps(sigma: Tensor, radius: int) -> Tensor:
+    """Weights [B,2*radius+1] that sum to 1; sigma 0 leaves a pixel as it is."""
     offset = torch.arange(-radius, radius + 1, device=sigma.device)
     weight = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2)
     return weight / weight.sum(1, keepdim=True)
@@ -319,8 +317,9 @@ def _gaussian_taps(sigma: Tensor, size: int) -> Tensor:
 def resample(images: Tensor, w_y: Tensor, w_x: Tensor) -> Tensor:
     """W_y @ image @ W_x^T for every image and channel: [B,3,H,W] -> [B,3,h,w] in the matrices' precision."""
     batch, channels, height, width = images.shape
-    lines = images.transpose(1, 2).contiguous().to(w_y.dtype)  # [B,H,3,W]: two products for all three channels
-    lines = torch.bmm(w_y, lines.view(batch, height, channels * width))
+    pixels = images.permute(0, 2, 3, 1).to(w_y.dtype)  # [B,H,W,3]: two products for all three channels
+    lines = torch.bmm(w_y, pixels.reshape(batch, height, width * channels))
+    lines = lines.view(batch, -1, width, channels).transpose(2, 3).contiguous()
     view = torch.bmm(lines.view(batch, -1, width), w_x.mT)
     return view.view(batch, -1, channels, w_x.shape[1]).transpose(1, 2).contiguous()
 
@@ -328,17 +327,28 @@ def resample(images: Tensor, w_y: Tensor, w_x: Tensor) -> Tensor:
 # --- image by image, on a CPU ---------------------------------------------------------------------------------------
 
 
-def _cut(images: Tensor, box: Box, flip: Tensor, size: int) -> Tensor:
-    """Every image's box resized, and flipped where asked, in the images' own precision; then float32 [B,3,size,size]."""
-    top, left, height, width, flipped = torch.stack([*box, flip.float()]).long().tolist()
-    views = torch.empty(len(images), 3, size, size, dtype=images.dtype)
+def _cut(images: Tensor, box: Box, flip: Tensor, sigma: Tensor, size: int) -> Tensor:
+    """Every image's box resized in the images' own precision, flipped and blurred where asked: float32 [B,3,size,size]."""
+    order = sigma.argsort()
+    rows = order.tolist()
+    top, left, height, width, flipped = torch.stack([*box, flip.float()])[:, order].long().tolist()
+    cuts = torch.empty(len(images), 3, size, size, dtype=images.dtype, memory_format=torch.channels_last)
 
     def cut(i: int) -> None:
-        view = _resize(images[i : i + 1, :, top[i] : top[i] + height[i], left[i] : left[i] + width[i]], size, size)[0]
-        views[i] = view.flip(2) if flipped[i] else view
+        image = images[rows[i] : rows[i] + 1, :, top[i] : top[i] + height[i], left[i] : left[i] + width[i]]
+        view = _resize(image, size, size)
+        cuts[i : i + 1] = view.flip(3) if flipped[i] else view
 
     _each(len(images), cut)
-    return views.float()
+    views = torch.empty(cuts.shape)
+    sharp = int((sigma == 0).sum())
+    views.index_copy_(0, order[:sharp], _planes(cuts[:sharp]))
+    # In rising order, so that none takes more taps than the widest blur of its piece.
+    step = max(1, _PIECE // size**2)
+    for first in range(sharp, len(images), step):
+        piece = order[first : first + step]
+        views.index_copy_(0, piece, _blurred(_planes(cuts[first : first + step]), sigma[piece]))
+    return views
 
 
 def _central(images: Tensor, sizes: Tensor, resized: Tensor, size: int) -> Tensor:
@@ -348,12 +358,12 @@ def _central(images: Tensor, sizes: Tensor, resized: Tensor, size: int) -> Tenso
         top, left = start[0]
         return images[:, :, top : top + size, left : left + size].float()
     own, wanted = sizes.tolist(), resized.tolist()
-    pixels = torch.empty(len(images), 3, size, size)
+    pixels = torch.empty(len(images), 3, size, size, memory_format=torch.channels_last)
 
     def cut(i: int) -> None:
         image, (top, left) = images[i : i + 1, :, : own[i][0], : own[i][1]], start[i]
         if own[i] != wanted[i]:  # not rounded: an exported encoder computes it like this
-            image = _resize(image.float(), *wanted[i]).clamp_(0, 255)
+            image = _resize(_planes(image), *wanted[i]).clamp_(0, 255)
         pixels[i] = image[0, :, top : top + size, left : left + size]
 
     _each(len(images), cut)
@@ -364,15 +374,20 @@ def _resize(image: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(image, (height, width), mode="bilinear", antialias=True)
 
 
-def _blur(views: Tensor, sigma: Tensor) -> None:
-    """What `gaussian` does, in place, of the views [B,3,size,size] whose sigma is not 0."""
-    chosen, size = sigma.nonzero()[:, 0], views.shape[2]
-    if not len(chosen):
-        return
-    kernel = _gaussian_taps(sigma[chosen], size).repeat_interleave(3, 0)
-    x = F.pad(views[chosen].view(1, -1, size, size), [kernel.shape[1] // 2] * 4, mode="reflect")
+def _planes(images: Tensor) -> Tensor:
+    """uint8 or float, in any memory format -> float32, one channel after the other."""
+    return images.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _blurred(views: Tensor, sigma: Tensor) -> Tensor:
+    """What `gaussian` does of float32 [B,3,size,size], up to weights beyond 4 sigma: within a hundredth of a level."""
+    size = views.shape[2]
+    radius = min(size - 1, _RADIUS, math.ceil(4 * sigma.max()))
+    kernel = _gaussian_taps(sigma, radius).repeat_interleave(3, 0)
+    x = F.pad(views.view(1, -1, size, size), [0, 0, radius, radius], mode="reflect")
     x = F.conv2d(x, kernel[:, None, :, None], groups=len(kernel))
-    views[chosen] = F.conv2d(x, kernel[:, None, None, :], groups=len(kernel)).view(-1, 3, size, size)
+    x = F.pad(x, [radius, radius, 0, 0], mode="reflect")
+    return F.conv2d(x, kernel[:, None, None, :], groups=len(kernel)).view(views.shape)
 
 
 def _each(count: int, work: Callable[[int], None]) -> None:

@@ -289,6 +289,7 @@ class Clusters:
     """N images in clusters, by row."""
 
     count: int
+    seed: int
     label: Rows
     """[N], the cluster of each: 0, the largest, to count - 1."""
     similarity: NDArray[np.float32]
@@ -359,27 +360,31 @@ def find_clusters(
     near, _ = nearest(vectors, _ODD_NEIGHBOURS, device=device, index=lambda: open_index(stored, progress))
     alone = near.mean(1)
     odd = [(row, float(alone[row])) for row in np.argsort(alone, kind="stable")[:_ODD].tolist()]
-    return Clusters(count, label, similarity, odd)
+    return Clusters(count, seed, label, similarity, odd)
 
 
 def write_clusters(stored: Embeddings, found: Clusters) -> None:
-    """`clusters.parquet` in the folder: id, cluster, similarity. Raises UserError where it cannot be written."""
+    """`clusters.parquet` in the folder: id, cluster, similarity, and how to make them again. Raises UserError where it
+    cannot be written."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = {"id": stored.ids, "cluster": found.label, "similarity": found.similarity}
+    about = {"count": str(found.count), "seed": str(found.seed)}
     with atomic(stored.folder / CLUSTERS) as temporary:
-        pq.write_table(pa.table(columns), temporary)
+        pq.write_table(pa.table(columns, metadata=about), temporary)
 
 
-def kept_count(stored: Embeddings) -> int | None:
-    """How many clusters were asked for last; None where there is no `clusters.parquet` of as many images."""
+def asked_for(stored: Embeddings) -> dict[str, int]:
+    """`count` and `seed` of the clusters in the folder, to form the same again; empty where there are none of as many
+    images."""
     import pyarrow.parquet as pq
 
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        kept = pq.read_table(stored.folder / CLUSTERS, columns=["cluster"])["cluster"].to_numpy()
-        return max(2, int(kept.max()) + 1) if len(kept) == len(stored) else None
-    return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = pq.read_metadata(stored.folder / CLUSTERS)
+        about = {name: int(kept.metadata[name.encode()]) for name in ("count", "seed")}
+        return about if kept.num_rows == len(stored) and 2 <= about["count"] <= len(stored) else {}
+    return {}
 
 
 def summary(stored: Embeddings, found: Clusters) -> dict[str, Any]:

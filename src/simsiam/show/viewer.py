@@ -220,8 +220,8 @@ class Viewer:
 
     def clusters(self) -> tuple[dict[str, Any], explore.Clusters]:
         """What `explore.summary` returns with images in place of rows, and the arrays that it is of."""
-        # As many as `simsiam clusters` was asked for last: its file is written anew.
-        found = explore.find_clusters(self.stored, explore.kept_count(self.stored), device=self.device)
+        # Those that `simsiam clusters` was asked for last: its file is written anew.
+        found = explore.find_clusters(self.stored, device=self.device, **explore.asked_for(self.stored))
         with contextlib.suppress(UserError):  # a folder that cannot be written to can still be looked at
             explore.write_clusters(self.stored, found)
         about = explore.summary(self.stored, found)

@@ -24,7 +24,8 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_evaluation_beside_pixels_and_the_untrained_encoder(run: Path) -> None:
     result = evaluate_run(run)
-    assert json.loads((run / "evaluation.json").read_text()) == result
+    file = Path(result.pop("file"))
+    assert file == run / "evaluation.json" and json.loads(file.read_text()) == result
     assert set(evaluate.names()) <= result.keys()
     for name in ("knn", "linear", "fewshot"):
         assert all(0 <= result[name][kind] <= 100 for kind in ("trained", "untrained", "pixels")), name
@@ -44,7 +45,7 @@ def test_other_data_some_evaluations_and_no_labels(run: Path, photos: Path, tmp_
     result = evaluate_run(run, flat)
     assert result["knn"] is result["linear"] is result["fewshot"] is None
     assert result["collapse"]["std"] > 0 and result["collapse"]["verdict"]
-    assert list(evaluate_run(run, photos, names=["knn"])) == ["run", "data", "knn"]
+    assert list(evaluate_run(run, flat, names=["knn"])) == ["run", "data", "knn", "file"] and result["file"] is None
     assert before is None or (run / "evaluation.json").read_text() == before, "only its own data speak about a run"
     evaluate_run(run)
     again = evaluate_run(run, names=["knn"], k=1)
@@ -61,6 +62,17 @@ def test_other_data_some_evaluations_and_no_labels(run: Path, photos: Path, tmp_
         evaluate_run(moved)
     with pytest.raises(UserError, match=r"There is no /not/here\. Name (?!.*new place)"):
         evaluate_run(moved, "/not/here")
+
+
+def test_its_own_images_are_known_again_where_they_lie_now(run: Path, photos: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(run, tmp_path / "run")
+    moved = shutil.copytree(photos, tmp_path / "moved")  # with the times of change, as `mv` keeps them
+    result = evaluate_run(own, moved, names=["knn", "collapse"])
+    assert result["file"] == str(own / "evaluation.json") and result["data"] == str(moved)
+    assert result["collapse"]["effective_rank_features"] > 0, "beside what training said of z"
+    assert json.loads((own / "evaluation.json").read_text())["knn"] == result["knn"]
+    next(moved.rglob("*.png")).unlink()
+    assert evaluate_run(own, moved, names=["knn"])["file"] is None
 
 
 def test_the_papers_linear_protocol_on_request(run: Path) -> None:

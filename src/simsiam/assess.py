@@ -90,16 +90,16 @@ def evaluate_run(
     stays.
 
     Args:
-        data: labelled images; None for those that the run was trained on. Without a test split of its own, the part that
-            training holds out is the test part.
+        data: labelled images; None for those that the run was trained on, which may also be named, where they were moved
+            to. Without a test split of its own, the part that training holds out is the test part.
         names: evaluations, by name; None for all.
         baselines: False leaves out raw pixels and the untrained encoder.
         k: neighbours of kNN; None: 200, or 20 where classes have fewer than 1,000 images.
         sgd: the paper's linear protocol too, as "linear_sgd": LARS, 90 epochs of random crops and flips.
         share: in (0, 1]: the whole network is trained on this share of the labels too, from the trained weights and from
             the untrained ones, as "finetune". None: not.
-    Returns {"knn": {"trained", "untrained", "pixels", settings...}, "linear", "fewshot", "collapse"}, None where there
-    are no labels. Raises UserError where `run` has no encoder.
+    Returns {"knn": {"trained", "untrained", "pixels", settings...}, "linear", "fewshot", "collapse", ...}, None where
+    there are no labels, and "file", None where it was not written. Raises UserError where `run` has no encoder.
     """
     run = Path(run)
     if share is not None:
@@ -111,17 +111,18 @@ def evaluate_run(
     encoder, prepare, meta = read_encoder(run)
     compute = compute_of(run, encoder, prepare, pick_device(device))
     compute.place(encoder)
-    own = meta["data"] if data is None else str(data)
+    name = meta["data"] if data is None else str(data)
     try:
-        images = open_images(own)
+        images = open_images(name)
     except UserError as error:
         if data is not None:
             raise
         raise UserError(f"{error} If it was moved, name its new place: simsiam evaluate {run} DATA") from None
+    own = data is None or images.fingerprint == meta.get("fingerprint")
     cache = build_cache(images, prepare.short_side, workers=workers, progress=listener.decoding)
     train, test = cache.split()
     if len(train) < 2:
-        raise UserError(f"{own} has {counted(len(train), 'usable image')}: an evaluation needs more.")
+        raise UserError(f"{name} has {counted(len(train), 'usable image')}: an evaluation needs more.")
     before = None
     if baselines:
         before = untrained(encoder.spec, meta["seed"], prepare, cache, draw(train, BN_IMAGES), compute)
@@ -130,25 +131,24 @@ def evaluate_run(
     settings = {} if k is None else {"knn": {"k": k}}
     compared = evaluate.compare(names or evaluate.names(), kinds, seed=seed, settings=settings)
     listener.close()
-    result: dict[str, Any] = {"run": str(run), "data": own, **compared}
+    result: dict[str, Any] = {"run": str(run), "data": name, **compared}
     collapse = compared.get("collapse")
     if collapse is not None:
-        result["collapse"] = _collapse(run, data, collapse)
+        result["collapse"] = _collapse(run, own, collapse)
     if sgd:
         result["linear_sgd"] = _sgd(subject, kinds["trained"](), train, seed)
     if share is not None:
         result["finetune"] = _finetuned(subject, train, test, share, seed)
-    if data is None:
-        before_this = read_json(run / EVALUATION) if (run / EVALUATION).exists() else {}
-        keep(lambda: write_json(run / EVALUATION, {**before_this, **result}))
-    return result
+    before_this = read_json(run / EVALUATION) if own and (run / EVALUATION).exists() else {}
+    kept = own and keep(lambda: write_json(run / EVALUATION, {**before_this, **result}))
+    return {**result, "file": str(run / EVALUATION) if kept else None}
 
 
-def _collapse(run: Path, data: str | Path | None, features: dict[str, Any]) -> dict[str, Any]:
+def _collapse(run: Path, own: bool, features: dict[str, Any]) -> dict[str, Any]:
     """The features' figures, and where the run's own summary tells it, the verdict on z: that is what training judges."""
     plain = {key: value["trained"] if isinstance(value, dict) else value for key, value in features.items()}
     found = {key: plain[key] for key in ("std", "effective_rank", "verdict", "dim", "rows")}
-    summary = read_json(run / SUMMARY) if data is None and (run / SUMMARY).exists() else {}
+    summary = read_json(run / SUMMARY) if own and (run / SUMMARY).exists() else {}
     if summary.get("verdict") is not None:  # None: a run that was imported
         found |= {"std_features": found["std"], "effective_rank_features": found["effective_rank"]}
         found |= {key: summary[key] for key in ("std", "effective_rank", "verdict", "dim")}

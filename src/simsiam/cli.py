@@ -189,7 +189,7 @@ def evaluate(
     )
     console.close()
     tables.evaluation(console, result)
-    if data is None and keep(lambda: write_report(run)):
+    if result["file"] and keep(lambda: write_report(run)):
         console.say(f"Report   {run / REPORT}")
     if as_json:
         _print_json(result)

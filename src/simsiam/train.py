@@ -391,7 +391,13 @@ def _finish(
     plan, verdict = s.recipe, s.verdict
     # Weights that are not finite are of no use to anybody: the last healthy ones are.
     step = s.step if verdict.name != "diverged" else s.back_to_healthy()
-    about = {"method": plan.method, "data": plan.data, "step": step, "verdict": verdict.name}
+    about = {
+        "method": plan.method,
+        "data": plan.data,
+        "fingerprint": s.fingerprint,
+        "step": step,
+        "verdict": verdict.name,
+    }
     save_encoder(s.run, encoder, prepare, plan.seed, about)
     shown = held_out if len(held_out) >= 16 else rows
     subject = Subject(

@@ -221,7 +221,8 @@ class Viewer:
     def clusters(self) -> tuple[dict[str, Any], explore.Clusters]:
         """What `explore.summary` returns with images in place of rows, and the arrays that it is of."""
         # Those that `simsiam clusters` was asked for last: its file is written anew.
-        found = explore.find_clusters(self.stored, device=self.device, **explore.asked_for(self.stored))
+        asked = explore.asked_for(self.stored)
+        found = explore.find_clusters(self.stored, asked.get("count"), seed=asked.get("seed", 0), device=self.device)
         with contextlib.suppress(UserError):  # a folder that cannot be written to can still be looked at
             explore.write_clusters(self.stored, found)
         about = explore.summary(self.stored, found)

@@ -27,6 +27,7 @@ class Compute:
     precision: Literal["bf16", "fp32"]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of every forward pass."""
         import torch
 
         if self.precision == "fp32":

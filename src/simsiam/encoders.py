@@ -70,6 +70,7 @@ def names() -> list[str]:
 
 
 def to_table(spec: EncoderSpec) -> dict[str, Any]:
+    """For a recipe and `encoder.json`: what is not left open."""
     return {key: value for key, value in asdict(spec).items() if value is not None}
 
 

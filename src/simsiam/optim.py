@@ -50,6 +50,7 @@ class Schedule:
         return min(seconds / self.seconds, 1.0)
 
     def over(self, step: int, seconds: float) -> bool:
+        """Whether the run has had its steps or its time; it has one step at least."""
         return step > 0 and self.progress(step, seconds) >= 1
 
     def rate(self, step: int, seconds: float) -> float:

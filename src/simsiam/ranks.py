@@ -28,6 +28,7 @@ _PATIENCE = datetime.timedelta(days=1)
 
 
 def several() -> bool:
+    """Whether this process has joined others."""
     return dist.is_available() and dist.is_initialized()
 
 

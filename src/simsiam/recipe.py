@@ -99,15 +99,19 @@ class TrainSettings:
 
     @property
     def seconds(self) -> float | None:
+        """The budget; None where epochs decide."""
         return None if self.budget is None else parse_duration(self.budget)
 
     def schedule(self, steps_per_epoch: int) -> Schedule:
+        """Of the learning rate, for a data set of so many batches."""
         by_epoch = self.cosine == "epoch"
         return Schedule(self.peak, steps_per_epoch, self.epochs, self.seconds, self.warmup_epochs, by_epoch)
 
 
 @dataclass(frozen=True)
 class EvalSettings:
+    """How the encoder is used: in evaluations, and in everything after training."""
+
     size: int
     """Side of the encoder's input in use, in pixels; views may be smaller (docs/how-it-works.md)."""
 
@@ -141,6 +145,8 @@ class Recipe:
         return max(self.prepare.short_side, training.short_side)
 
     def table(self) -> Table:
+        """What `read` takes; without the settings that are None."""
+
         def rows(settings: Any) -> Table:
             return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
 

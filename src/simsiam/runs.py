@@ -127,11 +127,13 @@ def resumable(run: Path | None) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
+    """UTF-8, whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
 
 
 def write_json(path: Path, value: Any) -> None:
+    """As `write_text`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
@@ -185,6 +187,7 @@ class Checkpoints:
         self.folder = run / "checkpoints"
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, healthy: bool) -> Path:
+        """The file of the state, which is `LAST` from now on and, if so, `HEALTHY`. States that are neither are deleted."""
         path = self.folder / f"step-{step:09d}.safetensors"
         if self.named(LAST) != path or not path.exists():
             write_tensors(path, tensors, {"state": json.dumps(dict(state))})
@@ -199,6 +202,7 @@ class Checkpoints:
         return path
 
     def named(self, name: str) -> Path | None:
+        """The file that `LAST` or `HEALTHY` names; None before the first."""
         try:
             return self.folder / (self.folder / name).read_text(encoding="utf-8").strip()
         except OSError:

@@ -126,6 +126,7 @@ class Session:
 
     @property
     def over(self) -> bool:
+        """Whether the schedule has come to its end."""
         return self.schedule.over(self.step, self.seconds)
 
     @property
@@ -193,6 +194,7 @@ class Session:
 
     @property
     def guard_stops(self) -> bool:
+        """Whether the verdict ends the run."""
         return self.verdict.name != "healthy" and self.recipe.train.on_collapse == "stop"
 
     def record(self, kind: str, figures: Mapping[str, Any]) -> None:
@@ -205,6 +207,7 @@ class Session:
                     self.board.add_scalar(f"{kind}/{key}", value, self.step)
 
     def save(self) -> None:
+        """A checkpoint of all that the next step depends on, under `HEALTHY` too where the weights are."""
         tensors = {f"method.{name}": value for name, value in self.method.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": v for key, v in state.items() if isinstance(v, Tensor)}

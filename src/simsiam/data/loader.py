@@ -22,6 +22,8 @@ _AHEAD = 3
 
 @dataclass(frozen=True)
 class Batch:
+    """The images of one step, or this process's part of them."""
+
     images: Tensor
     """uint8 [B,3,H,W] on the device, padded at the bottom and right where sizes differ."""
     sizes: Tensor | None

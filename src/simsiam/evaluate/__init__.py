@@ -66,6 +66,7 @@ def check_finite(rows: Tensor) -> None:
 
 
 def names() -> list[str]:
+    """All evaluations."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 

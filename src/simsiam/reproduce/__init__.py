@@ -42,20 +42,30 @@ _CLEAR = 1.0
 
 @dataclass(frozen=True)
 class Variant:
+    """A row of the paper's table."""
+
     name: str
     published: float | None = None
+    """Linear accuracy in percent, in the setting of the paper; None where it gives none."""
     expect: Literal["success", "collapse", "failure"] = "success"
+    """What the paper reports of it; failure: it does not converge, or diverges."""
     epochs: float = 1.0
+    """Times the epochs of the experiment."""
     scales: tuple[str, ...] = ("thin", "cifar", "imagenet")
+    """At which it is run."""
     settings: Table = field(default_factory=dict)
+    """What sets it apart from the scale's recipe."""
 
     @property
     def slug(self) -> str:
+        """The name as part of a folder's."""
         return "-".join("".join(c if c.isalnum() or c == "." else " " for c in self.name.lower()).split())
 
 
 @dataclass(frozen=True)
 class Experiment:
+    """A table or figure of the paper; the file name is the registry."""
+
     name: str
     title: str
     source: str

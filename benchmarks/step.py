@@ -68,8 +68,8 @@ def main() -> None:
     recipe = read(merge(table, {"train": {"batch_size": arguments.batch}}))
     draws = torch.Generator(device).manual_seed(0)
     side = arguments.source or arguments.size
-    shape = (arguments.batch, 3, side, side)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=draws)
+    shape = (arguments.batch, side, side, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=draws).permute(0, 3, 1, 2)
     batch = Batch(images, None, torch.arange(arguments.batch, device=device))
     chosen = [list(WAYS)[int(number)] for number in arguments.ways.split(",")]
     works: dict[str, tuple[Step, dict[str, Any]]] = {}

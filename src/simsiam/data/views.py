@@ -120,7 +120,7 @@ def random_views(
         places = [place for place, other in enumerate(settings) if other == each]
         many = len(places)
         own = None if sizes is None else sizes.repeat(many, 1)
-        drawn = random_view(images.repeat(many, 1, 1, 1), each, generator, own).chunk(many)
+        drawn = random_view(torch.cat([images] * many), each, generator, own).chunk(many)  # cat keeps channels_last
         views |= dict(zip(places, drawn, strict=True))
     return tuple(views[place] for place in range(len(settings)))
 

@@ -115,6 +115,7 @@ RELEASED: list[tuple[str, str, tuple[str, float, float, int, float], dict[str, A
     ("imagenet", "vicreg", ("lars", 1.6, 1e-6, 2048, 10.0), {"invariance": 25.0, "covariance": 1.0}),
     ("cifar", "simsiam", ("sgd", 0.06, 5e-4, 512, 0.0), {}),
     ("cifar", "moco", ("sgd", 0.06, 5e-4, 512, 0.0), {"momentum": 0.99, "temperature": 0.1, "queue": 4096}),
+    ("cifar", "fastsiam", ("sgd", 0.06, 5e-4, 128, 0.0), {}),  # lightly's benchmark
 ]
 
 

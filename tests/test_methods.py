@@ -104,6 +104,35 @@ def test_every_recipe_can_be_had_with_every_method(name: str, recipe: str) -> No
     assert read(plan.table()) == plan
 
 
+RELEASED: list[tuple[str, str, tuple[str, float, float, int, float], dict[str, Any]]] = [
+    ("imagenet", "simsiam", ("sgd", 0.1, 1e-4, 512, 0.0), {"dim": 2048}),
+    ("imagenet", "simclr", ("lars", 4.8, 1e-6, 4096, 10.0), {"temperature": 0.1}),
+    ("imagenet", "moco", ("sgd", 0.03, 1e-4, 256, 0.0), {"momentum": 0.999, "temperature": 0.2, "queue": 65536}),
+    ("imagenet", "byol", ("lars", 7.2, 1e-6, 4096, 10.0), {"momentum": 0.99}),  # the released preset for 100 epochs
+    ("imagenet", "swav", ("larc", 4.8, 1e-6, 4096, 10.0), {"prototypes": 3000, "freeze_steps": 313}),
+    ("imagenet", "deepcluster", ("larc", 4.8, 1e-6, 4096, 10.0), {"prototypes": 3000, "heads": 3}),
+    ("imagenet", "barlow", ("lars", 1.6, 1e-6, 2048, 10.0), {"weight": 0.0051, "dim": 8192}),
+    ("imagenet", "vicreg", ("lars", 1.6, 1e-6, 2048, 10.0), {"invariance": 25.0, "covariance": 1.0}),
+    ("cifar", "simsiam", ("sgd", 0.06, 5e-4, 512, 0.0), {}),
+    ("cifar", "moco", ("sgd", 0.06, 5e-4, 512, 0.0), {"momentum": 0.99, "temperature": 0.1, "queue": 4096}),
+    ("cifar", "fastsiam", ("sgd", 0.06, 5e-4, 128, 0.0), {}),  # lightly's benchmark
+]
+
+
+@pytest.mark.parametrize(("recipe", "name", "training", "method"), RELEASED, ids=[f"{r}-{n}" for r, n, *_ in RELEASED])
+def test_a_recipe_trains_as_was_published(
+    recipe: str, name: str, training: tuple[str, float, float, int, float], method: dict[str, Any]
+) -> None:
+    """Optimiser, the rate itself, weight decay, batch and epochs of warm-up."""
+    table = preset(recipe, name)
+    plan = read({"data": "x", **table, "encoder": {"size": 32, **table["encoder"]}, "eval": {"size": 32}})
+    kind, *numbers = training
+    train = plan.train
+    assert train.optimizer == kind
+    assert [train.peak, train.weight_decay, train.batch_size, train.warmup_epochs] == pytest.approx(numbers)
+    assert {key: getattr(plan.method_settings, key) for key in method} == method
+
+
 @every_method
 def test_forward_gives_a_float32_loss_and_detached_stats(name: str) -> None:
     views, index = batch(name, 0)

@@ -76,7 +76,8 @@ class LARS(torch.optim.Optimizer):
 
     vectors: True: every parameter's, by trust_coefficient * |w| / (|g| + weight_decay * |w|), and one without gradient
         stays as it is: apex's LARC, unclipped, as SwAV, DeepCluster v2 and SimSiam's linear protocol use it. False: biases
-        and BN, of one dimension, have neither that nor weight decay, as in SimCLR, BYOL, Barlow Twins and VICReg.
+        and BN, of one dimension, have neither that nor weight decay, as in SimCLR, BYOL, Barlow Twins and VICReg. The
+        rate multiplies the velocity, as in all of them but SimCLR, where it is in it.
     """
 
     def __init__(

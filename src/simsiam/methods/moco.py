@@ -58,7 +58,8 @@ class Settings:
     temperature: float = 0.2
     """tau of InfoNCE."""
     symmetric: bool = False
-    """Each view is query once and key once (the SimSiam paper's table 4), instead of the first query, the second key."""
+    """Each view is query once and key once (the SimSiam paper's table 4), instead of the first query, the second key.
+    The loss is the mean of the two; the authors' notebook for CIFAR-10 has their sum."""
     bn_groups: int = 8
     """Parts of a batch with BN statistics of their own: what the paper's 8 GPUs do. Less where the batch is small."""
 

@@ -71,6 +71,8 @@ class Settings:
 def nt_xent(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, temperature: float) -> Tensor:
     """The normalised temperature-scaled cross-entropy (eq. 1), mean over the 2B queries.
 
+    The released code has twice that, which LARS cancels but for biases and BN.
+
     q, k: float [B,d], the queries and keys of the two views; in SimCLR q = k = z. The key of the other view is the
     positive, the other 2B-2 keys are the negatives; an image's own key in the same view is neither. The keys of all
     ranks count, with rank order in their rows.

@@ -64,7 +64,7 @@ def variance_term(z: Tensor) -> Tensor:
 
 
 def covariance_term(z: Tensor) -> Tensor:
-    """Sum of the squared off-diagonal entries of the covariance, over d (eq. 3). z: float [B,d]."""
+    """Sum of the squared off-diagonal entries of the covariance, over d (eq. 3 and 4). z: float [B,d]."""
     centred = z - z.mean(0)
     covariance = centred.T @ centred / (len(z) - 1)
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[1]
@@ -74,7 +74,8 @@ def covariance_term(z: Tensor) -> Tensor:
 def vicreg(z1: Tensor, z2: Tensor, invariance: float, variance: float, covariance: float) -> Tensor:
     """lambda s + mu [v(z1) + v(z2)] + nu [c(z1) + c(z2)] (eq. 6), with v halved as in the released code.
 
-    z: float [B,d], over the batch of all ranks; s is the mean squared distance of the two views' entries.
+    z: float [B,d], over the batch of all ranks; s is the mean squared distance of the two views' entries, as in the
+    released code too, where eq. 5 sums over the channels.
     """
     first, second = gather(wide(z1)), gather(wide(z2))
     v = (variance_term(first) + variance_term(second)) / 2

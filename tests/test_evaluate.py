@@ -209,7 +209,8 @@ def vote(features: Features, k: int, T: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("counts", "k"), [((5000,) * 10, 200), ((1000, 1000, 40), 200), ((999, 999, 5000), 20), ((3,), 20)]
+    ("counts", "k"),
+    [((5000,) * 10, 200), ((1000, 1000, 40), 200), ((999, 999, 5000), 20), ((3,), 20), ((0, 0, 0, 1000, 1000), 200)],
 )
 def test_k_is_200_where_a_class_has_a_thousand_images(counts: tuple[int, ...], k: int) -> None:
     labels = torch.cat([torch.full((count,), i) for i, count in enumerate(counts)])

@@ -90,13 +90,14 @@ def test_the_largest_rank_is_that_of_the_images_where_they_are_few(
 
 
 class Knowing(nn.Module):
-    """Each image's class as a direction, first of the bank, then of the queries; the queries' are `shift` off."""
+    """Each image's class as a direction, first of the bank, then of the queries, the first `wrong` of which it mistakes."""
 
-    def __init__(self, watch: Monitor, shift: int = 0) -> None:
+    def __init__(self, watch: Monitor, wrong: int = 0) -> None:
         super().__init__()
         assert watch.cache.labels is not None
         labels = [torch.from_numpy(watch.cache.labels[rows]) for rows in (watch.bank, watch.queries)]
-        self.given = iter([labels[0], (labels[1] + shift) % 3])
+        labels[1][:wrong] = (labels[1][:wrong] + 1) % 3
+        self.given = iter(labels)
 
     def forward(self, x: Tensor) -> Tensor:
         labels = next(self.given)
@@ -107,7 +108,7 @@ class Knowing(nn.Module):
 def test_knn_is_that_of_training_images_for_held_out_ones(cache: Cache, parts: tuple[np.ndarray, np.ndarray]) -> None:
     watch = monitor(cache, *parts)
     assert all(np.array_equal(own, part) for own, part in zip((watch.bank, watch.queries), parts, strict=True))
-    assert watch.knn(Knowing(watch)) == 100 and watch.knn(Knowing(watch, shift=1)) == 0
+    assert [watch.knn(Knowing(watch, wrong)) for wrong in (0, 6, 24)] == [100, 75, 0]
 
 
 def test_baselines_are_of_the_untrained_encoder_and_of_pixels(

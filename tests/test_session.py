@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import types
 from pathlib import Path
@@ -145,6 +146,13 @@ def test_a_resumed_run_goes_on_with_its_clock_and_its_figures(tmp_path: Path, cl
     assert resumed.seconds == s.seconds + 1 and resumed.training_seconds == 5.0
     assert lines(tmp_path, "train")[-1]["progress"] == 0.1
     resumed.close()
+
+
+def test_a_run_that_was_killed_before_its_first_state_begins_anew(tmp_path: Path, clock: Clock) -> None:
+    session(tmp_path, clock).close()
+    shutil.rmtree(tmp_path / "checkpoints")
+    session(tmp_path, clock, resume=True).close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0]
 
 
 def test_a_budget_goes_on_where_it_stood(tmp_path: Path, clock: Clock) -> None:

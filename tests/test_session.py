@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam.collapse import Verdict
+from simsiam.config import UserError
 from simsiam.console import Listener
 from simsiam.optim import Schedule
 from simsiam.recipe import TrainSettings
@@ -89,6 +90,16 @@ def step(s: Session, clock: Clock, loss: float = -0.5, std: float = 1.0, seconds
 
 def lines(run: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in read_metrics(run) if line["kind"] == kind]
+
+
+def test_a_folder_that_was_taken_meanwhile_is_left_alone(tmp_path: Path, clock: Clock) -> None:
+    first = session(tmp_path, clock)
+    with pytest.raises(UserError, match="Another process is training"):
+        session(tmp_path, clock)
+    first.close()
+    with pytest.raises(UserError, match="choose another -o"):  # it is free again, and holds a run by now
+        session(tmp_path, clock)
+    assert len(read_metrics(tmp_path)) == 1
 
 
 def test_figures_are_of_the_steps_since_the_last_ones(tmp_path: Path, clock: Clock) -> None:

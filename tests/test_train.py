@@ -34,10 +34,12 @@ from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.data.views import random_views
 from simsiam.embeddings import read_embeddings
+from simsiam.optim import LARS
 from simsiam.recipe import Facts, default_epochs, gather, look_at, preset, read, resolve
 from simsiam.runs import Checkpoints, claim, made, read_json, read_metrics
 from simsiam.session import method_tensors
-from simsiam.train import _initial, _sweep, build_method
+from simsiam.step import Step
+from simsiam.train import _initial, _sweep, build_method, optimizer
 
 TINY = ["encoder.width=8", "method.dim=32", "method.projector_hidden=32", "method.predictor_hidden=8", "views.size=16"]
 # Three kinds of simple pictures span few directions: here the guard must not cut a run short.
@@ -166,6 +168,35 @@ def test_a_signal_saves_and_resume_gives_the_same_weights(
     assert steps == sorted(set(steps)), "a resumed run must not write a step twice"
     last = [[line["loss"] for line in read_metrics(r) if line["kind"] == "train"] for r in (tmp_path / "whole", run)]
     assert last[0] == last[1]
+
+
+def test_every_step_has_random_numbers_of_its_own(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function of seed and step; and what a method does before an epoch and after a step it does there, resumed or
+    not."""
+    monkeypatch.setattr("simsiam.session._FLUSH_SECONDS", 0.0)
+    told: list[tuple[int, ...]] = []
+    progress: list[float] = []
+    take, build = Step.__call__, build_method
+
+    def step(self: Step, batch: Any, *key: int) -> Any:
+        told.append(key)
+        return take(self, batch, *key)
+
+    def method(*arguments: Any) -> torch.nn.Module:
+        made = build(*arguments)
+        made.before_epoch = lambda epoch: told.append((epoch,))  # type: ignore[assignment]
+        made.after_step = progress.append  # type: ignore[assignment]
+        return made
+
+    monkeypatch.setattr(Step, "__call__", step)
+    monkeypatch.setattr("simsiam.train.build_method", method)
+    with pytest.raises(Interrupted):
+        simsiam.train(photos, tmp_path / "run", epochs=2, seed=3, listener=Stop(signal.SIGINT, 7), **SMALL)
+    simsiam.train(out=tmp_path / "run", resume=True)
+    assert told == [(0,), *((3, number) for number in range(5)), (1,), *((3, number) for number in range(5, 10))]
+    assert progress == [number / 10 for number in range(10)]
 
 
 @pytest.fixture
@@ -632,8 +663,10 @@ def test_a_run_that_collapsed_is_started_again_from_its_healthy_state(photos: Pa
     assert any("Starts from all weights" in line for line in listener.lines) and second["steps"] > 0
     config = tomllib.loads((tmp_path / "second" / "config.toml").read_text())
     assert config["method"]["bn"] == "none" and config["train"]["epochs"] == 1 and config["encoder"]["width"] == 8
-    method = build_method(read(config), 1)
-    method.load_state_dict(method_tensors(kept))
+    start = _initial(read(config), 1, listener).state_dict()
+    last, _ = Checkpoints(tmp_path / "first").load()
+    assert all(torch.equal(start[name], value) for name, value in method_tensors(kept).items())
+    assert not all(torch.equal(start[name], value) for name, value in method_tensors(last).items())
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -792,6 +825,28 @@ def test_a_papers_encoder_and_batch_are_cut_to_size_with_a_reason() -> None:
     }.items()
     plan, reasons = resolve(gather("x", None, [], {}), facts)
     assert ("encoder", "resnet18") in [(setting, value) for setting, value, _ in reasons]
+
+
+def test_the_first_weights_are_a_function_of_the_seed_alone() -> None:
+    asked = gather("photos", None, [text for text in TINY if "encoder" not in text], {"encoder": "thin-resnet18"})
+    plan, _ = resolve(asked, Facts(1000, 32, "cpu"))
+    before = torch.random.get_rng_state()
+    made = [build_method(replace(plan, seed=seed), 10).state_dict() for seed in (3, 3, 4)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, value in made[0].items():
+        assert torch.equal(value, made[1][name]), name
+    for part in ("encoder.backbone.conv1.weight", "projector.0.weight", "predictor.0.weight"):
+        assert not torch.equal(made[0][part], made[2][part])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("lars", LARS), ("larc", LARS)])
+def test_the_optimiser_has_what_the_recipe_says(name: str, kind: type[torch.optim.Optimizer]) -> None:
+    settings = {"optimizer": name, "lr": 0.2, "weight_decay": 0.3, "batch_size": 64}
+    plan, _ = resolve(gather("photos", None, [*TINY, "train.momentum=0.7"], settings), Facts(1000, 32, "cpu"))
+    made = optimizer(build_method(plan, 10), plan)
+    assert type(made) is kind and getattr(made, "vectors", None) == {"lars": False, "larc": True}.get(name)
+    for group in made.param_groups:
+        assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.2 * 64 / 256, 0.7, 0.3)
 
 
 def test_another_method_takes_the_optimiser_where_it_belongs(tmp_path: Path) -> None:

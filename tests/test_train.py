@@ -720,6 +720,52 @@ def test_defaults_fit_any_data(images: int, side: int, device: str) -> None:
     assert 1 <= epochs <= 800 and why
 
 
+@pytest.mark.parametrize(
+    ("facts", "encoder", "sizes", "batch_size"),
+    [
+        ((1_000, 28, "cpu"), "thin-resnet18", (24, 32), 64),
+        ((100, 28, "cpu"), "thin-resnet18", (24, 32), 16),
+        ((1_000, 500, "cpu"), "thin-resnet18", (48, 64), 64),
+        ((50_000, 33, "cuda"), "cifar-resnet18", (40, 40), 512),
+        ((199_999, 500, "cuda"), "resnet18", (224, 224), 512),
+        ((200_000, 500, "cuda"), "resnet50", (224, 224), 512),
+        ((200_000, 100, "cuda"), "resnet50", (96, 96), 512),
+    ],
+)
+def test_defaults_are_those_that_the_docs_tell(
+    facts: tuple[int, int, str], encoder: str, sizes: tuple[int, int], batch_size: int
+) -> None:
+    recipe, _ = resolve(gather("x", None, [], {}), Facts(*facts))
+    found = recipe.encoder.name, (recipe.views.size, recipe.eval.size), recipe.train.batch_size
+    assert found == (encoder, sizes, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("images", "device", "seconds", "epochs"),
+    [
+        (1_000, "cpu", 10, 180),  # half an hour
+        (1_000, "cuda", 100, 144),  # four hours
+        (1_000, "cpu", 0.001, 800),
+        (199_999, "cpu", 0.001, 800),
+        (200_000, "cpu", 0.001, 100),
+        (1_000, "cpu", 1e5, 1),  # one epoch at least
+    ],
+)
+def test_epochs_are_the_papers_or_what_a_person_waits_for(
+    images: int, device: str, seconds: float, epochs: float
+) -> None:
+    assert default_epochs(Facts(images, 32, device), seconds)[0] == epochs
+
+
+def test_images_are_kept_at_the_size_of_use_and_of_views() -> None:
+    facts = Facts(1_000, 32, "cpu")
+    larger, _ = resolve(gather("x", None, ["views.size=40"], {}), facts)
+    assert larger.eval.size == 40  # in use at least what was trained on
+    for sizes in ((96, 64), (64, 96)):
+        overrides = [f"views.size={sizes[0]}", f"eval.size={sizes[1]}"]
+        assert resolve(gather("x", None, overrides, {}), facts)[0].short_side == 110  # 96 of 7/8, and 64 of all
+
+
 def test_what_the_user_says_stands() -> None:
     facts = Facts(50_000, 32, "cpu")
     asked = gather("x", "cifar", ["lr=0.2", "views.blur_p=0.5"], {"epochs": 5.0, "batch_size": 64, "method": "simsiam"})
@@ -728,6 +774,8 @@ def test_what_the_user_says_stands() -> None:
     assert recipe.encoder.name == "cifar-resnet18" and recipe.method_settings.dim == 2048
     budget, _ = resolve(gather("x", "cifar", [], {"budget": "5m"}), facts)
     assert budget.train.epochs is None and budget.train.seconds == 300
+    for lengths, last in ((["epochs=5", "budget=5m"], "budget"), (["budget=5m", "epochs=5"], "epochs")):
+        assert {"epochs", "budget"} & gather("x", "cifar", lengths, {})["train"].keys() == {last}
     sized, _ = resolve(gather("x", None, [], {}), facts, asked_size=96)
     assert sized.views.size == sized.eval.size == 96
 

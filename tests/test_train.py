@@ -102,6 +102,8 @@ def test_a_run_leaves_what_the_docs_promise(photos: Path, tmp_path: Path) -> Non
     views = np.load(run / "samples" / "views.npy")
     assert views.dtype == np.uint8 and views.shape == (8, 3, 16, 16, 3)
     stored = read_embeddings(run / "samples" / "embedding", ["id", "pixels"])  # one to search in like any other
+    untrained = np.load(run / "samples" / "untrained.npy")
+    assert untrained.shape == stored.vectors.shape and not np.allclose(untrained, stored.vectors, atol=0.01)
     cache, rows = stored.images()
     found = stored.encoder().embed([Image.fromarray(cache.batch(rows[:1])[0][0].permute(1, 2, 0).numpy())])
     assert np.allclose(found[0], stored.vectors[0], atol=1e-4) and len(set(stored.items["pixels"])) == len(stored)

@@ -326,6 +326,12 @@ def test_a_handful_of_rows_is_enough(rows: int) -> None:
     assert evaluate.get("retrieval").score(features)["nearest"] == 100  # of ten there are not enough
 
 
+def test_a_sample_of_rows_is_in_their_order() -> None:
+    rows = evaluate.sample_rows(1000, 100, generator(torch.device("cpu"), 3)).tolist()
+    assert rows == sorted(set(rows)) and len(rows) == 100 and rows[0] >= 0 and rows[-1] < 1000
+    assert evaluate.sample_rows(7, 100, generator(torch.device("cpu"), 3)).tolist() == list(range(7))
+
+
 # --- retrieval and clusters -------------------------------------------------------------------------------------------
 
 

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 import simsiam
 from simsiam import evaluate
-from simsiam.assess import evaluate_run
+from simsiam.assess import Subject, evaluate_run, side_by_side
+from simsiam.compute import Compute
 from simsiam.config import UserError
+from simsiam.console import Listener
+from simsiam.data.cache import build_cache
+from simsiam.data.sources import open_images
+from simsiam.embed import pixel_rows, preprocessing
 from test_train import SMALL
 
 
@@ -36,6 +45,24 @@ def test_every_evaluation_beside_pixels_and_the_untrained_encoder(run: Path) -> 
     assert result["knn"]["trained"] == summary["knn"]["trained"], "evaluate and train measure the same thing"
 
 
+def test_every_kind_has_features_of_its_own(photos: Path, tmp_path: Path) -> None:
+    cache, compute = build_cache(open_images(photos), 16, tmp_path), Compute(torch.device("cpu"), "fp32")
+    rows = np.random.default_rng(0).permutation(cache.decoded(np.arange(len(cache))))
+    train, test = rows[:20], rows[20:30]
+    prepare = preprocessing(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    networks: dict[str, Any] = {"encoder": lambda x: x.flatten(1)[:, :5], "before": lambda x: x.flatten(1)[:, 5:9]}
+    subject = Subject(**networks, prepare=prepare, cache=cache, compute=compute, listener=Listener())
+    found = {kind: make() for kind, make in side_by_side(subject, train, test).items()}
+    pixels = pixel_rows(prepare, cache, rows[:30])
+    for kind, expected in (("trained", pixels[:, :5]), ("untrained", pixels[:, 5:9]), ("pixels", pixels)):
+        assert torch.equal(found[kind].train, expected[:20]) and torch.equal(found[kind].test, expected[20:])
+        assert cache.labels is not None and found[kind].classes == 3
+        assert found[kind].train_labels.tolist() == cache.labels[train].tolist()
+        assert found[kind].test_labels.tolist() == cache.labels[test].tolist()
+    assert list(found) == ["trained", "untrained", "pixels"]
+    assert list(side_by_side(replace(subject, before=None), train, test)) == ["trained"]
+
+
 def test_other_data_some_evaluations_and_no_labels(run: Path, photos: Path, tmp_path: Path) -> None:
     before = (run / "evaluation.json").read_text() if (run / "evaluation.json").exists() else None
     flat = tmp_path / "flat"
@@ -46,6 +73,7 @@ def test_other_data_some_evaluations_and_no_labels(run: Path, photos: Path, tmp_
     assert result["knn"] is result["linear"] is result["fewshot"] is None
     assert result["collapse"]["std"] > 0 and result["collapse"]["verdict"]
     assert list(evaluate_run(run, flat, names=["knn"])) == ["run", "data", "knn", "file"] and result["file"] is None
+    assert result["collapse"]["dim"] == 64, "of the features: what the run says of z is of its own data"
     assert before is None or (run / "evaluation.json").read_text() == before, "only its own data speak about a run"
     evaluate_run(run)
     again = evaluate_run(run, names=["knn"], k=1)

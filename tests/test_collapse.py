@@ -136,6 +136,9 @@ def test_retrieval() -> None:
         ((-1.0, 0.0, 60.0), "collapsed"),
         ((-0.9, 0.16, 147.0, None, 512), "healthy"),  # no BN in the heads: a large mean, and many directions about it
         ((-0.9, 0.98, 1.0, None, 1), "healthy"),  # two images: there is one direction
+        ((-0.9, 0.98, 1.4, None, 3), "healthy"),  # four of them
+        ((-0.9, 0.98, 1.4, None, 4), "collapsed"),
+        ((-0.9, 0.98, 1.8, None, 32), "partial"),  # though it is more than 2 % of them
         ((-0.98, 0.18, 1.01, None, 512), "collapsed"),  # BN: one output against the rest
         ((math.nan, 0.98), "diverged"),
         ((math.inf, 0.0), "diverged"),
@@ -150,11 +153,12 @@ def test_verdicts(figures: tuple[float, ...], name: str) -> None:
 
 @pytest.mark.parametrize("count", [64, 128, 512])
 def test_one_output_against_the_rest_is_suspicious(count: int) -> None:
-    vector = noise(512)
+    vector = noise(512).sign()  # as BN leaves it: every channel of the same size
     z = vector.repeat(count, 1)
     z[0] = -vector
     assert suspicious(float(normalised_std(z)), count) and effective_rank(z) < COLLAPSED_RANK
     assert not suspicious(float(normalised_std(noise(count, 512))), count)
+    assert not suspicious(0.4, 4)  # of a few images a healthy std is no larger
 
 
 def look(*sequence: Name, patience: int = 3) -> Name:

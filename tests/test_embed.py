@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -25,7 +26,7 @@ from simsiam.config import UserError
 from simsiam.data.cache import build_cache
 from simsiam.data.sources import open_images
 from simsiam.embed import ImageEncoder, Preprocessing, preprocessing, read_encoder, untrained
-from simsiam.embeddings import embed_to
+from simsiam.embeddings import embed_to, read_embeddings, write_embedding
 from simsiam.encoders import EncoderSpec
 from test_train import SMALL
 
@@ -60,6 +61,31 @@ def test_embed_writes_plain_files_that_agree(run: Path, copy: Path, tmp_path: Pa
     # The same image on its own, from its file, gives the same vector: there is one preprocessing.
     alone = simsiam.load(run, precision="fp32").embed([copy / items["id"][7]])
     assert np.abs(alone[0] - vectors[7]).max() < 0.05 * np.abs(vectors[7]).max()  # bf16 has 8 bits
+
+
+def test_items_say_what_is_known_of_an_image_and_half_a_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = SimpleNamespace(keys=np.arange(3, dtype=np.uint64))
+    cache = SimpleNamespace(labels=np.array([1, -1, 0]), classes=("a", "b"), ids=["x", "y", "z"], images=images)
+
+    def write() -> None:
+        vectors, rows = np.ones((2, 4), np.float32), np.array([1, 0])
+        write_embedding(tmp_path, vectors, cache, rows, {"dim": 4}, ["p", "q"])  # type: ignore[arg-type]
+
+    write()
+    stored = read_embeddings(tmp_path, ["id", "label", "class", "pixels"])
+    assert stored.items == {"id": ["y", "x"], "label": [None, 1], "class": [None, "b"], "pixels": ["p", "q"]}
+    assert stored.keys.tolist() == [1, 0] and not stored.replaced()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(UserError, match="No space left"):  # the vectors are new by now, the items are not
+        write()
+    with pytest.raises(UserError, match="Its writing was interrupted"):
+        read_embeddings(tmp_path)
 
 
 def test_embedding_again_computes_only_what_is_new(run: Path, copy: Path, tmp_path: Path) -> None:

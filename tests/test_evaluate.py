@@ -209,7 +209,8 @@ def vote(features: Features, k: int, T: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("counts", "k"), [((5000,) * 10, 200), ((1000, 1000, 40), 200), ((999, 999, 5000), 20), ((3,), 20)]
+    ("counts", "k"),
+    [((5000,) * 10, 200), ((1000, 1000, 40), 200), ((999, 999, 5000), 20), ((3,), 20), ((0, 0, 0, 1000, 1000), 200)],
 )
 def test_k_is_200_where_a_class_has_a_thousand_images(counts: tuple[int, ...], k: int) -> None:
     labels = torch.cat([torch.full((count,), i) for i, count in enumerate(counts)])
@@ -323,6 +324,12 @@ def test_a_handful_of_rows_is_enough(rows: int) -> None:
     features = clusters(n=rows, classes=2, noise=0.01)
     assert all(value(name, features) == 100 for name in {*LABELLED} - {"retrieval"})
     assert evaluate.get("retrieval").score(features)["nearest"] == 100  # of ten there are not enough
+
+
+def test_a_sample_of_rows_is_in_their_order() -> None:
+    rows = evaluate.sample_rows(1000, 100, generator(torch.device("cpu"), 3)).tolist()
+    assert rows == sorted(set(rows)) and len(rows) == 100 and rows[0] >= 0 and rows[-1] < 1000
+    assert evaluate.sample_rows(7, 100, generator(torch.device("cpu"), 3)).tolist() == list(range(7))
 
 
 # --- retrieval and clusters -------------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ def test_a_schedule_by_steps() -> None:
         assert math.isclose(schedule.rate(step, 99.0), learning_rate(step / 50, 0.4, warmup=0.2), abs_tol=1e-15)
         assert schedule.over(step, 1e9) == (step == 50)
     assert Schedule(0.4, steps_per_epoch=10, epochs=0.01, seconds=None).steps == 1
+    assert Schedule(0.4, steps_per_epoch=100, epochs=0.29, seconds=None).steps == 29  # 28.999999999999996
 
 
 def test_a_schedule_by_epoch_is_the_released_codes() -> None:
@@ -59,6 +60,7 @@ def test_warm_up_only_rises_and_the_cosine_only_falls(warmup: float, by_epoch: b
     schedule = Schedule(1.0, steps_per_epoch=10, epochs=5, seconds=None, warmup_epochs=warmup, by_epoch=by_epoch)
     rates, turn = [schedule.rate(step, 0) for step in range(50)], round(min(10 * warmup, 25))
     assert rates[:turn] == sorted(rates[:turn]) and rates[turn:] == sorted(rates[turn:], reverse=True)
+    assert rates[:turn] == pytest.approx([step / min(10 * warmup, 25) for step in range(turn)])
     assert rates[turn] == pytest.approx(1.0) and rates[-1] < (0.4 if by_epoch else 0.02)
 
 
@@ -106,7 +108,7 @@ def naive_lars(
     result = {}
     for name, parameter in parameters.items():
         w, v = parameter.double().numpy().copy(), np.zeros(parameter.shape)
-        for gradients in steps:
+        for number, gradients in enumerate(steps):
             g = gradients[name].double().numpy()
             w_norm, g_norm = math.sqrt((w**2).sum()), math.sqrt((g**2).sum())
             if settings.get("vectors"):
@@ -118,7 +120,7 @@ def naive_lars(
                 if w_norm > 0 and g_norm > 0:
                     g = settings["trust_coefficient"] * w_norm / g_norm * g
             v = settings["momentum"] * v + g
-            w = w - settings["lr"] * v
+            w = w - settings["lr"] / (1 + number) * v
         result[name] = w
     return result
 
@@ -133,10 +135,12 @@ def naive_lars(
     ],
 )
 def test_lars_is_its_naive_twin(settings: dict[str, Any], decay: float) -> None:
+    """The rate falls meanwhile: it scales the step, and not what the momentum remembers."""
     parameters, steps = problem()
     named = {name: value.clone().requires_grad_() for name, value in parameters.items()}
     optimiser = LARS(named.values(), weight_decay=decay, **settings)
-    for gradients in steps:
+    for number, gradients in enumerate(steps):
+        optimiser.param_groups[0]["lr"] = settings["lr"] / (1 + number)
         apply(optimiser, named, gradients)
     for name, expected in naive_lars(parameters, steps, decay, settings).items():
         np.testing.assert_allclose(named[name].detach().numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=name)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 import simsiam
 from simsiam.config import UserError, read_recipe
-from simsiam.plan import plan
+from simsiam.data.sources import open_images
+from simsiam.plan import _decode, plan
+from simsiam.recipe import Recipe
 from test_train import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,6 +43,32 @@ def test_a_budget_is_for_decoding_and_training_together(photos: Path) -> None:
     assert found["seconds"] == pytest.approx(60, abs=1)
     left = 60 - found["decode_seconds"]
     assert found["epochs"] * found["seconds_per_epoch"] == pytest.approx(left, rel=0.5)  # an epoch is shown to a tenth
+
+
+def test_a_batch_that_does_not_fit_is_measured_in_parts(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def measure(recipe: Recipe, batch: Tensor, *_: object) -> tuple[str, float, float, dict[str, int]]:
+        measured.append(len(batch))
+        if len(batch) > 4:
+            raise MemoryError
+        return "fp32", 1.0, 3.0, {"fixed": 1000, "each": 10}
+
+    monkeypatch.setattr(sys.modules["simsiam.plan"], "_measure", measure)
+    found = plan(photos, seconds=0.1, **SMALL)
+    assert measured == [16, 8, 4] and found["batch_size"] == 16
+    assert (found["images_per_second"], found["views_images_per_second"]) == (1.0, 4.0)
+    assert found["memory_bytes"] == 1160
+
+
+def test_bad_files_take_time_too(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in sorted(photos.rglob("*.png"))[:6]:
+        shutil.copy(path, tmp_path)
+        (tmp_path / f"{path.stem}.jpg").write_bytes(b"broken")
+    clock = itertools.count()  # looked at before, after every file and at the end
+    monkeypatch.setattr(sys.modules["simsiam.plan"], "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    found, rate = _decode(open_images(tmp_path), 16, 1, 100.0)
+    assert len(found) == 6 and rate == 12 / 13
 
 
 def test_memory_grows_with_the_batch_and_the_views(photos: Path) -> None:

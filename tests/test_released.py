@@ -136,10 +136,15 @@ def test_the_next_step_is_theirs(tmp_path: Path, fix_pred_lr: bool) -> None:
     assert max(moved.values()) < 1e-3, moved  # a difference of rounded weights
 
 
-def test_momentum_that_does_not_fit_is_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["missing", "of another shape"])
+def test_momentum_that_does_not_fit_is_left_out(tmp_path: Path, what: str) -> None:
     path, _, _ = released_file(tmp_path)
     file = torch.load(path, weights_only=True)
-    del file["optimizer"]["state"][3]
+    state = file["optimizer"]["state"]
+    if what == "missing":
+        del state[3]
+    else:
+        state[3]["momentum_buffer"] = state[3]["momentum_buffer"][:-1].clone()
     torch.save(file, path)
     summary = import_released(path, tmp_path / "run")
     assert summary["imported"]["momentum"] is False and summary["imported"]["heads"]

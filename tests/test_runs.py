@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from simsiam.config import UserError
 from simsiam.runs import (
@@ -79,6 +80,21 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "new" and files(tmp_path) == {"a.txt"}
 
 
+def test_what_a_file_is_renamed_to_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut leaves the new name with nothing in it, and the old file is gone."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_size), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (done.append("renamed"), replace(old, new)))
+    write_text(tmp_path / "a.txt", "whole")
+    assert done == [5, "renamed"]
+
+
+def test_a_name_that_is_not_utf_8_is_written_so_that_it_can_be_read(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", os.fsdecode(b"r\xe9"))
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == r"r\udce9"
+
+
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     """A process that really dies inside: the file of that name is the old one, and the next save gets through."""
     Checkpoints(tmp_path).save(1, state(1), {"step": 1}, healthy=True)
@@ -97,6 +113,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     Checkpoints(tmp_path).save(2, state(2), {"step": 2}, healthy=True)
     loaded = Checkpoints(tmp_path).load()
     assert loaded is not None and loaded[1] == {"step": 2}
+    assert files(path.parent) == {"step-000000002.safetensors", "LAST", "HEALTHY"}  # the half is gone
 
 
 @pytest.mark.parametrize("inside", ["folder", "file/a.txt"])  # a folder of that name is there; below a file
@@ -114,6 +131,9 @@ def test_json_survives_and_damage_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text('{"a": ')
     with pytest.raises(UserError, match=r"Cannot read .*b\.json"):
         read_json(tmp_path / "b.json")
+    (tmp_path / "c.json").mkdir()
+    with pytest.raises(UserError, match=r"Cannot read .*c\.json"):
+        read_json(tmp_path / "c.json")
     with pytest.raises(UserError, match=r"Is .* a run folder"):
         read_json(tmp_path / "none.json")
 
@@ -125,6 +145,24 @@ def test_tensors_survive_with_their_header(tmp_path: Path) -> None:
     read, header = read_tensors(tmp_path / "a.safetensors")
     assert header == {"x": "1"} and read.keys() == tensors.keys()
     assert all(torch.equal(read[key], tensors[key]) and read[key].dtype == tensors[key].dtype for key in tensors)
+
+
+def test_tensors_may_be_read_by_whom_any_other_file_may(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a.safetensors", state(1))
+    write_text(tmp_path / "a.txt", "text")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.txt").stat().st_mode
+
+
+def test_tensors_that_a_disk_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's error has no number."""
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(UserError, match=r"Cannot write .*No space left on device.* Free some space"):
+        write_tensors(tmp_path / "a.safetensors", state(1))
+    assert not files(tmp_path)
 
 
 def test_damaged_tensors_are_the_users_mistake(tmp_path: Path) -> None:
@@ -195,6 +233,20 @@ def test_saving_a_step_again_writes_it_once(tmp_path: Path) -> None:
     assert checkpoints.save(5, state(5), {"step": 5}, healthy=True) == path
     assert path.stat().st_ino == before
     assert checkpoints.named("HEALTHY") == checkpoints.named("LAST") == path
+    path.unlink()
+    checkpoints.save(5, state(5), {"step": 5}, healthy=False)
+    assert checkpoints.load() is not None
+
+
+def test_a_state_that_could_not_be_written_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state(1), {"step": 1}, healthy=True)
+    monkeypatch.setattr("simsiam.runs.write_tensors", lambda *_: (_ for _ in ()).throw(UserError("full")))
+    with pytest.raises(UserError, match="full"):
+        checkpoints.save(2, state(2), {"step": 2}, healthy=True)
+    for name in ("LAST", "HEALTHY"):
+        loaded = checkpoints.load(name)
+        assert loaded is not None and loaded[1] == {"step": 1}
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------
@@ -228,6 +280,15 @@ def test_half_a_line_is_skipped_and_does_not_stick_to_the_next(tmp_path: Path) -
         resumed.write(step=3)
         resumed.close()
         assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk here")
+def test_a_full_disk_is_said_of_figures_too(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    metrics = Metrics(tmp_path)
+    with pytest.raises(UserError, match=r"Cannot write .*metrics\.jsonl: No space left on device\. Free some space"):
+        metrics.write(step=1)
+    metrics.close()  # another error would hide the first
 
 
 def test_no_metrics_yet(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import io
@@ -15,6 +16,7 @@ import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,8 @@ from PIL import Image
 
 from simsiam.config import UserError
 from simsiam.data.check import check
+from simsiam.data.imageset import File, member_keys
+from simsiam.data.imageset import encode as encode_labels
 from simsiam.data.sources import ImageSet, _braces, absolute, open_images
 from test_decode import encode, scene, write_nasty_folder
 
@@ -89,6 +93,20 @@ def test_the_smallest_and_the_largest_image_are_images_that_there_are(tmp_path: 
     assert (sizes["min"], sizes["max"]) == ([10, 100], [40, 60])
 
 
+def test_sizes_are_those_of_upright_images_and_empty_classes_are_counted(tmp_path: Path) -> None:
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", (30, 20), (9 * orientation, 0, 0)).save(tmp_path / f"{orientation}.jpg", exif=exif)
+    images = open_images(tmp_path)
+    found = check(replace(images, labels=np.array([0, 1, 1, 0, 1, -1, 1, 1]), classes=("a", "b", "c")))
+    assert (found["sizes"]["min"], found["sizes"]["max"]) == ([30, 20],) * 2 and found["sizes"]["median"] == [25, 25]
+    for orientation in range(1, 9):
+        one = check(open_images(tmp_path / f"{orientation}.jpg"))["sizes"]["min"]
+        assert one == ([20, 30] if orientation >= 5 else [30, 20])
+    assert found["labels"] == {"a": 2, "b": 5, "c": 0, "(unlabelled)": 1}
+
+
 def test_files_without_an_ending_are_images_if_they_begin_like_one(tmp_path: Path) -> None:
     kinds = ("JPEG", "PNG", "GIF", "TIFF", "WEBP")
     for kind in kinds:
@@ -149,6 +167,9 @@ def test_split_folders_without_classes(tmp_path: Path) -> None:
     assert len(open_images(tmp_path / "train").test) == 0
     rail = open_images(write(tmp_path / "rail", "train/1.png", "train/2.png", "bus/1.png", "bus/2.png"))
     assert rail.classes == ("bus", "train") and len(rail.test) == 0
+    for name in ("val", "train"):
+        few = open_images(write(tmp_path / f"only-{name}", *(f"{name}/{i}.png" for i in range(30)), "others/1.png"))
+        assert len(few.test) == 0  # the others alone would be trained on
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -167,10 +188,20 @@ def test_links_to_nothing_are_named(tmp_path: Path) -> None:
         assert open_images(tmp_path).ids == ["0.png", "a/1.png"]
 
 
-def test_links_never_put_an_image_in_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backwards", [False, True])
+def test_links_never_put_an_image_in_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool) -> None:
+    """Whichever the disk lists first."""
+    scan = os.scandir
+
+    def scandir(folder: str) -> contextlib.AbstractContextManager[list[os.DirEntry[str]]]:
+        with scan(folder) as entries:
+            return contextlib.nullcontext(sorted(entries, key=lambda entry: entry.name, reverse=backwards))
+
+    monkeypatch.setattr(os, "scandir", scandir)
     write(tmp_path / "all", "0.png", "real/1.png", "real/b/2.png")
-    (tmp_path / "all/real/a").symlink_to(tmp_path / "all/real/b")
-    (tmp_path / "all/real/c").symlink_to(tmp_path / "all")
+    for name in ("a", "c"):
+        (tmp_path / "all/real" / name).symlink_to(tmp_path / "all/real/b")
+    (tmp_path / "all/real/d").symlink_to(tmp_path / "all")
     assert open_images(tmp_path / "all/real").ids == ["1.png", "b/2.png"], "nor what lies above the folder"
 
 
@@ -219,7 +250,11 @@ def test_fingerprint_changes_with_the_files_only(tmp_path: Path) -> None:
     os.utime(tmp_path / "b/1.png", (1, 1))
     second = open_images(tmp_path / "b").fingerprint
     write(tmp_path / "b", "3.png")
-    assert len({first, second, open_images(tmp_path / "b").fingerprint}) == 3
+    third = open_images(tmp_path / "b").fingerprint
+    with open(tmp_path / "b/1.png", "ab") as file:
+        file.write(b"more")
+    os.utime(tmp_path / "b/1.png", (1, 1))  # as a copy by a tool that keeps the time
+    assert len({first, second, third, open_images(tmp_path / "b").fingerprint}) == 4
 
 
 def test_one_file_and_a_glob(tmp_path: Path) -> None:
@@ -342,6 +377,7 @@ def test_parquet_folder_with_splits_read_from_many_threads(tmp_path: Path, monke
     for thread in threads:
         thread.join()
     assert not wrong
+    assert len(images.read._held) <= 3, "the others were let go"  # type: ignore[attr-defined]
 
 
 def test_parquet_with_raw_bytes_and_odd_labels(tmp_path: Path) -> None:
@@ -350,6 +386,16 @@ def test_parquet_with_raw_bytes_and_odd_labels(tmp_path: Path) -> None:
     images = open_images(tmp_path / "a.parquet")
     assert values_of(images) == [0, 1, 2, 3] and images.ids[0] == "a.parquet#0"
     assert images.classes == ("3", "7") and images.labels is not None and images.labels.tolist() == [1, 0, 1, 0]
+
+
+def test_numbers_are_classes_in_their_order() -> None:
+    labels, classes = encode_labels([10, 9, 10, "9", None])
+    assert classes == ("9", "10") and labels is not None and labels.tolist() == [1, 0, 1, 0, -1]
+
+
+def test_images_of_one_name_in_two_archives_are_two() -> None:
+    files = [File(name, f"/{name}", 10, 5) for name in ("a.tar", "b.tar")]
+    assert len(set(member_keys((file, "1.png") for file in files).tolist())) == 2
 
 
 @pytest.mark.parametrize("label", [[4, 4, 4], ["a", "b", "c"], [None, None, None]])
@@ -431,15 +477,16 @@ def test_links_in_a_tar_are_images(tmp_path: Path) -> None:
     os.link(folder / "a" / "1.png", folder / "hard.png")
     (folder / "soft.png").symlink_to("a/2.png")
     (folder / "a" / "soft.png").symlink_to("../soft.png")
+    (folder / "a" / "further.png").symlink_to("soft.png")
     (folder / "nothing.png").symlink_to("gone.png")
     (folder / "round.png").symlink_to("round.png")
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         tar.add(folder, "set")
     images = open_images(tmp_path / "set.tar")
-    assert sorted(images.ids) == [f"set/{name}.png" for name in ("a/1", "a/2", "a/soft", "hard", "soft")]
+    assert sorted(images.ids) == [f"set/{name}.png" for name in ("a/1", "a/2", "a/further", "a/soft", "hard", "soft")]
     content = {name: images.read(i) for i, name in enumerate(images.ids)}
     assert content["set/hard.png"] == content["set/a/1.png"] == png(0)
-    assert content["set/soft.png"] == content["set/a/soft.png"] == png(1)
+    assert content["set/soft.png"] == content["set/a/soft.png"] == content["set/a/further.png"] == png(1)
 
 
 def test_the_name_of_the_data_means_the_same_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -640,6 +687,11 @@ def test_torchvision_with_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert np.asarray(images.read(42)).max() == 12
     monkeypatch.setenv("SIMSIAM_DATA", str(tmp_path))
     assert open_images("MNIST").fingerprint == images.fingerprint
+    (pixels,) = tmp_path.rglob("train-images-idx3-ubyte")
+    content = bytearray(pixels.read_bytes())
+    content[-1] ^= 1  # of the last training image
+    pixels.write_bytes(content)
+    assert open_images("MNIST").fingerprint != images.fingerprint
 
 
 def test_torchvision_with_split(tmp_path: Path) -> None:

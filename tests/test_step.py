@@ -140,6 +140,19 @@ def test_views_wait_for_nothing() -> None:
     assert not [each for each in records[0] if each.split()[0].removeprefix("aten.").startswith(WAITS)]
 
 
+def test_a_step_has_the_gradients_of_its_own_batch_and_views() -> None:
+    found = []
+    for numbers in ((1,), (0, 1), (1, 2)):
+        method, step = started("simsiam")
+        step.optimizer = None
+        for number in numbers:
+            step(batch(number), 0, number)
+        found.append([parameter.grad for parameter in method.parameters()])
+    alone, after_another, another = found
+    assert all(torch.equal(a, b) for a, b in zip(alone, after_another, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(alone, another, strict=True))
+
+
 def test_compiling_changes_rounding_only_and_leaves_the_encoder_as_it_was() -> None:
     """BYOL has two encoders. Their backbone is one block: to compile more takes torch a second a layer."""
     found = []

@@ -34,10 +34,12 @@ from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.data.views import random_views
 from simsiam.embeddings import read_embeddings
+from simsiam.optim import LARS
 from simsiam.recipe import Facts, default_epochs, gather, look_at, preset, read, resolve
 from simsiam.runs import Checkpoints, claim, made, read_json, read_metrics
 from simsiam.session import method_tensors
-from simsiam.train import _initial, _sweep, build_method
+from simsiam.step import Step
+from simsiam.train import _initial, _sweep, build_method, optimizer
 
 TINY = ["encoder.width=8", "method.dim=32", "method.projector_hidden=32", "method.predictor_hidden=8", "views.size=16"]
 # Three kinds of simple pictures span few directions: here the guard must not cut a run short.
@@ -100,6 +102,8 @@ def test_a_run_leaves_what_the_docs_promise(photos: Path, tmp_path: Path) -> Non
     views = np.load(run / "samples" / "views.npy")
     assert views.dtype == np.uint8 and views.shape == (8, 3, 16, 16, 3)
     stored = read_embeddings(run / "samples" / "embedding", ["id", "pixels"])  # one to search in like any other
+    untrained = np.load(run / "samples" / "untrained.npy")
+    assert untrained.shape == stored.vectors.shape and not np.allclose(untrained, stored.vectors, atol=0.01)
     cache, rows = stored.images()
     found = stored.encoder().embed([Image.fromarray(cache.batch(rows[:1])[0][0].permute(1, 2, 0).numpy())])
     assert np.allclose(found[0], stored.vectors[0], atol=1e-4) and len(set(stored.items["pixels"])) == len(stored)
@@ -166,6 +170,35 @@ def test_a_signal_saves_and_resume_gives_the_same_weights(
     assert steps == sorted(set(steps)), "a resumed run must not write a step twice"
     last = [[line["loss"] for line in read_metrics(r) if line["kind"] == "train"] for r in (tmp_path / "whole", run)]
     assert last[0] == last[1]
+
+
+def test_every_step_has_random_numbers_of_its_own(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A function of seed and step; and what a method does before an epoch and after a step it does there, resumed or
+    not."""
+    monkeypatch.setattr("simsiam.session._FLUSH_SECONDS", 0.0)
+    told: list[tuple[int, ...]] = []
+    progress: list[float] = []
+    take, build = Step.__call__, build_method
+
+    def step(self: Step, batch: Any, *key: int) -> Any:
+        told.append(key)
+        return take(self, batch, *key)
+
+    def method(*arguments: Any) -> torch.nn.Module:
+        made = build(*arguments)
+        made.before_epoch = lambda epoch: told.append((epoch,))  # type: ignore[assignment]
+        made.after_step = progress.append  # type: ignore[assignment]
+        return made
+
+    monkeypatch.setattr(Step, "__call__", step)
+    monkeypatch.setattr("simsiam.train.build_method", method)
+    with pytest.raises(Interrupted):
+        simsiam.train(photos, tmp_path / "run", epochs=2, seed=3, listener=Stop(signal.SIGINT, 7), **SMALL)
+    simsiam.train(out=tmp_path / "run", resume=True)
+    assert told == [(0,), *((3, number) for number in range(5)), (1,), *((3, number) for number in range(5, 10))]
+    assert progress == [number / 10 for number in range(10)]
 
 
 @pytest.fixture
@@ -632,8 +665,10 @@ def test_a_run_that_collapsed_is_started_again_from_its_healthy_state(photos: Pa
     assert any("Starts from all weights" in line for line in listener.lines) and second["steps"] > 0
     config = tomllib.loads((tmp_path / "second" / "config.toml").read_text())
     assert config["method"]["bn"] == "none" and config["train"]["epochs"] == 1 and config["encoder"]["width"] == 8
-    method = build_method(read(config), 1)
-    method.load_state_dict(method_tensors(kept))
+    start = _initial(read(config), 1, listener).state_dict()
+    last, _ = Checkpoints(tmp_path / "first").load()
+    assert all(torch.equal(start[name], value) for name, value in method_tensors(kept).items())
+    assert not all(torch.equal(start[name], value) for name, value in method_tensors(last).items())
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -687,6 +722,52 @@ def test_defaults_fit_any_data(images: int, side: int, device: str) -> None:
     assert 1 <= epochs <= 800 and why
 
 
+@pytest.mark.parametrize(
+    ("facts", "encoder", "sizes", "batch_size"),
+    [
+        ((1_000, 28, "cpu"), "thin-resnet18", (24, 32), 64),
+        ((100, 28, "cpu"), "thin-resnet18", (24, 32), 16),
+        ((1_000, 500, "cpu"), "thin-resnet18", (48, 64), 64),
+        ((50_000, 33, "cuda"), "cifar-resnet18", (40, 40), 512),
+        ((199_999, 500, "cuda"), "resnet18", (224, 224), 512),
+        ((200_000, 500, "cuda"), "resnet50", (224, 224), 512),
+        ((200_000, 100, "cuda"), "resnet50", (96, 96), 512),
+    ],
+)
+def test_defaults_are_those_that_the_docs_tell(
+    facts: tuple[int, int, str], encoder: str, sizes: tuple[int, int], batch_size: int
+) -> None:
+    recipe, _ = resolve(gather("x", None, [], {}), Facts(*facts))
+    found = recipe.encoder.name, (recipe.views.size, recipe.eval.size), recipe.train.batch_size
+    assert found == (encoder, sizes, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("images", "device", "seconds", "epochs"),
+    [
+        (1_000, "cpu", 10, 180),  # half an hour
+        (1_000, "cuda", 100, 144),  # four hours
+        (1_000, "cpu", 0.001, 800),
+        (199_999, "cpu", 0.001, 800),
+        (200_000, "cpu", 0.001, 100),
+        (1_000, "cpu", 1e5, 1),  # one epoch at least
+    ],
+)
+def test_epochs_are_the_papers_or_what_a_person_waits_for(
+    images: int, device: str, seconds: float, epochs: float
+) -> None:
+    assert default_epochs(Facts(images, 32, device), seconds)[0] == epochs
+
+
+def test_images_are_kept_at_the_size_of_use_and_of_views() -> None:
+    facts = Facts(1_000, 32, "cpu")
+    larger, _ = resolve(gather("x", None, ["views.size=40"], {}), facts)
+    assert larger.eval.size == 40  # in use at least what was trained on
+    for sizes in ((96, 64), (64, 96)):
+        overrides = [f"views.size={sizes[0]}", f"eval.size={sizes[1]}"]
+        assert resolve(gather("x", None, overrides, {}), facts)[0].short_side == 110  # 96 of 7/8, and 64 of all
+
+
 def test_what_the_user_says_stands() -> None:
     facts = Facts(50_000, 32, "cpu")
     asked = gather("x", "cifar", ["lr=0.2", "views.blur_p=0.5"], {"epochs": 5.0, "batch_size": 64, "method": "simsiam"})
@@ -695,6 +776,8 @@ def test_what_the_user_says_stands() -> None:
     assert recipe.encoder.name == "cifar-resnet18" and recipe.method_settings.dim == 2048
     budget, _ = resolve(gather("x", "cifar", [], {"budget": "5m"}), facts)
     assert budget.train.epochs is None and budget.train.seconds == 300
+    for lengths, last in ((["epochs=5", "budget=5m"], "budget"), (["budget=5m", "epochs=5"], "epochs")):
+        assert {"epochs", "budget"} & gather("x", "cifar", lengths, {})["train"].keys() == {last}
     sized, _ = resolve(gather("x", None, [], {}), facts, asked_size=96)
     assert sized.views.size == sized.eval.size == 96
 
@@ -792,6 +875,28 @@ def test_a_papers_encoder_and_batch_are_cut_to_size_with_a_reason() -> None:
     }.items()
     plan, reasons = resolve(gather("x", None, [], {}), facts)
     assert ("encoder", "resnet18") in [(setting, value) for setting, value, _ in reasons]
+
+
+def test_the_first_weights_are_a_function_of_the_seed_alone() -> None:
+    asked = gather("photos", None, [text for text in TINY if "encoder" not in text], {"encoder": "thin-resnet18"})
+    plan, _ = resolve(asked, Facts(1000, 32, "cpu"))
+    before = torch.random.get_rng_state()
+    made = [build_method(replace(plan, seed=seed), 10).state_dict() for seed in (3, 3, 4)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, value in made[0].items():
+        assert torch.equal(value, made[1][name]), name
+    for part in ("encoder.backbone.conv1.weight", "projector.0.weight", "predictor.0.weight"):
+        assert not torch.equal(made[0][part], made[2][part])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("lars", LARS), ("larc", LARS)])
+def test_the_optimiser_has_what_the_recipe_says(name: str, kind: type[torch.optim.Optimizer]) -> None:
+    settings = {"optimizer": name, "lr": 0.2, "weight_decay": 0.3, "batch_size": 64}
+    plan, _ = resolve(gather("photos", None, [*TINY, "train.momentum=0.7"], settings), Facts(1000, 32, "cpu"))
+    made = optimizer(build_method(plan, 10), plan)
+    assert type(made) is kind and getattr(made, "vectors", None) == {"lars": False, "larc": True}.get(name)
+    for group in made.param_groups:
+        assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.2 * 64 / 256, 0.7, 0.3)
 
 
 def test_another_method_takes_the_optimiser_where_it_belongs(tmp_path: Path) -> None:

@@ -238,7 +238,8 @@ class Metrics:
             raise UserError(f"Cannot write {self.path}: {error.strerror or error}.{_mend(error)}") from None
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # a line that did not fit is tried again here, and `write` has said so
+            self._file.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

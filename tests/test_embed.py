@@ -130,7 +130,7 @@ def test_what_does_not_belong_together_is_refused(run: Path, copy: Path, photos:
         embed_to(other, copy, out)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="something other than embeddings"):
         embed_to(run, copy, tmp_path / "thesis")
     (other / "encoder.safetensors").write_bytes((run / "encoder.safetensors").read_bytes())
     with pytest.raises(UserError, match="not the file"):
@@ -308,3 +308,16 @@ def test_the_untrained_encoder_is_a_function_of_its_seed(photos: Path, tmp_path:
     first, second = (untrained(spec, 0, prepare, cache, rows, compute).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(value.ne(0).any() for name, value in first.items() if name.endswith("running_mean"))
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        (None, "a list of images"),
+        ([np.zeros((3, 9, 9), np.uint8)], "transpose"),
+        ([np.zeros((9, 9, 3))], "from 0 to 255"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_what_to_do(run: Path, images: object, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        simsiam.load(run).embed(images)

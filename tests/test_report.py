@@ -71,7 +71,7 @@ def test_page_has_every_part_and_says_the_verdict(page: Page) -> None:
     text = re.sub(r"\s+", " ", page.text)
     assert "Healthy: the encoder learnt from 8,000 images in 2 min 58 s. Its nearest neighbours name the right" in text
     assert "71 % of the images held out for testing, against 61 % before training and 48 % with raw pixels." in text
-    assert "k = 200, T = 0.1" in text and "212 of 2,048" in text
+    assert "k = 200, T = 0.1" in text and "212 of at most 2,048" in text
 
 
 def test_page_loads_nothing(page: Page, run: Path) -> None:

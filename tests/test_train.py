@@ -811,7 +811,9 @@ def test_a_recipe_that_is_asked_for_is_not_mixed_with_another() -> None:
         (["train.init=5"], {}, "path of a run"),
         (["data=elsewhere"], {}, "two data sets"),
         ([], {"epochs": 3.0, "budget": "5m"}, "give one of them"),
-        (["train.lr=fast"], {}, "float"),
+        (["train.lr=fast"], {}, "must be a number"),
+        (["recipe=thin"], {}, "--recipe"),
+        (["budget=60"], {}, "10m"),
         (["train.lr=-1"], {}, "above 0"),
         (["method.predictor_lr=0"], {}, "above 0"),
         (["views.scale=[0.5, 2.0]"], {}, "larger than the image"),
@@ -897,6 +899,16 @@ def test_the_optimiser_has_what_the_recipe_says(name: str, kind: type[torch.opti
     assert type(made) is kind and getattr(made, "vectors", None) == {"lars": False, "larc": True}.get(name)
     for group in made.param_groups:
         assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.2 * 64 / 256, 0.7, 0.3)
+
+
+def test_a_reason_is_given_for_what_was_derived_and_for_nothing_else() -> None:
+    facts = Facts(5_000, 96, "cpu")
+    _, reasons = resolve(gather("x", None, [], {}), facts)
+    assert {"train.batch_size", "train.weight_decay"} <= {setting for setting, _, _ in reasons}
+    plan, reasons = resolve(gather("x", None, [], {"encoder": "resnet18", "batch_size": 32}), facts)
+    assert plan.train.batch_size == 32 and "train.batch_size" not in {setting for setting, _, _ in reasons}
+    _, reasons = resolve(gather("x", None, [], {}), Facts(100, 96, "cpu"))
+    assert [value for setting, value, _ in reasons if setting == "train.batch_size"] == ["16"]
 
 
 def test_another_method_takes_the_optimiser_where_it_belongs(tmp_path: Path) -> None:

@@ -147,11 +147,11 @@ def evaluate_run(
 def _collapse(run: Path, own: bool, features: dict[str, Any]) -> dict[str, Any]:
     """The features' figures, and where the run's own summary tells it, the verdict on z: that is what training judges."""
     plain = {key: value["trained"] if isinstance(value, dict) else value for key, value in features.items()}
-    found = {key: plain[key] for key in ("std", "effective_rank", "verdict", "dim", "rows")}
+    found = {key: plain[key] for key in ("std", "effective_rank", "most_rank", "verdict", "dim", "rows")}
     summary = read_json(run / SUMMARY) if own and (run / SUMMARY).exists() else {}
     if summary.get("verdict") is not None:  # None: a run that was imported
         found |= {"std_features": found["std"], "effective_rank_features": found["effective_rank"]}
-        found |= {key: summary[key] for key in ("std", "effective_rank", "verdict", "dim")}
+        found |= {key: summary.get(key) for key in ("std", "effective_rank", "most_rank", "verdict", "dim")}
     return found
 
 

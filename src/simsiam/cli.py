@@ -479,7 +479,7 @@ def check(
 
 @app.command("list")
 def list_(as_json: Json = False) -> None:
-    """List methods, encoders, data sets, evaluations and recipes."""
+    """List methods, encoders, data sets, evaluations, experiments and recipes."""
     console = _console()
     from simsiam import catalogue
 
@@ -524,7 +524,10 @@ def main() -> None:
             raise
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "simsiam"
-        message = " ".join(error.format_message().split()).rstrip(".")
+        message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+        option = getattr(error, "option_name", "").lstrip("-")
+        if option and where.rpartition(" ")[2] in ("train", "plan"):
+            message += f". A setting that is no option is written {option.replace('-', '_')}=VALUE"
         _last_line(f"Error: {message}. `{where} --help` shows how it is called.")
         sys.exit(2)
 

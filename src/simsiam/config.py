@@ -102,6 +102,9 @@ def fill(cls: type[T], table: Table, where: str) -> T:
         raise UserError(f"In [{where}]: {error}") from None
 
 
+_KINDS: dict[Any, str] = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+
+
 def _coerce(value: Any, hint: Any, name: str) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
@@ -123,7 +126,8 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is not bool and isinstance(value, bool))):
-        raise UserError(f"{name} is {value!r}: it must be of type {hint.__name__}.")
+        like = ", like '10m'" if name == "train.budget" else ""
+        raise UserError(f"{name} is {value!r}: it must be {_KINDS.get(hint, f'of type {hint.__name__}')}{like}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}: it must be a finite number.")
     return value

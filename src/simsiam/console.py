@@ -59,7 +59,10 @@ class _Stderr:
             self._stream.flush()
 
 
-_CONTROLS = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
+_CONTROLS = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"} | {
+    code: f"\\u{code:04x}"
+    for code in [*range(0x2028, 0x202F), *range(0x2066, 0x206A)]  # turn the line round
+}
 
 
 def visible(text: str) -> str:
@@ -187,7 +190,7 @@ class Console(Listener):
 
         # A table's own title would be wrapped at the table's width.
         self.screen.print(visible(title), style="bold", markup=False, soft_wrap=True)
-        table = Table()
+        table = Table(show_header=any(columns))
         for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i else "left", style="bold" if column == "trained" else "")
         for row in rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -269,6 +269,8 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         one = getattr(images, "ndim", None) in (2, 3) or (isinstance(images, np.ndarray) and images.ndim < 2)
         if one or isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise UserError("embed() takes a list of images: put the one image into a list, [image].")
+        if not isinstance(images, Iterable):
+            raise UserError(f"embed() takes a list of images, not {type(images).__name__}.")
         if not hasattr(images, "__len__"):
             images = list(images)
         rows = [
@@ -309,8 +311,15 @@ def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
         array = np.asarray(image)
         coloured = array.ndim == 3 and array.shape[2] in (1, 3, 4)
         if array.dtype != np.uint8 or not array.size or not (coloured or array.ndim == 2):
+            turn = (
+                " Turn it: .transpose(1, 2, 0)."
+                if array.ndim == 3 and array.shape[0] in (1, 3) and not coloured
+                else ""
+            )
+            scale = " Give values from 0 to 255 as uint8." if array.dtype.kind == "f" else ""
             raise UserError(
                 f"An image is a path, a PIL image or a uint8 array [H,W,3]; this is {array.dtype} {list(array.shape)}."
+                f"{turn}{scale}"
             )
         image = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
     return decode(image, short_side)

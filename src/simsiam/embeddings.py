@@ -206,7 +206,7 @@ def _known(out: Path, sha256: str) -> dict[str, NDArray[np.float32]]:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return {}
     if not (out / META).exists() and not (out / VECTORS).exists():
-        raise UserError(f"{out} holds something else than embeddings: choose another -o.")
+        raise UserError(f"{out} holds something other than embeddings: choose another -o.")
     if not (out / META).exists():  # a killed write
         return {}
     if read_json(out / META).get("encoder") != sha256:

@@ -41,6 +41,7 @@ OPEN = "open"
 """In a table: no recipe was asked for."""
 _SMALL_IMAGE = 48
 _TABLES = ("method", "encoder", "train", "views", "eval")
+_OPTIONS = ("recipe", "out", "resume", "device", "workers")
 _PATIENCE = {"cpu": 1800.0, "cuda": 4 * 3600.0, "mps": 1800.0}
 """Seconds that a run takes at most where nobody asked for more."""
 
@@ -193,6 +194,10 @@ def read(table: Table) -> Recipe:
 def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Table:
     """What the user asked for as one table: recipe, then settings by name, then overrides. Always with "data"; with `OPEN`
     where there is no recipe but what `resolve` chooses."""
+    if isinstance(overrides, str | Mapping):
+        raise UserError(f"overrides is {overrides!r}: it must be a list of texts, like ['train.lr=0.1'].")
+    if data is not None and not isinstance(data, str | os.PathLike):
+        raise UserError(f"The data are {type(data).__name__}: name one folder, file or data set as text or a path.")
     given = [{key: value} for key, value in settings.items() if value is not None]
     if settings.get("epochs") is not None and settings.get("budget") is not None:
         raise UserError("--epochs and --budget are two lengths of one run: give one of them.")
@@ -256,6 +261,8 @@ def as_method(table: Table, recipe: str, method: str | None) -> Table:
 def qualify(override: Table) -> Table:
     """`{"lr": 0.1}` -> `{"train": {"lr": 0.1}}`: a setting may be named without its table where only one has it."""
     (key, value), *_ = override.items()
+    if key in _OPTIONS:
+        raise UserError(f"{key} is no setting but an option: --{key} on the command line, {key}=... of train().")
     if key in (*_TABLES, "data", "seed"):
         return override if isinstance(value, dict) or key in ("data", "seed") else {key: {"name": value}}
     owners = {"train": TrainSettings, "views": ViewSettings, "encoder": EncoderSpec}
@@ -324,11 +331,16 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
             defaults["encoder"] = {"name": "resnet18"}
             why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))
         most = 512 if facts.device == "cuda" else 256
+        asked = table.get("train", {}).keys()
         if defaults["train"].get("batch_size", 0) > most:  # of a paper that had a hundred devices
             defaults["train"]["batch_size"] = most
-            why.append(("train.batch_size", str(most), "one device"))
+            if "batch_size" not in asked:
+                why.append(("train.batch_size", str(most), "one device"))
         if base == "thin" and facts.images < 20_000:
-            defaults["train"] |= {"weight_decay": 1e-4, "batch_size": 64}
+            few = {"weight_decay": 1e-4, "batch_size": 64}
+            defaults["train"] |= few
+            reason = f"{facts.images:,} images are few: more and smaller steps"
+            why += [(f"train.{key}", f"{value:g}", reason) for key, value in few.items() if key not in asked]
         table = merge(defaults, table)
     table = {**{key: {} for key in _TABLES}, "seed": 0, **table}
     table = {**table, "method": {"name": "simsiam", **table["method"]}}
@@ -359,6 +371,7 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
     batch = train.setdefault("batch_size", 256)
     if isinstance(batch, int) and batch > facts.images // 4:
         train["batch_size"] = min(batch, 2 ** int(math.log2(max(2, facts.images // 4))))
+        why = [reason for reason in why if reason[0] != "train.batch_size"]
         why.append(("train.batch_size", str(train["batch_size"]), f"there are only {facts.images:,} images"))
     full = {**table, "views": views, "eval": use, "train": train, "encoder": encoder}
     return read(full), why

@@ -180,7 +180,7 @@ class Session:
             std, rank = figures.get("std_z", math.nan), figures.get("effective_rank")
             loss, most = self.latest.get("loss", math.nan), figures.get("most_rank", 0)
             self.guards[1].look(judge(loss, std, rank, figures.get("std_features"), most))
-            self.latest["effective_rank"] = rank
+            self.latest |= {"effective_rank": rank, "most_rank": most or None}
         line = {"step": self.step, "seconds": round(self.seconds, 3), **figures, "verdict": self.verdict.name}
         self.record("monitor", line)
         self.listener.monitor(line)

@@ -20,7 +20,10 @@ def training(console: Console, summary: dict[str, Any]) -> None:
     rows = [
         ["loss", _number(summary["loss"], 3)],
         ["std of z/|z|, times sqrt(d) (1 healthy, 0 collapsed)", _number(summary["std"], 2)],
-        [f"effective rank of z (of {summary['dim']})", _number(summary["effective_rank"])],
+        [
+            f"effective rank of z (at most {summary.get('most_rank') or summary['dim']})",
+            _number(summary["effective_rank"]),
+        ],
         ["verdict", summary["verdict"]],
         ["images/s", _number(summary["images_per_second"], 0)],
         ["epochs", f"{summary['epochs']:g}"],
@@ -49,7 +52,8 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
     elif collapse:
         console.say(
             f"Collapse: {collapse['verdict']}; std {_number(collapse['std'], 2)} (1 healthy, 0 collapsed), "
-            f"effective rank {_number(collapse['effective_rank'])} of {collapse['dim']}."
+            f"effective rank {_number(collapse['effective_rank'])} "
+            f"of at most {collapse.get('most_rank') or collapse['dim']}."
         )
 
 
@@ -148,7 +152,7 @@ def check(console: Console, found: dict[str, Any]) -> None:
     )
     rows = [
         ["images", f"{found['images']:,} ({split})"],
-        ["on disk", f"{found['bytes'] / 1e6:,.1f} MB"],
+        ["on disk", show_bytes(found["bytes"])],
         ["bad files", f"{len(found['bad_files']):,}"],
         ["byte-identical copies", f"{extra:,}" + _across(found)],
         ["modes", _counts(found["modes"])],

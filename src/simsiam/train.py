@@ -338,7 +338,9 @@ def _any(settings: Table) -> bool:
 
 
 def _command() -> dict[str, str]:
-    return {"command": shlex.join(["simsiam", *sys.argv[1:]])} if Path(sys.argv[0]).name == "simsiam" else {}
+    called = Path(sys.argv[0])  # the last of these: python -m simsiam
+    ours = called.name == "simsiam" or called == Path(__file__).with_name("__main__.py")
+    return {"command": shlex.join(["simsiam", *sys.argv[1:]])} if ours else {}
 
 
 def _threads() -> str:
@@ -427,6 +429,7 @@ def _finish(
         "seconds": round(s.seconds, 2),
         "images_per_second": round(images / s.training_seconds, 1) if s.training_seconds else None,
         **figures,
+        "most_rank": s.latest.get("most_rank"),
         "dim": getattr(plan.method_settings, "dim", None),
         "encoder_step": step,
         "verdict": verdict.name,

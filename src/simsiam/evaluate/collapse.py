@@ -15,7 +15,7 @@ from simsiam.compute import generator
 from simsiam.evaluate import Features, sample_rows
 
 NEEDS_LABELS = False
-BY_KIND = ("std", "effective_rank", "verdict", "dim")
+BY_KIND = ("std", "effective_rank", "most_rank", "verdict", "dim")
 
 
 def score(features: Features, *, seed: int = 0, rows: int = 2000) -> dict[str, Any]:
@@ -26,6 +26,7 @@ def score(features: Features, *, seed: int = 0, rows: int = 2000) -> dict[str, A
     z = given[sample_rows(len(given), rows, generator(torch.device("cpu"), seed)).to(given.device)]
     std, rank = float(normalised_std(z)), effective_rank(z)
     # There is no loss here; any finite one leaves the verdict to the std and the rank.
-    verdict = judge(0.0, std, rank, most=min(len(z) - 1, z.shape[1])).name
+    most = min(len(z) - 1, z.shape[1])
+    verdict = judge(0.0, std, rank, most=most).name
     figures = {"value": round(std, 4), "std": round(std, 4), "effective_rank": round(rank, 2), "verdict": verdict}
-    return {**figures, "dim": z.shape[1], "rows": len(z)}
+    return {**figures, "most_rank": most, "dim": z.shape[1], "rows": len(z)}

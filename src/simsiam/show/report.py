@@ -212,6 +212,7 @@ def _facts(
     tables = (config.get("method"), config.get(str(facts["method"])), config.get("method_settings"))
     dims = [collapse.get("dim"), summary.get("dim"), *(table.get("dim") for table in tables if isinstance(table, dict))]
     facts["dim"] = next((dim for dim in dims if isinstance(dim, int)), None)
+    facts["most_rank"] = collapse.get("most_rank") or summary.get("most_rank") or facts["dim"]
     data = summary.get("data") or config.get("data")
     facts["data"] = _name(data.get("path") or data.get("name") if isinstance(data, dict) else data)
     facts["labelled"] = sample is not None and sample.labels is not None

@@ -7,7 +7,10 @@ bounds below; 1/255 is one level of an 8-bit image.
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,13 +148,34 @@ def test_how_the_images_lie_in_memory_changes_nothing(side: int) -> None:
 def test_threads_change_nothing() -> None:
     """Large images are shared among threads; under inference mode too, which each thread has to itself."""
     images, settings = noise(7, 150, 120), ViewSettings(size=64)
-    torch.set_num_threads(2)
+    torch.set_num_threads(3)
     shared = random_view(images, settings, seeded())
     with torch.inference_mode():
         inferred = random_view(images, settings, seeded()), plain_pixels(images, 64, 0.875)
+    assert torch.get_num_threads() == 3, "what the threads are set to is theirs"
     torch.set_num_threads(1)
     assert torch.equal(shared, random_view(images, settings, seeded())) and torch.equal(shared, inferred[0])
     assert torch.equal(plain_pixels(images, 64, 0.875), inferred[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the process's threads as Linux tells them")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_for_views_bring_no_others(threads: int) -> None:
+    """A team of OpenMP threads for each would make every operation of the process wait for the system's scheduler."""
+    program = f"""
+import os, torch
+from simsiam.data.views import ViewSettings, plain_pixels, random_view
+torch.set_num_threads({threads})
+torch.ones(1_000_000).add_(1)
+images = torch.randint(0, 256, (24, 3, 300, 260), dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+before = len(os.listdir("/proc/self/task"))
+for _ in range(2):
+    random_view(images, ViewSettings(size=224), torch.Generator().manual_seed(0))
+    plain_pixels(images, 224, 0.875)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+    added = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert int(added) == (threads if threads > 2 else 0)
 
 
 def test_a_blur_of_nothing_is_the_identity() -> None:

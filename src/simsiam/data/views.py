@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -36,7 +37,10 @@ LUMA = (0.299, 0.587, 0.114)
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to a central crop
 _SMALL = 72 * 72  # pixels of an image up to which a CPU is faster with matrices; measured
 _RADIUS = 11  # of the blur: 23 taps, as SimCLR's at 224 pixels
-_PIECE = 300_000  # pixels that are blurred at once, so that they stay in a CPU's caches; measured
+_PIECE = 200_000  # pixels that a CPU takes from one operation to the next, so that they stay in its caches; measured
+_ALONE = (
+    2  # threads that gain nothing from sharing the images out: what they save, they wait for Python's lock; measured
+)
 
 Box = tuple[Tensor, Tensor, Tensor, Tensor]
 """top, left, height and width in whole pixels, float32 [B] each."""
@@ -341,13 +345,10 @@ def _cut(images: Tensor, box: Box, flip: Tensor, sigma: Tensor, size: int) -> Te
 
     _each(len(images), cut)
     views = torch.empty(cuts.shape)
-    sharp = int((sigma == 0).sum())
-    views.index_copy_(0, order[:sharp], _planes(cuts[:sharp]))
-    # In rising order, so that none takes more taps than the widest blur of its piece.
-    step = max(1, _PIECE // size**2)
-    for first in range(sharp, len(images), step):
-        piece = order[first : first + step]
-        views.index_copy_(0, piece, _blurred(_planes(cuts[first : first + step]), sigma[piece]))
+    # In rising order of sigma, so that none takes more taps than the widest blur of its piece.
+    for piece in _pieces(views):
+        view, wide = _planes(cuts[piece]), sigma[order[piece]]
+        views.index_copy_(0, order[piece], _blurred(view, wide) if wide[-1] > 0 else view)
     return views
 
 
@@ -390,25 +391,48 @@ def _blurred(views: Tensor, sigma: Tensor) -> Tensor:
     return F.conv2d(x, kernel[:, None, None, :], groups=len(kernel)).view(views.shape)
 
 
+def _pieces(views: Tensor) -> Iterator[slice]:
+    """Of a batch [B,3,h,w]; a GPU takes it whole."""
+    step = max(1, len(views) if views.is_cuda else _PIECE // (views.shape[2] * views.shape[3]))
+    return (slice(start, start + step) for start in range(0, len(views), step))
+
+
 def _each(count: int, work: Callable[[int], None]) -> None:
     """work(0), work(1), ... on as many threads as torch has; all release the GIL."""
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
-    def part(first: int) -> None:
+    def part(first: int, step: int) -> None:
         with torch.inference_mode(inference):  # a mode is a thread's own
-            for i in range(first, count, threads):
+            for i in range(first, count, step):
                 work(i)
 
-    if threads == 1:
-        part(0)
+    if threads <= _ALONE:
+        part(0, 1)
     else:
-        for _ in _pool(threads).map(part, range(threads)):
+        for _ in _pool(threads).map(part, range(threads), [threads] * threads):
             pass
 
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="simsiam-views")
+    """Threads that compute each for itself.
+
+    As torch has it, each would call up a team of OpenMP threads for its larger operations. With more of these than cores,
+    all of them sleep between two operations instead of waiting awake, those of training too: a step took a quarter longer.
+    """
+    ready = threading.Barrier(threads + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # or the thread's first operation would undo the next line
+        torch.set_num_threads(1)  # the thread's own, and that of threads to come
+        ready.wait()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="simsiam-views", initializer=begin)
+    for _ in range(threads):
+        pool.submit(int)
+    ready.wait()
+    torch.set_num_threads(threads)
+    return pool
 
 
 # --- colour ---------------------------------------------------------------------------------------------------------
@@ -450,11 +474,14 @@ def _hue_rotation(turns: Tensor) -> Tensor:
 
 
 def _colour(view: Tensor, matrix: Tensor, offset: Tensor, settings: ViewSettings) -> Tensor:
-    """Colour map, clamp to what a pixel can be and normalisation, in one pass over the pixels."""
+    """Colour map, clamp to what a pixel can be and normalisation."""
     mean, std = (_constant(values, view.device) for values in (settings.mean, settings.std))
     matrix = matrix / (255 * std[:, None])
     offset = (offset - mean) / std
     low, high = (-mean / std)[:, None], ((1 - mean) / std)[:, None]
-    flat = torch.baddbmm(offset[:, :, None], matrix, view.flatten(2))
-    flat = torch.minimum(torch.maximum(flat, low, out=flat), high, out=flat)
-    return flat.view_as(view).contiguous(memory_format=torch.channels_last)
+    coloured = torch.empty(view.shape, device=view.device, memory_format=torch.channels_last)
+    for piece in _pieces(view):
+        flat = torch.baddbmm(offset[piece, :, None], matrix[piece], view[piece].flatten(2))
+        torch.minimum(torch.maximum(flat, low, out=flat), high, out=flat)
+        coloured[piece] = flat.view_as(view[piece])
+    return coloured

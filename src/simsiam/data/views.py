@@ -35,7 +35,7 @@ from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to a central crop
-_SMALL = 72 * 72  # pixels of an image up to which a CPU is faster with matrices; measured
+_SMALL = 88 * 88  # pixels of an image up to which a CPU is faster with matrices; measured on 2 threads
 _RADIUS = 11  # of the blur: 23 taps, as SimCLR's at 224 pixels
 _PIECE = 200_000  # pixels that a CPU takes from one operation to the next, so that they stay in its caches; measured
 _ALONE = (

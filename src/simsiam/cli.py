@@ -245,6 +245,9 @@ def search(
         _print_json(found)
         return
     for result in found:
+        if not result["neighbours"]:
+            console.say(f"{result['query']}: there is no other image in {embeddings}.")
+            continue
         rows = [[each["id"], f"{each['score']:.3f}"] for each in result["neighbours"]]
         console.results(result["query"], ["most alike", "cosine"], rows)
 

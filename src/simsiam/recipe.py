@@ -18,6 +18,7 @@ from simsiam.config import (
     MOST_SEED,
     Table,
     UserError,
+    counted,
     did_you_mean,
     fill,
     merge,
@@ -298,7 +299,12 @@ class Facts:
 
 
 def look_at(images: ImageSet, rows: np.ndarray, device: str, sample: int = 200) -> Facts:
-    """Reads the headers of up to `sample` images, spread over the set. rows: those that are trained on."""
+    """Reads the headers of up to `sample` images, spread over the set. rows: those that are trained on.
+
+    Raises UserError where there are less than two of these.
+    """
+    if len(rows) < 2:
+        raise UserError(f"{images.name} has {counted(len(rows), 'image')} to train on: at least 2 are needed.")
     sides = []
     for i in np.unique(np.linspace(0, len(images) - 1, min(sample, len(images))).astype(int)).tolist():
         try:

@@ -45,7 +45,8 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
             plain = ", ".join(f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict | list))
             console.say(f"  {name}: {plain}")
     else:
-        console.say("No labels, so no kNN, linear or few-shot figures: only what needs none.")
+        measured = any(isinstance(figures, dict) for figures in result.values())
+        console.say(f"No labels, so no kNN, linear or few-shot figures{': only what needs none' if measured else ''}.")
     collapse = result.get("collapse")
     if collapse and collapse["rows"] < 5:
         console.say(f"Collapse: {counted(collapse['rows'], 'image')} cannot tell.")

@@ -30,7 +30,7 @@ from simsiam.encoders import Encoder, build
 from simsiam.monitor import Monitor, draw
 from simsiam.optim import LARS
 from simsiam.probe import probe, settle
-from simsiam.recipe import Recipe, gather, look_at, read, resolve
+from simsiam.recipe import Facts, Recipe, gather, look_at, read, resolve
 from simsiam.runs import (
     ENVIRONMENT,
     HEALTHY,
@@ -128,6 +128,8 @@ def _train(
     elif given is not None:
         check_unused(given)
 
+    if not resume:  # a mistake in a setting is told before a large set is listed
+        resolve(asked, Facts(1_000_000, 256, where.type), size)
     listener.say(f"Looking at {asked['data']} ...")
     try:
         images = open_images(asked["data"])
@@ -138,8 +140,6 @@ def _train(
             f"{error} If it was moved, name its new place: simsiam train DATA --resume -o {given}"
         ) from None
     rows, held_out = images.split()
-    if len(rows) < 2:
-        raise UserError(f"{asked['data']} has {counted(len(rows), 'image')} to train on: at least 2 are needed.")
     facts = look_at(images, rows, where.type)
     plan, reasons = (read(asked), []) if resume else resolve(asked, facts, size)
     if len(rows) < plan.train.batch_size:  # a new run gets a batch that fits

@@ -30,6 +30,7 @@ from simsiam.data.views import (
     plain_pixels,
     plain_view,
     random_view,
+    random_views,
     resample,
     resampling,
 )
@@ -385,7 +386,20 @@ def test_each_view_has_its_settings() -> None:
     crops = replace(plain, count=2, small_count=3, small_size=16, small_scale=(0.05, 0.2)).each()
     assert [(view.size, view.scale) for view in crops] == [(32, (0.2, 1.0))] * 2 + [(16, (0.05, 0.2))] * 3
     images = noise(2, 40, 40)
-    assert [random_view(images, view, seeded()).shape[-1] for view in crops] == [32, 32, 16, 16, 16]
+    drawn = random_views(images, crops, seeded())
+    assert [view.shape[-1] for view in drawn] == [32, 32, 16, 16, 16]
+    assert len({view.sum().item() for view in drawn}) == 5, "each has its own draws"
+
+
+def test_views_that_are_drawn_together_come_back_in_their_places() -> None:
+    images = noise(3, 32, 32)
+    whole = replace(PLAIN, size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    first, second, third, fourth = random_views(images, replace(whole, count=4, second_solarize_p=1.0).each(), seeded())
+    plain = normalise(images.float(), whole.mean, whole.std)
+    for view in (first, third):
+        torch.testing.assert_close(view, plain)
+    for view in (second, fourth):
+        torch.testing.assert_close(view, views.solarize(plain, whole))
 
 
 @pytest.mark.parametrize(("side", "size"), [(32, 32), (64, 48), (256, 224)])

@@ -115,10 +115,8 @@ def random_views(
 ) -> tuple[Tensor, ...]:
     """A `random_view` of every image for each of the settings.
 
-    On a GPU those of equal settings are drawn together: two hundred kernels that are too small to fill it, once.
+    Those of equal settings are drawn together: two hundred small operations, once.
     """
-    if not images.is_cuda:
-        return tuple(random_view(images, each, generator, sizes) for each in settings)
     views: dict[int, Tensor] = {}
     for each in dict.fromkeys(settings):
         places = [place for place, other in enumerate(settings) if other == each]

@@ -146,6 +146,15 @@ def test_how_the_images_lie_in_memory_changes_nothing(side: int) -> None:
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize(("side", "size"), [(40, 32), (120, 48)])
+def test_pieces_change_nothing(side: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to weights beyond 4 sigma, which a piece with a wider blur takes in."""
+    images, settings = noise(9, side, side), replace(PLAIN, size=size, blur_p=0.6, flip_p=0.5, jitter_p=1.0)
+    whole = random_view(images, settings, seeded())
+    monkeypatch.setattr(views, "_PIECE", 2 * size**2)
+    assert (random_view(images, settings, seeded()) - whole).abs().max() < LEVEL / 50
+
+
 def test_threads_change_nothing() -> None:
     """Large images are shared among threads; under inference mode too, which each thread has to itself."""
     images, settings = noise(7, 150, 120), ViewSettings(size=64)

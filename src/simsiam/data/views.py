@@ -38,9 +38,7 @@ _ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to a 
 _SMALL = 88 * 88  # pixels of an image up to which a CPU is faster with matrices; measured on 2 threads
 _RADIUS = 11  # of the blur: 23 taps, as SimCLR's at 224 pixels
 _PIECE = 200_000  # pixels that a CPU takes from one operation to the next, so that they stay in its caches; measured
-_ALONE = (
-    2  # threads that gain nothing from sharing the images out: what they save, they wait for Python's lock; measured
-)
+_ALONE = 2  # threads that would gain nothing from sharing images out, since they wait for Python's lock; measured
 
 Box = tuple[Tensor, Tensor, Tensor, Tensor]
 """top, left, height and width in whole pixels, float32 [B] each."""
@@ -390,13 +388,13 @@ def _blurred(views: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _pieces(views: Tensor) -> Iterator[slice]:
-    """Of a batch [B,3,h,w]; a GPU takes it whole."""
-    step = max(1, len(views) if views.is_cuda else _PIECE // (views.shape[2] * views.shape[3]))
+    """Of a batch [B,3,h,w], for a CPU; a GPU takes it whole."""
+    step = max(1, _PIECE // (views.shape[2] * views.shape[3]) if views.device.type == "cpu" else len(views))
     return (slice(start, start + step) for start in range(0, len(views), step))
 
 
 def _each(count: int, work: Callable[[int], None]) -> None:
-    """work(0), work(1), ... on as many threads as torch has; all release the GIL."""
+    """work(0), work(1), ... on as many threads as torch has, if these are many."""
     threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
 
     def part(first: int, step: int) -> None:

@@ -119,8 +119,9 @@ def random_views(
     for each in dict.fromkeys(settings):
         places = [place for place, other in enumerate(settings) if other == each]
         many = len(places)
+        batch = torch.cat([images] * many) if many > 1 else images  # cat, unlike repeat, keeps channels_last
         own = None if sizes is None else sizes.repeat(many, 1)
-        drawn = random_view(torch.cat([images] * many), each, generator, own).chunk(many)  # cat keeps channels_last
+        drawn = random_view(batch, each, generator, own).chunk(many)
         views |= dict(zip(places, drawn, strict=True))
     return tuple(views[place] for place in range(len(settings)))
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -395,8 +396,8 @@ cache.build_cache(flat_set(), 8, {str(tmp_path)!r}, progress=die)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -signal.SIGKILL
     whole = flat_set()
-    cache = open_cache(flat_set(read=lambda i: refuse() if i < 16 else whole.read(i)), 8, tmp_path)
-    assert cache.decoded(np.arange(50)).tolist() == list(range(16))
+    cache = open_cache(flat_set(read=lambda i: refuse() if i < 8 else whole.read(i)), 8, tmp_path)
+    assert cache.decoded(np.arange(50)).tolist() in (list(range(8)), list(range(16)))  # as far as the disk was
     pixels = cache.batch(np.arange(50))[0]
     assert all(np.array_equal(p.permute(1, 2, 0).numpy(), decode(whole.read(i))) for i, p in enumerate(pixels))
 
@@ -487,6 +488,46 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_the_next_images_are_decoded_while_the_disk_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is decoded is used at once; a record is written when the pixels are on the disk, and not before."""
+    whole, busy, idle, synced = flat_set(), threading.Event(), threading.Event(), os.fsync
+
+    def fsync(file: int) -> None:
+        busy.set()
+        assert idle.wait(60)
+        synced(file)
+
+    cache = open_cache(whole, 8, tmp_path, workers=1)
+    records = cache.directory / RECORDS
+    monkeypatch.setattr(cache_module.os, "fsync", fsync)
+    assert cache.usable(np.arange(8)).all() and busy.wait(60)
+    for row, image in enumerate(cache.batch(np.arange(8))[0]):
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), decode(whole.read(row), 8))
+    assert records.stat().st_size == 0
+    idle.set()
+    cache.flush()
+    assert records.stat().st_size == 8 * 24
+    cache.usable(np.arange(50))
+    assert records.stat().st_size == 50 * 24, "after the last image it waits for the disk"
+
+
+@pytest.mark.parametrize("more", [1, 42])
+def test_a_disk_that_is_found_full_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: int) -> None:
+    """Some file systems tell it when pixels are brought to the disk: so the next images are told, or the last ones."""
+
+    def fsync(file: int) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    cache = open_cache(flat_set(), 8, tmp_path, workers=1)
+    with monkeypatch.context() as full:
+        full.setattr(cache_module.os, "fsync", fsync)
+        assert cache.usable(np.arange(8)).all()
+        with pytest.raises(UserError, match="is full: the cache of flat needs"):
+            cache.usable(np.arange(8, 8 + more))
+    assert (cache.directory / RECORDS).stat().st_size == 0
+    assert_whole(build_cache(flat_set(), 8, tmp_path))
+
+
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second write on, the pixels go to /dev/full, where every write fails as on a full disk."""
     real, opened = open, []

@@ -13,8 +13,9 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -43,14 +44,17 @@ _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST,
 _MORE_ROOM = "Set SIMSIAM_CACHE to a folder with room, or choose a smaller --size."
 
 Progress = Callable[[int, int, int], None]
+Loaded = list[tuple[int, np.ndarray | Exception]]
+"""Rows and their pixels, uint8 [H, W, 3], or why there are none."""
 
 
 class Cache:
     """The images of a set, rows 0..N-1 in its order, each decoded when it is first asked for. Made by `open_cache`.
 
     The folder is valid at any time: pixels are on disk before the record that tells of them, so a killed process loses
-    what it was about to write and nothing else. Threads and processes may fill it together, also with a set that has
-    grown in between: a record tells an image by its key, and those of images that this set does not have are left alone.
+    what it was about to write and nothing else. Its own process reads them before; a thread waits for the disk, while the
+    next images are decoded. Threads and processes may fill it together, also with a set that has grown in between: a
+    record tells an image by its key, and those of images that this set does not have are left alone.
     """
 
     def __init__(self, images: ImageSet, short_side: int | None, directory: Path, workers: int | None) -> None:
@@ -72,7 +76,9 @@ class Cache:
         self._mapped = np.zeros(0, np.uint8)
         self._decoded, self._decode_seconds = 0, 0.0
         self._threads = threading.RLock()
-        self._processes = FileLock(directory / "lock", thread_local=False)
+        self._processes = FileLock(directory / "lock")
+        self._told: Future[None] | None = None
+        """Done when the images that were appended last are on the disk, and their records."""
         self._read()
 
     def __len__(self) -> int:
@@ -182,7 +188,7 @@ class Cache:
     def _fill(self, rows: np.ndarray, progress: Progress | None) -> None:
         """Decodes the rows, ascending."""
         began, bad, size = time.perf_counter(), 0, 0
-        waiting: list[tuple[int, np.ndarray | Exception]] = []
+        waiting: Loaded = []
         # Full-size photographs are tens of MB each, so fewer are held at once.
         chunk = min(16, -(-len(rows) // (4 * self.workers))) if self.short_side else 1
         results = in_order(lambda i: self._load(int(rows[i])), len(rows), self.workers, chunk)
@@ -199,6 +205,8 @@ class Cache:
                 if progress is not None:
                     progress(done, len(rows), bad)
         self._append(waiting)
+        if (self.heights != 0).all():
+            self.flush()
         self._decoded += len(rows)
         self._decode_seconds += time.perf_counter() - began
 
@@ -209,29 +217,62 @@ class Cache:
         except Exception as error:  # also: the file vanished, is not ours to read, has a bad checksum, ...
             return error
 
-    def _append(self, loaded: list[tuple[int, np.ndarray | Exception]]) -> None:
-        with self._threads, self._processes:
-            self._read()
-            records, reasons, end = [], [], self._end
-            with _written_from(self.directory / PIXELS, end) as file:
-                for row, pixels in loaded:
-                    if self.heights[row]:  # another thread or process was first
-                        continue
-                    key = int(self.images.keys[row])
-                    if isinstance(pixels, DecodeError):
-                        records.append((key, 0, _BAD, _BAD))
-                        reasons.append(json.dumps({"key": key, "reason": str(pixels), "by": VERSION}) + "\n")
-                    elif isinstance(pixels, Exception):  # of the disk or the network: the next run tries again
-                        self._reasons[key], self.heights[row] = f"cannot be read: {pixels}", _BAD
-                    else:
-                        records.append((key, end, *pixels.shape[:2]))
-                        end += file.write(pixels.data)
-            if reasons:
-                with _written_from(self.directory / REASONS, self._read_bytes[REASONS]) as file:
-                    file.write("".join(reasons).encode())
-            with _written_from(self.directory / RECORDS, self._read_bytes[RECORDS]) as file:
-                file.write(np.array(records, _RECORD).tobytes())
-            self._read()
+    def flush(self) -> None:
+        """Waits until all that was decoded is on the disk. Raises OSError where it cannot get there."""
+        with self._threads:
+            told, self._told = self._told, None
+            if told is not None:
+                told.result()
+
+    def _append(self, loaded: Loaded) -> None:
+        """Takes them for decoded; a thread waits for the disk, and tells of them then."""
+        with self._threads:
+            self.flush()
+            taken: Future[None] = Future()
+            disk = ThreadPoolExecutor(1, thread_name_prefix="simsiam-cache")  # new ones: a fork has no threads
+            self._told = disk.submit(self._store, loaded, taken)
+            disk.shutdown(wait=False)
+            taken.result()
+
+    def _store(self, loaded: Loaded, taken: Future[None]) -> None:
+        try:
+            with self._processes:
+                self._read()
+                with open(self.directory / PIXELS, "r+b") as file:
+                    records, reasons = self._write(file, loaded)
+                    taken.set_result(None)
+                    os.fsync(file.fileno())
+                if reasons:
+                    _write_from(self.directory / REASONS, self._read_bytes[REASONS], "".join(reasons).encode())
+                _write_from(self.directory / RECORDS, self._read_bytes[RECORDS], records.tobytes())
+        except BaseException as error:
+            if taken.done():
+                raise  # in flush()
+            taken.set_exception(error)
+
+    def _write(self, file: BinaryIO, loaded: Loaded) -> tuple[np.ndarray, list[str]]:
+        """Appends the pixels. Returns the records and the lines of reasons that are to tell of them."""
+        records, reasons, end = [], {}, self._end
+        file.seek(end)
+        for row, pixels in loaded:
+            if self.heights[row]:  # another thread or process was first
+                continue
+            key = int(self.images.keys[row])
+            if isinstance(pixels, DecodeError):
+                records.append((key, 0, _BAD, _BAD))
+                reasons[key] = str(pixels)
+            elif isinstance(pixels, Exception):  # of the disk or the network: the next run tries again
+                self._reasons[key], self.heights[row] = f"cannot be read: {pixels}", _BAD
+            else:
+                records.append((key, end, *pixels.shape[:2]))
+                end += file.write(pixels.data)
+        file.truncate()
+        file.flush()
+        written = np.array(records, _RECORD)
+        self._end = end
+        self._reasons |= reasons
+        self._take(written)
+        return written, [json.dumps({"key": k, "reason": why, "by": VERSION}) + "\n" for k, why in reasons.items()]
 
     def _read(self) -> None:
         """Takes in what was recorded since the last time, by this process or another.
@@ -254,12 +295,16 @@ class Cache:
         self._read_bytes[REASONS] += len(lines)
         self._read_bytes[RECORDS] += records.nbytes
         self._end = max(self._end, int(ends[good].max(initial=0)))
+        if not good.all():  # what another version of Pillow, or without a plug-in, called bad is tried again
+            records = records[good | np.isin(records["key"], np.array(list(self._reasons), np.uint64))]
+        self._take(records)
+
+    def _take(self, records: np.ndarray) -> None:
+        """Those of the records that are of images of this set."""
         order, at = np.argsort(records["key"]), np.empty(len(records), np.int64)
         at[order] = np.searchsorted(self._keys, records["key"][order])  # four times as fast as out of order
         at = np.minimum(at, len(self) - 1)
         own = self._keys[at] == records["key"]
-        if not good.all():  # what another version of Pillow, or without a plug-in, called bad is tried again
-            own[~good] &= np.isin(records["key"][~good], np.array(list(self._reasons), np.uint64))
         rows, records = self._sorted[at[own]], records[own]
         self._offsets[rows], self.widths[rows] = records["offset"], records["width"]
         self.heights[rows] = records["height"]  # last: from here on other threads take the row for decoded
@@ -372,12 +417,11 @@ def _noted(folder: Path, images: ImageSet, short_side: int | None) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def _written_from(path: Path, start: int) -> Iterator[Any]:
-    """The file, to be written from byte `start` on, what stood there cut off; on the disk at the end."""
+def _write_from(path: Path, start: int, content: bytes) -> None:
+    """Into the file from byte `start` on, what stood there cut off; on the disk at the end."""
     with open(path, "r+b") as file:
         file.seek(start)
-        yield file
+        file.write(content)
         file.truncate()
         file.flush()
         os.fsync(file.fileno())

@@ -875,6 +875,12 @@ def test_a_papers_encoder_and_batch_are_cut_to_size_with_a_reason() -> None:
         "encoder": "resnet18",
         "train.batch_size": "512",
     }.items()
+    plan, _ = resolve(gather("x", None, [], {"method": "swav"}), facts)  # which needs a queue where batches are small
+    assert (plan.train.batch_size, plan.train.lr, plan.method_settings.queue) == (512, 0.6, 3840)
+    plan, _ = resolve(gather("x", None, ["train.lr=0.3", "method.queue=0"], {"method": "swav"}), facts)
+    assert (plan.train.batch_size, plan.train.lr, plan.method_settings.queue) == (512, 0.3, 0)
+    plan, _ = resolve(gather("x", "imagenet", [], {"method": "swav"}), Facts(50_000, 500, "cuda"))
+    assert (plan.train.batch_size, plan.train.lr, plan.method_settings.queue) == (4096, 0.3, 0)
     plan, reasons = resolve(gather("x", None, [], {}), facts)
     assert ("encoder", "resnet18") in [(setting, value) for setting, value, _ in reasons]
 

@@ -339,7 +339,8 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
         most = 512 if facts.device == "cuda" else 256
         asked = table.get("train", {}).keys()
         if defaults["train"].get("batch_size", 0) > most:  # of a paper that had a hundred devices
-            defaults["train"]["batch_size"] = most
+            own = getattr(methods.get(defaults["method"]["name"]), "ONE_DEVICE", {})
+            defaults = merge(defaults, merge(own, {"train": {"batch_size": most}}))
             if "batch_size" not in asked:
                 why.append(("train.batch_size", str(most), "one device"))
         if base == "thin" and facts.images < 20_000:

@@ -7,6 +7,7 @@ they come from. The contract, which tests/test_methods.py checks for every file:
     VIEWS                    how many views of an image it takes, the default first
     DEFAULTS                 {recipe: table}: what it changes in the recipes "imagenet", "cifar" and "thin", learning rate
                              and weight decay at least; a recipe that is not there keeps its own
+    ONE_DEVICE               if its DEFAULTS have a batch for many devices: a table for the batch of one
     Settings                 frozen dataclass; its defaults are the paper's
 
     Method(encoder, settings)

@@ -100,7 +100,15 @@ def test_it_plans_the_run_that_is_trained(photos: Path, tmp_path: Path) -> None:
     assert found["batch_size"] == config["train"]["batch_size"] == 8 and summary["steps"] == 60 // 8
 
 
-def test_mistakes_are_the_users(tmp_path: Path) -> None:
+def test_mistakes_are_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jpg").write_bytes(b"no image")
     with pytest.raises(UserError):
         plan(tmp_path, seconds=1)
+    monkeypatch.setattr(sys.modules["simsiam.plan"], "open_images", lambda _: pytest.fail("listed first"))
+    with pytest.raises(UserError, match=r"batch_size is 1"):
+        plan(tmp_path, seconds=1, overrides=["train.batch_size=1"])
+
+
+def test_a_recipe_may_name_the_images(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(f'data = "{photos}"\n[encoder]\nname = "thin-resnet18"\nwidth = 8\n')
+    assert plan(recipe=str(tmp_path / "own.toml"), size=16, seconds=0.5, epochs=1.0)["images"] == 97

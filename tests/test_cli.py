@@ -155,8 +155,9 @@ def test_an_empty_folder_and_one_image(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (("nothing",), "'nothing'"),
+        (("trian",), "'trian'"),
         (("train", "--nothing"), "--nothing"),
-        (("evaluate",), "run"),
+        (("evaluate",), "RUN"),
         (("search", "d", "x.png", "-k", "0"), "-k"),
         (("export", "run"), "--to"),
         (("train", "--seed", str(1 << 32)), "--seed"),
@@ -166,3 +167,4 @@ def test_a_command_that_is_wrong_is_answered_by_one_line(arguments: tuple[str, .
     done = simsiam_cli(*arguments)
     assert done.returncode == 2 and not done.stdout
     assert len(done.stderr.strip().splitlines()) == 1 and says in done.stderr and "--help" in done.stderr, done.stderr
+    assert "?." not in done.stderr and ".." not in done.stderr

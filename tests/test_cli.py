@@ -50,6 +50,12 @@ def test_import_and_version_are_light() -> None:
     assert done.stdout.strip() == simsiam.__version__ == simsiam_cli("--version").stdout.strip()
 
 
+def test_what_python_offers_is_listed_and_still_light() -> None:
+    code = "import sys, simsiam; assert {'train', 'load'} <= set(dir(simsiam)); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_whole_way_as_a_user_goes_it(photos: Path, tmp_path: Path) -> None:
     trained = simsiam_cli("train", photos, "--epochs", 2, "-o", "run", *SMALL["overrides"], "--json", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
@@ -149,8 +155,9 @@ def test_an_empty_folder_and_one_image(tmp_path: Path) -> None:
     ("arguments", "says"),
     [
         (("nothing",), "'nothing'"),
+        (("trian",), "'trian'"),
         (("train", "--nothing"), "--nothing"),
-        (("evaluate",), "run"),
+        (("evaluate",), "RUN"),
         (("search", "d", "x.png", "-k", "0"), "-k"),
         (("export", "run"), "--to"),
         (("train", "--seed", str(1 << 32)), "--seed"),
@@ -160,3 +167,4 @@ def test_a_command_that_is_wrong_is_answered_by_one_line(arguments: tuple[str, .
     done = simsiam_cli(*arguments)
     assert done.returncode == 2 and not done.stdout
     assert len(done.stderr.strip().splitlines()) == 1 and says in done.stderr and "--help" in done.stderr, done.stderr
+    assert "?." not in done.stderr and ".." not in done.stderr

@@ -160,6 +160,7 @@ def test_embed_takes_what_people_have(run: Path, photos: Path) -> None:
     [
         (["nowhere.jpg"], "nowhere.jpg"),
         ("one.jpg", "list"),
+        (".", r"\. is a folder: .* list of its files"),
         ([np.zeros((8, 8, 3))], "float64"),
         ([np.zeros((8, 8, 5), np.uint8)], r"\[8, 8, 5\]"),
         ([np.zeros((0, 0, 3), np.uint8)], r"\[0, 0, 3\]"),
@@ -321,3 +322,10 @@ def test_the_untrained_encoder_is_a_function_of_its_seed(photos: Path, tmp_path:
 def test_what_is_no_image_is_refused_with_what_to_do(run: Path, images: object, says: str) -> None:
     with pytest.raises(UserError, match=says):
         simsiam.load(run).embed(images)
+
+
+@pytest.mark.parametrize(("run", "says"), [(None, "not NoneType"), ({"run": "r"}, r"not dict\. .*summary\['run'\]")])
+def test_what_names_no_run_is_refused_with_what_to_do(run: object, says: str) -> None:
+    for use in (simsiam.load, lambda run: ImageEncoder(run).fit()):
+        with pytest.raises(UserError, match=says):
+            use(run)

@@ -27,3 +27,8 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """With what is imported on first use, or `help(simsiam)` and a completing shell would not know it."""
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,7 @@ _NO_SINGLE_IMAGES = {
 
 
 def everything() -> dict[str, dict[str, str]]:
-    """{"methods": {name: one line about it}, "encoders": ..., "data sets", "evaluations", "recipes"}."""
+    """{"methods": {name: one line about it}, "encoders": ..., "datasets", "evaluations", "experiments", "recipes"}."""
     from simsiam import encoders, evaluate, methods, recipes, reproduce
 
     def first_line(module: str) -> str:

@@ -31,7 +31,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else goes to stderr.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads that decode images; default: the cores there are.")]
-Run = Annotated[Path, typer.Argument(help="A run folder, as `simsiam train` writes it.", show_default=False)]
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, as `simsiam train` writes it.", show_default=False)
+]
 Embedded = Annotated[
     Path, typer.Argument(metavar="DIR", help="A folder that `simsiam embed` wrote.", show_default=False)
 ]
@@ -73,10 +75,12 @@ class Target(StrEnum):
 
 @app.command()
 def train(
-    data: Annotated[str | None, typer.Argument(help=_DATA + " None: the bundled demo set.", show_default=False)] = None,
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help=_DATA + " None: the bundled demo set.", show_default=False)
+    ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE...", help="Settings, like train.lr=0.1.", show_default=False),
+        typer.Argument(metavar="KEY=VALUE", help="Settings, like train.lr=0.1.", show_default=False),
     ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; default: a new one under runs/.")] = None,
     method: Annotated[str | None, typer.Option(help="See `simsiam list`.")] = None,
@@ -142,7 +146,7 @@ def train(
 def evaluate(
     run: Run,
     data: Annotated[
-        str | None, typer.Argument(help="Labelled images; default: the run's own.", show_default=False)
+        str | None, typer.Argument(metavar="DATA", help="Labelled images; default: the run's own.", show_default=False)
     ] = None,
     only: Annotated[str | None, typer.Option(help="Some evaluations only, like knn,linear.")] = None,
     sgd: Annotated[
@@ -198,7 +202,7 @@ def evaluate(
 @app.command()
 def embed(
     run: Run,
-    data: Annotated[str, typer.Argument(help=_DATA, show_default=False)],
+    data: Annotated[str, typer.Argument(metavar="DATA", help=_DATA, show_default=False)],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for vectors.npy, items.parquet, meta.json.")],
     device: Device = "auto",
     workers: Workers = None,
@@ -227,7 +231,7 @@ def embed(
 def search(
     embeddings: Embedded,
     images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Image files, or ids of stored images.", show_default=False)
+        list[str], typer.Argument(metavar="IMAGE", help="Image files, or ids of stored images.", show_default=False)
     ],
     k: Annotated[int, typer.Option("-k", min=1, help="Neighbours of each.")] = 10,
     index: Annotated[
@@ -343,7 +347,9 @@ def export(
 
 @app.command("import")
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pth.tar of the released SimSiam.", show_default=False)],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A .pth.tar of the released SimSiam.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; a new one.")],
     encoder: Annotated[str | None, typer.Option(help="A ResNet of torchvision, where the file names none.")] = None,
     data: Annotated[str | None, typer.Option(help="Images that `evaluate RUN` takes. Default: ImageNet.")] = None,
@@ -380,7 +386,9 @@ def report(run: Run, as_json: Json = False) -> None:
 
 @app.command()
 def reproduce(
-    name: Annotated[str | None, typer.Argument(help="An experiment; none: list them.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="EXPERIMENT", help="Its name; none: list them.", show_default=False)
+    ] = None,
     data: Annotated[str | None, typer.Option(help=_DATA + " Default at the scale thin: the demo set.")] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Folder; what it holds already is not run again.")
@@ -427,10 +435,12 @@ def reproduce(
 
 @app.command()
 def plan(
-    data: Annotated[str | None, typer.Argument(help=_DATA + " None: the bundled demo set.", show_default=False)] = None,
+    data: Annotated[
+        str | None, typer.Argument(metavar="DATA", help=_DATA + " None: the bundled demo set.", show_default=False)
+    ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE...", help="Settings, like train.lr=0.1.", show_default=False),
+        typer.Argument(metavar="KEY=VALUE", help="Settings, like train.lr=0.1.", show_default=False),
     ] = None,
     method: Annotated[str | None, typer.Option(help="See `simsiam list`.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Ours, torchvision's or timm's, by name.")] = None,
@@ -466,7 +476,9 @@ def plan(
 
 @app.command()
 def check(
-    data: Annotated[str, typer.Argument(help=_DATA, show_default=False)], workers: Workers = None, as_json: Json = False
+    data: Annotated[str, typer.Argument(metavar="DATA", help=_DATA, show_default=False)],
+    workers: Workers = None,
+    as_json: Json = False,
 ) -> None:
     """Say what is in a data set before a long run: counts, sizes, modes, bad files, duplicates."""
     console = _console()
@@ -528,10 +540,11 @@ def main() -> None:
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "simsiam"
         message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
+        message += "" if message.endswith("?") else "."
         option = getattr(error, "option_name", "").lstrip("-")
         if option and where.rpartition(" ")[2] in ("train", "plan"):
-            message += f". A setting that is no option is written {option.replace('-', '_')}=VALUE"
-        _last_line(f"Error: {message}. `{where} --help` shows how it is called.")
+            message += f" A setting that is no option is written {option.replace('-', '_')}=VALUE."
+        _last_line(f"Error: {message} `{where} --help` shows how it is called.")
         sys.exit(2)
 
 

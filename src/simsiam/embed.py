@@ -200,9 +200,15 @@ def load(run: str | Path, device: str = "auto", precision: str = "auto") -> Imag
 
     Raises UserError where `run` holds no encoder.
     """
-    encoder = ImageEncoder(os.fspath(run), device, precision)
-    encoder.open()
-    return encoder
+    return ImageEncoder(_folder(run), device, precision).open()
+
+
+def _folder(run: Any) -> str:
+    """The run folder's name as text. Raises UserError for what names none: a summary, None."""
+    if not isinstance(run, str | os.PathLike):
+        kept = " Of train()'s summary it is summary['run']." if isinstance(run, dict) else ""
+        raise UserError(f"A run is named by its folder, as text or a path, not {type(run).__name__}.{kept}")
+    return os.fspath(run)
 
 
 class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -224,7 +230,7 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         asked = (self.run, self.device, self.precision)
         if getattr(self, "opened_", None) != asked:  # not yet, or set_params came in between
             set_threads()
-            device, run = pick_device(self.device), Path(self.run)
+            device, run = pick_device(self.device), Path(_folder(self.run))
             self.encoder_, self.preprocessing_, self.meta_ = read_encoder(run)
             if self.precision not in ("auto", "bf16", "fp32"):
                 raise UserError(f"precision is {self.precision!r}: it must be 'auto', 'bf16' or 'fp32'.")
@@ -266,6 +272,10 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.open()
         if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OUS":
             images = images.tolist()  # of paths, as scikit-learn hands them on
+        if isinstance(images, str | os.PathLike) and os.path.isdir(images):
+            raise UserError(
+                f"{os.fspath(images)} is a folder: embed() takes a list of its files. `simsiam embed` takes a folder."
+            )
         one = getattr(images, "ndim", None) in (2, 3) or (isinstance(images, np.ndarray) and images.ndim < 2)
         if one or isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise UserError("embed() takes a list of images: put the one image into a list, [image].")

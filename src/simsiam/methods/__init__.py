@@ -3,12 +3,13 @@
 A method module has a class `Method(nn.Module)` and a dataclass `Settings`, and says in `CITATION` and `PUBLISHED` where
 they come from. The contract, which tests/test_methods.py checks for every file:
 
-    CITATION, PUBLISHED      text; {setting: figure}
+    CITATION, PUBLISHED      text with the paper's arXiv number; {setting: figure}
     VIEWS                    how many views of an image it takes, the default first
     DEFAULTS                 {recipe: table}: what it changes in the recipes "imagenet", "cifar" and "thin", learning rate
                              and weight decay at least; a recipe that is not there keeps its own
     ONE_DEVICE               if its DEFAULTS have a batch for many devices: a table for the batch of one
-    Settings                 frozen dataclass; its defaults are the paper's
+    Settings                 frozen dataclass; its defaults are the paper's; `dim`, the width of z, is among them, and
+                             refused by a ValueError where it is below 1
 
     Method(encoder, settings)
     forward(views, index) -> (loss, stats)   views: list of float [B,3,h,w]; index: int64 [B], the images' positions;

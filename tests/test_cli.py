@@ -51,7 +51,8 @@ def test_import_and_version_are_light() -> None:
 
 
 def test_what_python_offers_is_listed_and_still_light() -> None:
-    code = "import sys, simsiam; assert {'train', 'load'} <= set(dir(simsiam)); assert 'torch' not in sys.modules"
+    code = "import sys, simsiam; assert {*simsiam.__all__} <= {*dir(simsiam)}; assert issubclass(simsiam.UserError, ValueError)"
+    code += "; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 

@@ -1,6 +1,7 @@
 """SimSiam and its family: an encoder from a folder of unlabelled images, with proof of what it learnt.
 
 The Python interface mirrors the command line: `simsiam.train(...)` makes a run, `simsiam.load(run).embed(images)` uses it.
+A mistake of the caller's is a `simsiam.UserError`, a ValueError whose message says what to do.
 """
 
 from __future__ import annotations
@@ -8,13 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from simsiam.config import UserError
     from simsiam.embed import ImageEncoder, load
     from simsiam.train import train
 
 __version__ = "0.1.0"
-__all__ = ["ImageEncoder", "__version__", "load", "train"]
+__all__ = ["ImageEncoder", "UserError", "__version__", "load", "train"]
 
-_HOME = {"train": "simsiam.train", "load": "simsiam.embed", "ImageEncoder": "simsiam.embed"}
+_HOME = {
+    "train": "simsiam.train",
+    "load": "simsiam.embed",
+    "ImageEncoder": "simsiam.embed",
+    "UserError": "simsiam.config",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -310,6 +310,23 @@ def test_the_untrained_encoder_is_a_function_of_its_seed(photos: Path, tmp_path:
     assert any(value.ne(0).any() for name, value in first.items() if name.endswith("running_mean"))
 
 
+def test_a_last_batch_of_one_image_is_no_part_of_bn_statistics(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one image, in one place at the end of the network, there is no variance."""
+    spec, prepare = EncoderSpec("resnet18", 32), preprocessing(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    cache, compute = (
+        build_cache(open_images(photos), prepare.short_side, tmp_path),
+        Compute(torch.device("cpu"), "fp32"),
+    )
+    rows = cache.decoded(np.arange(len(cache)))
+    monkeypatch.setattr("simsiam.embed._BATCH", 8)
+    whole, more = (untrained(spec, 0, prepare, cache, rows[:count], compute).state_dict() for count in (16, 17))
+    assert all(torch.equal(whole[name], more[name]) for name in whole)
+    few = untrained(spec, 0, prepare, cache, rows[:5], compute).state_dict()
+    assert few["backbone.bn1.running_mean"].any()
+
+
 @pytest.mark.parametrize(
     ("images", "says"),
     [

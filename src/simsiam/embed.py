@@ -132,7 +132,9 @@ def untrained(
     encoder.eval()
     for norm in norms:  # no other part: dropout and stochastic depth would draw
         norm.train()
-    embed_rows(encoder, prepare, cache, rows, compute)
+    # Whole batches, where there are any: a last one of a few images would count as much, and of one alone BN refuses to
+    # take a variance.
+    embed_rows(encoder, prepare, cache, rows[: len(rows) // _BATCH * _BATCH or None], compute)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return encoder.eval()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,11 +83,37 @@ def test_items_say_what_is_known_of_an_image_and_half_a_folder_is_refused(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pq, "write_table", full)
-    with pytest.raises(UserError, match="No space left"):  # the vectors are new by now, the items are not
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for module, save, name in ((np, "save", "vectors.npy"), (pq, "write_table", "items.parquet")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, save, full)
+            with pytest.raises(UserError, match=rf"Cannot write .*{name}: No space left"):
+                write()
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before, "what was there stays whole"
+
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target.name != "vectors.npy":  # those are new by now, the items are not
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("simsiam.runs.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
         write()
     with pytest.raises(UserError, match="Its writing was interrupted"):
         read_embeddings(tmp_path)
+
+
+def test_a_first_writing_that_was_killed_is_begun_anew(run: Path, copy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "vectors"
+    out.mkdir()
+    (out / ".vectors.npy.17.tmp").write_bytes(b"half")
+    assert embed_to(run, copy, out)["new"] == 30
+    (out / ".items.parquet.18.tmp").write_bytes(b"half")
+    (out / ".notes.tmp").write_text("mine")
+    assert embed_to(run, copy, out)["new"] == 0
+    assert sorted(path.name for path in out.iterdir()) == [".notes.tmp", "items.parquet", "meta.json", "vectors.npy"]
 
 
 def test_embedding_again_computes_only_what_is_new(run: Path, copy: Path, tmp_path: Path) -> None:

@@ -163,6 +163,9 @@ def test_what_does_not_belong_together_is_refused(run: Path, copy: Path, photos:
     (other / "encoder.safetensors").write_bytes((run / "encoder.safetensors").read_bytes())
     with pytest.raises(UserError, match="not the file"):
         simsiam.load(other)
+    (other / "encoder.safetensors").unlink()
+    with pytest.raises(UserError, match=r"Cannot read .*encoder\.safetensors: No such file"):
+        simsiam.load(other)
     with pytest.raises(UserError, match="no trained encoder"):
         simsiam.load(tmp_path)
 

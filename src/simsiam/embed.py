@@ -176,7 +176,11 @@ def read_encoder(run: Path) -> tuple[Encoder, Preprocessing, dict[str, Any]]:
         _ = meta["seed"], meta["sha256"]
     except (KeyError, TypeError):
         raise UserError(f"{description} is damaged: it does not describe an encoder.") from None
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != meta["sha256"]:
+    try:
+        sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"Cannot read {weights}: {error.strerror}.") from None
+    if sha256 != meta["sha256"]:
         raise UserError(f"{weights} is not the file that {description.name} describes: copy both from one run.")
     encoder = build(spec, meta["seed"])
     encoder.backbone.load_state_dict(read_tensors(weights)[0])

@@ -181,6 +181,8 @@ def test_embed_takes_what_people_have(run: Path, photos: Path) -> None:
     batch = np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3), dtype=np.uint8)
     assert encoder.embed(batch).shape == (5, encoder.dim)
     assert encoder.embed([]).shape == (0, encoder.dim)
+    for some in (dict.fromkeys([str(path)]), {0: image}.values(), deque([image]), (one for one in [image])):
+        assert np.allclose(encoder.embed(some), vectors[:1], atol=1e-5)
     sizes = [Image.new("L", size, 90) for size in [(17, 90), (300, 40), (1, 1)]]
     together = encoder.embed(sizes)
     assert np.allclose(together, np.concatenate([encoder.embed([one]) for one in sizes]), atol=1e-4)
@@ -201,6 +203,16 @@ def test_embed_takes_what_people_have(run: Path, photos: Path) -> None:
 def test_embed_says_what_it_cannot_take(run: Path, images: object, says: str) -> None:
     with pytest.raises(UserError, match=says):
         simsiam.load(run).embed(images)
+
+
+def test_an_image_that_is_cut_off_is_named_however_it_is_given(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with Image.open(path) as opened:
+        for image in (path, opened):
+            with pytest.raises(UserError, match=r"Cannot read the image .*cut\.jpg: .*truncated"):
+                simsiam.load(run).embed([image])
 
 
 def test_embed_looks_before_it_works(run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

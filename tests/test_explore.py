@@ -188,6 +188,16 @@ def test_an_index_finds_the_same_neighbours_and_never_the_image_itself(monkeypat
     assert np.array_equal(nearest(vectors, 5)[1], near)
 
 
+@pytest.mark.parametrize("all_pairs", [100_000, 10])
+def test_what_is_looked_for_is_the_other_form(all_pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simsiam.search.ALL_PAIRS", all_pairs)
+    vectors = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    other = np.ascontiguousarray(vectors[:, ::-1])
+    similarity = (other @ vectors.T) / np.linalg.norm(vectors, axis=1)
+    np.fill_diagonal(similarity, -np.inf)
+    assert (nearest(vectors, 1, other)[1][:, 0] == similarity.argmax(1)).mean() > 0.9  # float16 in the index
+
+
 @pytest.fixture
 def blobs(tmp_path: Path) -> Path:
     """Embeddings with four kinds of directions, 30, 25, 20 and 15 of each, and one that is like none."""

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import simsiam
-from simsiam import evaluate
+from simsiam import evaluate, tables
 from simsiam.assess import Subject, evaluate_run, side_by_side
 from simsiam.compute import Compute
 from simsiam.config import UserError
-from simsiam.console import Listener
+from simsiam.console import Console, Listener
 from simsiam.data.cache import build_cache
 from simsiam.data.sources import open_images
 from simsiam.embed import pixel_rows, preprocessing
@@ -90,6 +90,14 @@ def test_other_data_some_evaluations_and_no_labels(run: Path, photos: Path, tmp_
         evaluate_run(moved)
     with pytest.raises(UserError, match=r"There is no /not/here\. Name (?!.*new place)"):
         evaluate_run(moved, "/not/here")
+
+
+def test_labels_are_missed_only_where_something_needs_them(capsys: pytest.CaptureFixture[str]) -> None:
+    collapse = {"std": 1.0, "effective_rank": 9.0, "most_rank": 63, "verdict": "healthy", "dim": 64, "rows": 90}
+    tables.evaluation(Console(), {"run": "r", "data": "d", "collapse": collapse, "file": None})
+    assert "label" not in capsys.readouterr().err
+    tables.evaluation(Console(), {"run": "r", "data": "d", "collapse": collapse, "knn": None, "linear": None})
+    assert "Too few labels, or none, for knn, linear." in capsys.readouterr().err
 
 
 def test_its_own_images_are_known_again_where_they_lie_now(run: Path, photos: Path, tmp_path: Path) -> None:

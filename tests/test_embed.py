@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,11 +83,37 @@ def test_items_say_what_is_known_of_an_image_and_half_a_folder_is_refused(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(pq, "write_table", full)
-    with pytest.raises(UserError, match="No space left"):  # the vectors are new by now, the items are not
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for module, save, name in ((np, "save", "vectors.npy"), (pq, "write_table", "items.parquet")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, save, full)
+            with pytest.raises(UserError, match=rf"Cannot write .*{name}: No space left"):
+                write()
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before, "what was there stays whole"
+
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target.name != "vectors.npy":  # those are new by now, the items are not
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("simsiam.runs.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
         write()
     with pytest.raises(UserError, match="Its writing was interrupted"):
         read_embeddings(tmp_path)
+
+
+def test_a_first_writing_that_was_killed_is_begun_anew(run: Path, copy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "vectors"
+    out.mkdir()
+    (out / ".vectors.npy.17.tmp").write_bytes(b"half")
+    assert embed_to(run, copy, out)["new"] == 30
+    (out / ".items.parquet.18.tmp").write_bytes(b"half")
+    (out / ".notes.tmp").write_text("mine")
+    assert embed_to(run, copy, out)["new"] == 0
+    assert sorted(path.name for path in out.iterdir()) == [".notes.tmp", "items.parquet", "meta.json", "vectors.npy"]
 
 
 def test_embedding_again_computes_only_what_is_new(run: Path, copy: Path, tmp_path: Path) -> None:
@@ -135,6 +163,9 @@ def test_what_does_not_belong_together_is_refused(run: Path, copy: Path, photos:
     (other / "encoder.safetensors").write_bytes((run / "encoder.safetensors").read_bytes())
     with pytest.raises(UserError, match="not the file"):
         simsiam.load(other)
+    (other / "encoder.safetensors").unlink()
+    with pytest.raises(UserError, match=r"Cannot read .*encoder\.safetensors: No such file"):
+        simsiam.load(other)
     with pytest.raises(UserError, match="no trained encoder"):
         simsiam.load(tmp_path)
 
@@ -150,6 +181,8 @@ def test_embed_takes_what_people_have(run: Path, photos: Path) -> None:
     batch = np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3), dtype=np.uint8)
     assert encoder.embed(batch).shape == (5, encoder.dim)
     assert encoder.embed([]).shape == (0, encoder.dim)
+    for some in (dict.fromkeys([str(path)]), {0: image}.values(), deque([image]), (one for one in [image])):
+        assert np.allclose(encoder.embed(some), vectors[:1], atol=1e-5)
     sizes = [Image.new("L", size, 90) for size in [(17, 90), (300, 40), (1, 1)]]
     together = encoder.embed(sizes)
     assert np.allclose(together, np.concatenate([encoder.embed([one]) for one in sizes]), atol=1e-4)
@@ -171,6 +204,16 @@ def test_embed_takes_what_people_have(run: Path, photos: Path) -> None:
 def test_embed_says_what_it_cannot_take(run: Path, images: object, says: str) -> None:
     with pytest.raises(UserError, match=says):
         simsiam.load(run).embed(images)
+
+
+def test_an_image_that_is_cut_off_is_named_however_it_is_given(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with Image.open(path) as opened:
+        for image in (path, opened):
+            with pytest.raises(UserError, match=r"Cannot read the image .*cut\.jpg: .*truncated"):
+                simsiam.load(run).embed([image])
 
 
 def test_embed_looks_before_it_works(run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +352,23 @@ def test_the_untrained_encoder_is_a_function_of_its_seed(photos: Path, tmp_path:
     first, second = (untrained(spec, 0, prepare, cache, rows, compute).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(value.ne(0).any() for name, value in first.items() if name.endswith("running_mean"))
+
+
+def test_a_last_batch_of_one_image_is_no_part_of_bn_statistics(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one image, in one place at the end of the network, there is no variance."""
+    spec, prepare = EncoderSpec("resnet18", 32), preprocessing(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    cache, compute = (
+        build_cache(open_images(photos), prepare.short_side, tmp_path),
+        Compute(torch.device("cpu"), "fp32"),
+    )
+    rows = cache.decoded(np.arange(len(cache)))
+    monkeypatch.setattr("simsiam.embed._BATCH", 8)
+    whole, more = (untrained(spec, 0, prepare, cache, rows[:count], compute).state_dict() for count in (16, 17))
+    assert all(torch.equal(whole[name], more[name]) for name in whole)
+    few = untrained(spec, 0, prepare, cache, rows[:5], compute).state_dict()
+    assert few["backbone.bn1.running_mean"].any()
 
 
 @pytest.mark.parametrize(

@@ -493,6 +493,8 @@ def test_collapse_without_labels() -> None:
     assert (score["verdict"], score["dim"], score["rows"]) == ("healthy", 32, 300)
     without_test = evaluate.get("collapse").score(replace(features, test=torch.empty(0, 32)), rows=100)
     assert (without_test["rows"], without_test["verdict"]) == (100, "healthy")
+    for few, rows in ((15, 400), (16, 16)):  # so few test rows tell less than the training rows
+        assert evaluate.get("collapse").score(replace(features, test=features.test[:few]))["rows"] == rows
 
 
 def test_collapse_is_named() -> None:

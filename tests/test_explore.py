@@ -184,6 +184,18 @@ def test_an_index_finds_the_same_neighbours_and_never_the_image_itself(monkeypat
     assert np.mean([len(set(a) & set(b)) / 5 for a, b in zip(found.tolist(), near.tolist(), strict=True)]) > 0.95
     assert near[7, 0] == 9 and near[9, 0] == 7
     assert np.abs(np.sort(near_scores)[:, -1] - np.sort(scores)[:, -1]).max() < 0.01  # float16
+    monkeypatch.setattr("simsiam.search._QUERIES", 399)  # one is left, whose result has another shape
+    assert np.array_equal(nearest(vectors, 5)[1], near)
+
+
+@pytest.mark.parametrize("all_pairs", [100_000, 10])
+def test_what_is_looked_for_is_the_other_form(all_pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simsiam.search.ALL_PAIRS", all_pairs)
+    vectors = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    other = np.ascontiguousarray(vectors[:, ::-1])
+    similarity = (other @ vectors.T) / np.linalg.norm(vectors, axis=1)
+    np.fill_diagonal(similarity, -np.inf)
+    assert (nearest(vectors, 1, other)[1][:, 0] == similarity.argmax(1)).mean() > 0.9  # float16 in the index
 
 
 @pytest.fixture

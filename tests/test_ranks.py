@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import socket
@@ -153,6 +154,23 @@ def test_two_ranks_see_each_others_rows(shared: list[dict[str, Any]]) -> None:
     assert [each["losses"][1] for each in found] == [pytest.approx(redundancy.item(), rel=1e-5)] * 2
     torch.testing.assert_close(torch.cat([each["code"] for each in found]), swav.sinkhorn(z1.detach(), 0.5, 3))
     torch.testing.assert_close(found[0]["grad"] + found[1]["grad"], z1.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["timm/efficientnet_b0", "resnet18"])
+@pytest.mark.parametrize("training", [True, False])
+def test_synchronised_bn_is_the_bn_that_it_was(name: str, training: bool) -> None:
+    """In one process it sees the same rows; timm's BN has the activation in it, which has to stay."""
+    encoder = build(EncoderSpec(name, 64), 0).train(training)
+    twin = copy.deepcopy(encoder)
+    ranks._synchronise(twin, torch.device("cpu"))
+    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), encoder(x), rtol=1e-3, atol=1e-3)
+    assert twin.state_dict().keys() == encoder.state_dict().keys()
+    ranks._synchronise(twin, torch.device("cuda"))  # torch's own, which needs a GPU in training
+    if not training:
+        with torch.no_grad():
+            torch.testing.assert_close(twin(x), encoder(x), rtol=1e-3, atol=1e-3)
 
 
 # --- whole runs, as torchrun starts them ----------------------------------------------------------------------------

@@ -245,6 +245,14 @@ def test_the_command_line_prints_one_json_object(tmp_path: Path) -> None:
     assert "resnet18 after 3 steps: encoder, heads and momentum" in done.stderr and "simsiam evaluate" in done.stderr
 
 
+def test_there_is_nothing_to_resume(imported: tuple[Path, Released]) -> None:
+    run, _ = imported
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    with pytest.raises(UserError, match=rf"was imported .*simsiam train DATA --init {run}"):
+        simsiam.train(out=run, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -74,6 +74,27 @@ def test_the_index_has_the_recall_that_it_says_and_is_kept(tmp_path: Path) -> No
     assert open_index(read_embeddings(folder))[1]["vectors"] == 100
 
 
+def test_a_damaged_index_is_made_anew(tmp_path: Path) -> None:
+    folder = made(tmp_path / "vectors", np.random.default_rng(0).normal(size=(200, 16)))
+    whole = search(folder, ["image-3"], k=5, index=True)
+    content = (folder / "index.usearch").read_bytes()
+    for damaged in (b"", content[: len(content) // 2], bytes(len(content))):
+        (folder / "index.usearch").write_bytes(damaged)
+        assert search(folder, ["image-3"], k=5, index=True) == whole
+        assert len((folder / "index.usearch").read_bytes()) == len(content)
+
+
+def test_copies_do_not_hide_the_others_from_the_index(tmp_path: Path) -> None:
+    """An index leads from one of many equal vectors to these alone: what it leaves open is no neighbour."""
+    vectors = np.random.default_rng(0).normal(size=(1500, 16))
+    vectors[:1300] = vectors[0]
+    folder = made(tmp_path / "vectors", vectors)
+    for queries in (["image-3"], ["image-3", "image-1400"]):
+        for near in search(folder, queries, k=1499, index=True):
+            assert len({each["id"] for each in near["neighbours"]}) == 1499
+            assert all(-1 <= each["score"] <= 1.001 for each in near["neighbours"])
+
+
 def test_mistakes_are_one_clear_line(stored: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither an image file nor an id"):
         search(stored, ["nowhere.jpg"])

@@ -119,6 +119,16 @@ def test_config_runs_again_to_the_same_weights(photos: Path, tmp_path: Path) -> 
     assert read_recipe(tmp_path / "a" / "config.toml") == read_recipe(tmp_path / "b" / "config.toml")
 
 
+def test_a_small_view_beside_one_of_full_size_is_shown_as_large(photos: Path, tmp_path: Path) -> None:
+    overrides = [*SMALL["overrides"], "views.count=1", "views.small_count=1", "views.small_size=8"]
+    simsiam.train(photos, tmp_path / "run", epochs=1, overrides=overrides)
+    size = read_recipe(tmp_path / "run" / "config.toml")["views"]["size"]
+    views = np.load(tmp_path / "run" / "samples" / "views.npy")
+    assert views.shape == (8, 3, size, size, 3) and size == 16
+    small = views[:, 2]
+    assert np.array_equal(small[:, ::2, ::2].repeat(2, 1).repeat(2, 2), small)
+
+
 def test_labels_have_no_part_in_training(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     simsiam.train(photos, tmp_path / "labelled", epochs=1, **SMALL)
     monkeypatch.setattr("simsiam.train.open_images", lambda data: replace(open_images(data), labels=None, classes=None))

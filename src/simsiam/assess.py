@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from simsiam.evaluate import Features
 from simsiam.evaluate.linear import sgd_probe
 from simsiam.finetune import check_share, finetune
 from simsiam.monitor import draw
-from simsiam.runs import ENCODER, EVALUATION, SUMMARY, keep, read_json, write_json
+from simsiam.runs import ENCODER, EVALUATION, SUMMARY, atomic, keep, read_json, write_json
 
 Rows = NDArray[np.int64]
 
@@ -202,8 +203,10 @@ def keep_samples(run: Path, subject: Subject, views: ViewSettings, train: Rows, 
     draws = generator(torch.device("cpu"), 0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (views.mean, views.std))
     seen = [plain_pixels(images, views.size, 1.0, sizes)]
-    seen += [(random_view(images, view, draws, sizes) * std + mean) * 255 for view in views.each()[:2]]
-    np.save(folder / "views.npy", np.stack([_pictures(view) for view in seen], 1))
+    for view in views.each()[:2]:  # the second may be a small one, which is enlarged
+        drawn = F.interpolate(random_view(images, view, draws, sizes), views.size)
+        seen.append((drawn * std + mean) * 255)
+    _save(folder / "views.npy", np.stack([_pictures(view) for view in seen], 1))
 
     some = draw(shown, _SHOWN)
     assert subject.before is not None
@@ -211,11 +214,16 @@ def keep_samples(run: Path, subject: Subject, views: ViewSettings, train: Rows, 
     about = read_json(run / f"{ENCODER}.json")
     made = origin(run, about, about["data"], cache)
     write_embedding(folder / "embedding", vectors, cache, some, made, [digest(cache, row) for row in some])
-    np.save(folder / "untrained.npy", untrained_vectors)
+    _save(folder / "untrained.npy", untrained_vectors)
     side = min(96, max(subject.prepare.size, 32))
     chunks = (cache.batch(some[start : start + 64]) for start in range(0, len(some), 64))
     small = [_pictures(plain_pixels(images, side, 1.0, sizes)) for images, sizes in chunks]
-    np.save(folder / "embedding" / "thumbnails.npy", np.concatenate(small))
+    _save(folder / "embedding" / "thumbnails.npy", np.concatenate(small))
+
+
+def _save(path: Path, values: NDArray[Any]) -> None:
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, values)
 
 
 def _pictures(pixels: Tensor) -> NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -132,7 +133,9 @@ def untrained(
     encoder.eval()
     for norm in norms:  # no other part: dropout and stochastic depth would draw
         norm.train()
-    embed_rows(encoder, prepare, cache, rows, compute)
+    # Whole batches, where there are any: a last one of a few images would count as much, and of one alone BN refuses to
+    # take a variance.
+    embed_rows(encoder, prepare, cache, rows[: len(rows) // _BATCH * _BATCH or None], compute)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return encoder.eval()
@@ -174,7 +177,11 @@ def read_encoder(run: Path) -> tuple[Encoder, Preprocessing, dict[str, Any]]:
         _ = meta["seed"], meta["sha256"]
     except (KeyError, TypeError):
         raise UserError(f"{description} is damaged: it does not describe an encoder.") from None
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != meta["sha256"]:
+    try:
+        sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"Cannot read {weights}: {error.strerror}.") from None
+    if sha256 != meta["sha256"]:
         raise UserError(f"{weights} is not the file that {description.name} describes: copy both from one run.")
     encoder = build(spec, meta["seed"])
     encoder.backbone.load_state_dict(read_tensors(weights)[0])
@@ -281,12 +288,9 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             raise UserError("embed() takes a list of images: put the one image into a list, [image].")
         if not isinstance(images, Iterable):
             raise UserError(f"embed() takes a list of images, not {type(images).__name__}.")
-        if not hasattr(images, "__len__"):
-            images = list(images)
-        rows = [
-            self._embed([_pixels(image, self.preprocessing_.short_side) for image in images[start : start + _BATCH]])
-            for start in range(0, len(images), _BATCH)
-        ]
+        rest, rows = iter(images), []
+        while batch := [_pixels(image, self.preprocessing_.short_side) for image in itertools.islice(rest, _BATCH)]:
+            rows.append(self._embed(batch))
         return np.concatenate(rows) if rows else np.zeros((0, self.encoder_.dim), np.float32)
 
     def transform(self, images: Any) -> NDArray[np.float32]:
@@ -316,20 +320,17 @@ def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
         except (OSError, DecodeError) as error:
             raise UserError(f"Cannot read the image {os.fspath(image)}: {error}.") from None
     if isinstance(image, Image.Image):
-        image = image.copy()  # decoding changes what it is given
-    else:
-        array = np.asarray(image)
-        coloured = array.ndim == 3 and array.shape[2] in (1, 3, 4)
-        if array.dtype != np.uint8 or not array.size or not (coloured or array.ndim == 2):
-            turn = (
-                " Turn it: .transpose(1, 2, 0)."
-                if array.ndim == 3 and array.shape[0] in (1, 3) and not coloured
-                else ""
-            )
-            scale = " Give values from 0 to 255 as uint8." if array.dtype.kind == "f" else ""
-            raise UserError(
-                f"An image is a path, a PIL image or a uint8 array [H,W,3]; this is {array.dtype} {list(array.shape)}."
-                f"{turn}{scale}"
-            )
-        image = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-    return decode(image, short_side)
+        try:
+            return decode(image.copy(), short_side)  # decoding changes what it is given
+        except (OSError, DecodeError) as error:  # a file that Pillow had opened and not read
+            raise UserError(f"Cannot read the image {getattr(image, 'filename', '') or image}: {error}.") from None
+    array = np.asarray(image)
+    coloured = array.ndim == 3 and array.shape[2] in (1, 3, 4)
+    if array.dtype != np.uint8 or not array.size or not (coloured or array.ndim == 2):
+        turn = " Turn it: .transpose(1, 2, 0)." if array.ndim == 3 and array.shape[0] in (1, 3) and not coloured else ""
+        scale = " Give values from 0 to 255 as uint8." if array.dtype.kind == "f" else ""
+        raise UserError(
+            f"An image is a path, a PIL image or a uint8 array [H,W,3]; this is {array.dtype} {list(array.shape)}."
+            f"{turn}{scale}"
+        )
+    return decode(Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array), short_side)

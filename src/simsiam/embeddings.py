@@ -99,13 +99,17 @@ def write_embedding(
         "key": pa.array(cache.images.keys[rows], pa.uint64()),
     }
     out.mkdir(parents=True, exist_ok=True)
-    # meta.json goes first and comes last: while it is missing, the other two are not trusted.
-    (out / META).unlink(missing_ok=True)
-    with atomic(out / VECTORS) as temporary, open(temporary, "wb") as file:
-        np.save(file, vectors)
-    with atomic(out / ITEMS) as temporary:
-        pq.write_table(pa.table(columns), temporary)
+    with atomic(out / ITEMS) as items:
+        pq.write_table(pa.table(columns), items)
+        with atomic(out / VECTORS) as temporary:
+            with open(temporary, "wb") as file:
+                np.save(file, vectors)
+            # meta.json goes before the other two are exchanged and comes last: while it is missing, they are not trusted.
+            # No sooner than both are written: a full disk leaves the folder as it was.
+            (out / META).unlink(missing_ok=True)
     write_json(out / META, {**meta, "classes": list(names) or None, "vectors": len(vectors)})
+    for left in _left_by_a_kill(out):
+        left.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -203,7 +207,7 @@ def _written(folder: Path) -> tuple[int, ...] | None:
 
 def _known(out: Path, sha256: str) -> dict[str, NDArray[np.float32]]:
     """Pixels' hash -> vector of what this encoder has embedded into `out` before."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and _left_by_a_kill(out) == {*out.iterdir()}):
         return {}
     if not (out / META).exists() and not (out / VECTORS).exists():
         raise UserError(f"{out} holds something other than embeddings: choose another -o.")
@@ -216,6 +220,11 @@ def _known(out: Path, sha256: str) -> dict[str, NDArray[np.float32]]:
     except UserError:  # damaged: everything is embedded anew
         return {}
     return dict(zip(stored.items["pixels"], stored.vectors, strict=True))
+
+
+def _left_by_a_kill(out: Path) -> set[Path]:
+    """What a writing that was killed had not renamed yet."""
+    return {path for name in (VECTORS, ITEMS, META) for path in out.glob(f".{name}.*.tmp")}
 
 
 def digest(cache: Cache, row: int) -> str:

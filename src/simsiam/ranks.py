@@ -188,10 +188,12 @@ def parallel(method: nn.Module) -> nn.Module:
 
 
 def _synchronise(module: nn.Module, device: torch.device) -> None:
+    on_cpu = device.type == "cpu"
+    plain, activated = (_CPUSyncBatchNorm, _CPUSyncBatchNormAct) if on_cpu else (nn.SyncBatchNorm, _SyncBatchNormAct)
     for norm in module.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             # The class alone is exchanged: parameters, buffers and their names stay what the optimiser and checkpoints know.
-            norm.__class__ = _CPUSyncBatchNorm if device.type == "cpu" else nn.SyncBatchNorm
+            norm.__class__ = activated if hasattr(norm, "act") else plain
             norm.process_group = None  # type: ignore[assignment]
 
 
@@ -221,3 +223,18 @@ class _CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
         return y.to(input.dtype)
+
+
+class _Activated:
+    """timm's BatchNormAct2d, of EfficientNets and others, is BN with the activation in it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))  # type: ignore[attr-defined, misc]
+
+
+class _CPUSyncBatchNormAct(_Activated, _CPUSyncBatchNorm):
+    pass
+
+
+class _SyncBatchNormAct(_Activated, nn.SyncBatchNorm):
+    pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -123,12 +124,11 @@ def nearest(
     scores, found = np.empty((len(vectors), k), np.float32), np.empty((len(vectors), k), np.int64)
     for start in range(0, len(vectors), _QUERIES):
         rows = np.arange(start, min(start + _QUERIES, len(vectors)))
-        near = made.search(np.asarray(queries[rows], np.float32), k + 1, threads=torch.get_num_threads())
-        keys = near.keys.astype(np.int64)
+        near, keys = _through(made, vectors, np.asarray(queries[rows], np.float32), k + 1)
         # Itself is not always the first: equal vectors come in any order, and an index may miss it.
         own = keys == rows[:, None]
         own[~own.any(1), -1] = True
-        scores[rows] = 1 - near.distances[~own].reshape(len(rows), k)
+        scores[rows] = near[~own].reshape(len(rows), k)
         found[rows] = keys[~own].reshape(len(rows), k)
     return scores, found
 
@@ -141,7 +141,18 @@ def _by_index(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     index, about = open_index(stored, progress)
     index.expansion_search = max(about["expansion"], k)
-    found = index.search(queries, k)
+    return _through(index, stored.vectors, queries, k)
+
+
+def _through(
+    index: Any, vectors: Vectors, queries: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k nearest of each query that the index of the vectors finds: cosine similarities and rows, [Q,k] each."""
+    found = index.search(queries, k, threads=torch.get_num_threads())
+    counts = getattr(found, "counts", [len(found.keys)])  # the result of a single query has no dimension for it
+    if min(counts) < k:  # among many equal vectors the index loses its way; what it has not filled is garbage
+        scores, which = top_k(queries, vectors, k)
+        return scores.numpy(), which.numpy()
     return 1 - np.atleast_2d(found.distances), np.atleast_2d(found.keys).astype(np.int64)
 
 
@@ -159,7 +170,8 @@ def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None
     if path.exists() and description.exists():
         about = read_json(description)
         if all(about.get(name) == value for name, value in key.items()):
-            return Index.restore(str(path), view=True), about
+            with contextlib.suppress(RuntimeError, ValueError):  # damaged: it is made anew
+                return Index.restore(str(path), view=True), about
     tell(f"Making an index of {len(stored):,} vectors, once ...")
     index, measured = make_index(stored.vectors)
     about = {**key, **measured}

@@ -44,9 +44,9 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
             settings = {key: value for key, value in figures.items() if key not in ("trained", "untrained", "pixels")}
             plain = ", ".join(f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict | list))
             console.say(f"  {name}: {plain}")
-    else:
-        measured = any(isinstance(figures, dict) for figures in result.values())
-        console.say(f"No labels, so no kNN, linear or few-shot figures{': only what needs none' if measured else ''}.")
+    lacking = [name for name, figures in result.items() if figures is None and name != "file"]
+    if lacking:
+        console.say(f"Too few labels, or none, for {', '.join(lacking)}.")
     collapse = result.get("collapse")
     if collapse and collapse["rows"] < 5:
         console.say(f"Collapse: {counted(collapse['rows'], 'image')} cannot tell.")

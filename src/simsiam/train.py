@@ -121,8 +121,13 @@ def _train(
                 f"Warning: --resume takes its settings from {run / RECIPE}; those that were given are ignored."
             )
         if (run / SUMMARY).exists():
+            summary = read_json(run / SUMMARY)
+            if "imported" in summary:
+                raise UserError(
+                    f"{run} was imported and not trained here. Start from it: simsiam train DATA --init {run}"
+                )
             listener.say(f"{run} is finished: nothing is left to resume.")
-            return {**read_json(run / SUMMARY), "run": str(run)}  # it may have been moved
+            return {**summary, "run": str(run)}  # it may have been moved
         ranks.same(lambda: claim(run).release())  # whoever waits for another's run learns it before the images are read
         asked = {**read_recipe(run / RECIPE), **({} if data is None else {"data": asked["data"]})}
     elif given is not None:

@@ -167,6 +167,8 @@ def test_groups_are_those_of_a_literal_search() -> None:
         assert {frozenset(row for row, *_ in group) for group in found} == wanted
         for group in found:
             first = group[0][0]
+            degree = {row: sum(kind[row] in link for link in links.tolist()) for row, *_ in group}
+            assert degree[first] == max(degree.values()), "most others are linked to the first"
             for row, score, same in group[1:]:
                 own = [s for s, link in zip(scores, links.tolist(), strict=True) if kind[row] in link]
                 best = 1.0 if (kind == kind[row]).sum() > 1 else max(own)
@@ -217,6 +219,9 @@ def test_clusters_are_the_kinds_that_were_planted(blobs: Path) -> None:
     assert [each["classes"] for each in found["clusters"]][:4] == [{f"kind-{i}": 1.0} for i in range(4)]
     assert found["agreement"] == {"nmi": 1.0, "purity": 1.0}
     assert found["odd"][0]["id"] == "image-90" and len(found["odd"]) == 20
+    rows = read_embeddings(blobs).vectors
+    alike = np.sort((rows / np.linalg.norm(rows, axis=1, keepdims=True)) @ (rows[90] / np.linalg.norm(rows[90])))
+    assert found["odd"][0]["similarity"] == pytest.approx(alike[-11:-1].mean(), abs=1e-5)  # the last is itself
     table = pq.read_table(found["file"]).to_pydict()
     assert table["id"] == read_embeddings(blobs).ids and table["cluster"][:31] == [0] * 30 + [1]
     # The examples are the nearest to the centre, by a literal search.

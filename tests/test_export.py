@@ -149,10 +149,14 @@ def test_nothing_but_an_earlier_export_is_overwritten(tmp_path: Path) -> None:
     run, picture = make_run(tmp_path / "run", "thin-resnet18", 32, width=8), tmp_path / "mine.png"
     picture.write_bytes(b"years of work")
     weights = (run / "encoder.safetensors").read_bytes()
-    for out in (picture, run / "encoder.safetensors"):
+    state = run / "checkpoints" / "step-000000001.safetensors"
+    state.parent.mkdir()
+    state.write_bytes(b"hours of work")
+    for out in (picture, run / "encoder.safetensors", state):
         with pytest.raises(UserError, match="is no export"):
             export(run, "safetensors", out)
     assert picture.read_bytes() == b"years of work" and (run / "encoder.safetensors").read_bytes() == weights
+    assert state.read_bytes() == b"hours of work"
     for _ in range(2):
         export(run, "safetensors", tmp_path / "mine.safetensors")
     found = export(run, "safetensors", tmp_path / "new")  # no ending: a folder

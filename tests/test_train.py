@@ -738,6 +738,7 @@ def test_defaults_fit_any_data(images: int, side: int, device: str) -> None:
         ((1_000, 28, "cpu"), "thin-resnet18", (24, 32), 64),
         ((100, 28, "cpu"), "thin-resnet18", (24, 32), 16),
         ((1_000, 500, "cpu"), "thin-resnet18", (48, 64), 64),
+        ((20_000, 500, "cpu"), "thin-resnet18", (48, 64), 128),
         ((50_000, 33, "cuda"), "cifar-resnet18", (40, 40), 512),
         ((199_999, 500, "cuda"), "resnet18", (224, 224), 512),
         ((200_000, 500, "cuda"), "resnet50", (224, 224), 512),
@@ -747,7 +748,10 @@ def test_defaults_fit_any_data(images: int, side: int, device: str) -> None:
 def test_defaults_are_those_that_the_docs_tell(
     facts: tuple[int, int, str], encoder: str, sizes: tuple[int, int], batch_size: int
 ) -> None:
-    recipe, _ = resolve(gather("x", None, [], {}), Facts(*facts))
+    recipe, reasons = resolve(gather("x", None, [], {}), Facts(*facts))
+    few_photographs = encoder.startswith("thin-") and facts[0] < 20_000 and facts[1] > 48
+    assert (recipe.views.jitter[3] < 0.1) == few_photographs == any(name == "views.jitter" for name, *_ in reasons)
+    assert (recipe.views.gray_p < 0.2) == few_photographs
     found = recipe.encoder.name, (recipe.views.size, recipe.eval.size), recipe.train.batch_size
     assert found == (encoder, sizes, batch_size)
 

@@ -348,6 +348,12 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
             defaults["train"] |= few
             reason = f"{facts.images:,} images are few: more and smaller steps"
             why += [(f"train.{key}", f"{value:g}", reason) for key, value in few.items() if key not in asked]
+            if not facts.small:
+                softer = {"jitter": [0.4, 0.4, 0.2, 0.03], "gray_p": 0.05}
+                defaults["views"] |= softer
+                reason = f"colours help to tell {facts.images:,} photographs apart"
+                given = table.get("views", {}).keys()
+                why += [(f"views.{key}", str(value), reason) for key, value in softer.items() if key not in given]
         table = merge(defaults, table)
     table = {**{key: {} for key in _TABLES}, "seed": 0, **table}
     table = {**table, "method": {"name": "simsiam", **table["method"]}}

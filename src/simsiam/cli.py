@@ -41,6 +41,13 @@ _DATA = (
     "A folder of images (any depth, any mix), a Parquet file or folder, a tar, a zip, a shard pattern like "
     "'shard-{000..009}.tar', or a torchvision data set's name."
 )
+Data = Annotated[str, typer.Argument(metavar="DATA", help=_DATA, show_default=False)]
+DataOrDemo = Annotated[
+    str | None, typer.Argument(metavar="DATA", help=_DATA + " None: the bundled demo set.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, like train.lr=0.1.", show_default=False)
+]
 
 
 class OnCollapse(StrEnum):
@@ -75,13 +82,8 @@ class Target(StrEnum):
 
 @app.command()
 def train(
-    data: Annotated[
-        str | None, typer.Argument(metavar="DATA", help=_DATA + " None: the bundled demo set.", show_default=False)
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings, like train.lr=0.1.", show_default=False),
-    ] = None,
+    data: DataOrDemo = None,
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; default: a new one under runs/.")] = None,
     method: Annotated[str | None, typer.Option(help="See `simsiam list`.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Ours, torchvision's or timm's, by name.")] = None,
@@ -202,7 +204,7 @@ def evaluate(
 @app.command()
 def embed(
     run: Run,
-    data: Annotated[str, typer.Argument(metavar="DATA", help=_DATA, show_default=False)],
+    data: Data,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for vectors.npy, items.parquet, meta.json.")],
     device: Device = "auto",
     workers: Workers = None,
@@ -435,13 +437,8 @@ def reproduce(
 
 @app.command()
 def plan(
-    data: Annotated[
-        str | None, typer.Argument(metavar="DATA", help=_DATA + " None: the bundled demo set.", show_default=False)
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings, like train.lr=0.1.", show_default=False),
-    ] = None,
+    data: DataOrDemo = None,
+    overrides: Overrides = None,
     method: Annotated[str | None, typer.Option(help="See `simsiam list`.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Ours, torchvision's or timm's, by name.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the images.")] = None,
@@ -475,11 +472,7 @@ def plan(
 
 
 @app.command()
-def check(
-    data: Annotated[str, typer.Argument(metavar="DATA", help=_DATA, show_default=False)],
-    workers: Workers = None,
-    as_json: Json = False,
-) -> None:
+def check(data: Data, workers: Workers = None, as_json: Json = False) -> None:
     """Say what is in a data set before a long run: counts, sizes, modes, bad files, duplicates."""
     console = _console()
     from simsiam.data.check import check as look

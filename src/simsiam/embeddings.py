@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from simsiam.config import UserError, counted, fill
 from simsiam.data.sources import absolute, open_images
 from simsiam.embed import ImageEncoder, Preprocessing, Progress, embed_batches
-from simsiam.runs import atomic, make_writable, read_json, write_json
+from simsiam.runs import atomic, left_by_a_kill, make_writable, read_json, write_json
 
 if TYPE_CHECKING:
     from simsiam.data.cache import Cache
@@ -108,7 +108,7 @@ def write_embedding(
             # No sooner than both are written: a full disk leaves the folder as it was.
             (out / META).unlink(missing_ok=True)
     write_json(out / META, {**meta, "classes": list(names) or None, "vectors": len(vectors)})
-    for left in _left_by_a_kill(out):
+    for left in _unfinished(out):
         left.unlink(missing_ok=True)
 
 
@@ -207,7 +207,7 @@ def _written(folder: Path) -> tuple[int, ...] | None:
 
 def _known(out: Path, sha256: str) -> dict[str, NDArray[np.float32]]:
     """Pixels' hash -> vector of what this encoder has embedded into `out` before."""
-    if not out.exists() or (out.is_dir() and _left_by_a_kill(out) == {*out.iterdir()}):
+    if not out.exists() or (out.is_dir() and _unfinished(out) == {*out.iterdir()}):
         return {}
     if not (out / META).exists() and not (out / VECTORS).exists():
         raise UserError(f"{out} holds something other than embeddings: choose another -o.")
@@ -222,9 +222,9 @@ def _known(out: Path, sha256: str) -> dict[str, NDArray[np.float32]]:
     return dict(zip(stored.items["pixels"], stored.vectors, strict=True))
 
 
-def _left_by_a_kill(out: Path) -> set[Path]:
-    """What a writing that was killed had not renamed yet."""
-    return {path for name in (VECTORS, ITEMS, META) for path in out.glob(f".{name}.*.tmp")}
+def _unfinished(out: Path) -> set[Path]:
+    """What a writing of embeddings that was killed has left in the folder."""
+    return {path for name in (VECTORS, ITEMS, META) for path in left_by_a_kill(out, name)}
 
 
 def digest(cache: Cache, row: int) -> str:

@@ -20,7 +20,7 @@ from simsiam.data.sources import ImageSet, open_images
 from simsiam.data.views import random_views
 from simsiam.embed import padded
 from simsiam.methods import param_groups
-from simsiam.recipe import Facts, Recipe, default_epochs, gather, look_at, resolve
+from simsiam.recipe import Recipe, check_settings, default_epochs, gather, look_at, resolve
 from simsiam.step import Step
 from simsiam.train import build_method, optimizer
 
@@ -52,7 +52,7 @@ def plan(
     set_threads()
     where = pick_device(device)
     asked = gather(data, recipe, overrides, settings)
-    resolve(asked, Facts(1_000_000, 256, where.type), size)  # a mistake is told before a large set is listed
+    check_settings(asked, where.type, size)
     images = open_images(asked["data"])
     rows, _ = images.split()
     facts = look_at(images, rows, where.type)

@@ -314,6 +314,11 @@ def look_at(images: ImageSet, rows: np.ndarray, device: str, sample: int = 200) 
     return Facts(len(rows), int(np.median(sides)) if sides else 32, device)
 
 
+def check_settings(table: Table, device: str, asked_size: int | None = None) -> None:
+    """Tells a mistake in the settings before a large set is listed: raises UserError where `resolve` will."""
+    resolve(table, Facts(1_000_000, 256, device), asked_size)
+
+
 def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[Recipe, Reasons]:
     """Fills in what the user left open.
 

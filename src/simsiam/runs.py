@@ -42,6 +42,11 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def left_by_a_kill(folder: Path, name: str = "*") -> set[Path]:
+    """The temporary paths in a folder that `atomic` had not renamed yet to files of that name, a pattern."""
+    return set(folder.glob(f".{name}.*.tmp"))
+
+
 def _mend(error: OSError) -> str:
     # A message without number comes from a library that writes, and is a full disk most often.
     return " Free some space." if error.errno in (None, errno.ENOSPC, errno.EDQUOT) else ""
@@ -195,8 +200,7 @@ class Checkpoints:
         if healthy:
             write_text(self.folder / HEALTHY, path.name + "\n")
         keep = {self.named(LAST), self.named(HEALTHY)}
-        # The second pattern: what a kill in the middle of a write left behind.
-        for old in [*self.folder.glob("step-*.safetensors"), *self.folder.glob(".*.tmp")]:
+        for old in [*self.folder.glob("step-*.safetensors"), *left_by_a_kill(self.folder)]:
             if old not in keep:
                 old.unlink(missing_ok=True)
         return path

@@ -30,7 +30,7 @@ from simsiam.encoders import Encoder, build
 from simsiam.monitor import Monitor, draw
 from simsiam.optim import LARS
 from simsiam.probe import probe, settle
-from simsiam.recipe import Facts, Recipe, gather, look_at, read, resolve
+from simsiam.recipe import Recipe, check_settings, gather, look_at, read, resolve
 from simsiam.runs import (
     ENVIRONMENT,
     HEALTHY,
@@ -133,8 +133,8 @@ def _train(
     elif given is not None:
         check_unused(given)
 
-    if not resume:  # a mistake in a setting is told before a large set is listed
-        resolve(asked, Facts(1_000_000, 256, where.type), size)
+    if not resume:
+        check_settings(asked, where.type, size)
     listener.say(f"Looking at {asked['data']} ...")
     try:
         images = open_images(asked["data"])

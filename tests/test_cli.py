@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,10 @@ import simsiam
 from test_decode import write_nasty_folder
 from test_train import SMALL, command
 
-VERBS = ("train", "evaluate", "embed", "export", "import", "report", "reproduce", "plan", "check", "list")
+VERBS = (
+    *("train", "evaluate", "embed", "search", "duplicates", "clusters", "export", "import"),
+    *("report", "reproduce", "plan", "check", "list"),
+)
 
 
 def simsiam_cli(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -48,6 +53,29 @@ def test_import_and_version_are_light() -> None:
     code = "import sys, simsiam; assert not {'torch', 'numpy'} & set(sys.modules); print(simsiam.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == simsiam.__version__ == simsiam_cli("--version").stdout.strip()
+
+
+def test_train_stays_a_function_where_the_module_was_imported_first() -> None:
+    code = (
+        "from simsiam.train import fit; import simsiam; from simsiam import train; "
+        "assert train is simsiam.train and train is not fit; "
+        "assert {'method', 'epochs', 'budget', 'seed'} <= set(__import__('inspect').signature(train).parameters)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_command_is_a_function_that_the_docs_name() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    section = text.partition("## From Python")[2].partition("\n## ")[0]
+    told = dict(re.findall(r"^\| `(\w+)` \| `simsiam\.([\w.]+)\(", section, re.MULTILINE))
+    from simsiam.cli import app
+
+    verbs = {each.name or each.callback.__name__ for each in app.registered_commands if each.callback}
+    assert set(told) == verbs - {"train"}
+    for path in told.values():
+        module, _, name = path.rpartition(".")
+        assert callable(getattr(importlib.import_module(f"simsiam.{module}"), name)), path
 
 
 def test_what_python_offers_is_listed_and_still_light() -> None:

@@ -130,6 +130,30 @@ def test_embedding_again_computes_only_what_is_new(run: Path, copy: Path, tmp_pa
     assert np.array_equal(np.load(out / "vectors.npy")[ids.index("yy.png")], first[0])
 
 
+def test_where_the_memory_is_short_a_batch_is_embedded_in_parts(
+    run: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = sorted(copy.iterdir())
+    encoder = simsiam.load(run, precision="fp32")
+    whole, most, taken = encoder.embed(paths), 4, []
+
+    class Short(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            taken.append(len(x))
+            return real(x)
+
+    real = encoder.encoder_
+    monkeypatch.setattr(encoder, "encoder_", Short())
+    parts = encoder.embed(paths)
+    assert sum(taken) == len(paths) and max(taken) == most
+    assert np.allclose(parts, whole, atol=1e-5)
+    most = 0
+    with pytest.raises(UserError, match="Not even one image at a time fits into this machine's memory"):
+        encoder.embed(paths[:1])
+
+
 def test_embedding_holds_the_vectors_once(
     run: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

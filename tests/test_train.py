@@ -131,7 +131,9 @@ def test_a_small_view_beside_one_of_full_size_is_shown_as_large(photos: Path, tm
 
 def test_labels_have_no_part_in_training(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     simsiam.train(photos, tmp_path / "labelled", epochs=1, **SMALL)
-    monkeypatch.setattr("simsiam.train.open_images", lambda data: replace(open_images(data), labels=None, classes=None))
+    monkeypatch.setattr(
+        sys.modules["simsiam.train"], "open_images", lambda data: replace(open_images(data), labels=None, classes=None)
+    )
     summary = simsiam.train(photos, tmp_path / "bare", epochs=1, **SMALL)
     assert summary["knn"] is None
     a, b = weights(tmp_path / "labelled"), weights(tmp_path / "bare")
@@ -203,7 +205,7 @@ def test_every_step_has_random_numbers_of_its_own(
         return made
 
     monkeypatch.setattr(Step, "__call__", step)
-    monkeypatch.setattr("simsiam.train.build_method", method)
+    monkeypatch.setattr(sys.modules["simsiam.train"], "build_method", method)
     with pytest.raises(Interrupted):
         simsiam.train(photos, tmp_path / "run", epochs=2, seed=3, listener=Stop(signal.SIGINT, 7), **SMALL)
     simsiam.train(out=tmp_path / "run", resume=True)
@@ -367,7 +369,9 @@ def test_a_run_that_trains_is_nobody_elses(photos: Path, tmp_path: Path, monkeyp
         def step(self, figures, progress, left) -> None:  # type: ignore[no-untyped-def]
             if figures["step"] == 2:
                 with monkeypatch.context() as patch, pytest.raises(UserError, match="Another process is training"):
-                    patch.setattr("simsiam.train.open_images", lambda _: pytest.fail("the images were looked for"))
+                    patch.setattr(
+                        sys.modules["simsiam.train"], "open_images", lambda _: pytest.fail("the images were looked for")
+                    )
                     simsiam.train(out=tmp_path / "run", resume=True)
                 refused.append(True)
             super().step(figures, progress, left)
@@ -437,7 +441,7 @@ def test_a_signal_ends_the_sweep_before_the_first_step(
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match="before the first step"):
-        patch.setattr("simsiam.train.random_views", views)
+        patch.setattr(sys.modules["simsiam.train"], "random_views", views)
         simsiam.train(photos, run, **settings)
     assert len(swept) == 1
     simsiam.train(out=run, resume=True)

@@ -6,6 +6,8 @@ A mistake of the caller's is a `simsiam.UserError`, a ValueError whose message s
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,10 +32,18 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'simsiam' has no attribute {name!r}")
     import importlib
 
-    # Kept in globals: importing the submodule `simsiam.train` would otherwise bind that name to the module.
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
     return value
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whoever imports the submodule `simsiam.train` first must not turn `simsiam.train(...)` into a call of a module."""
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

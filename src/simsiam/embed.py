@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from torch import Tensor
 
-from simsiam.compute import Compute, computes_bf16, pick_device, probe_encoder, set_threads
+from simsiam.compute import Compute, computes_bf16, out_of_memory, pick_device, probe_encoder, set_threads
 from simsiam.config import UserError, fill, read_recipe
 from simsiam.data.decode import DecodeError, decode
 from simsiam.data.views import ViewSettings, plain_view
@@ -79,13 +79,39 @@ def embed_batches(
     `prepare` is a `Preprocessing`, or anything else from uint8 pixels and sizes to the encoder's input.
     """
     for start in range(0, len(rows), _BATCH):
-        images, sizes = cache.batch(rows[start : start + _BATCH])
-        x = prepare(images.to(compute.device), sizes.to(compute.device))
-        with torch.inference_mode(), compute.autocast():
-            found = encoder(x).float().cpu()
-        yield found
+        yield _features(encoder, prepare, *cache.batch(rows[start : start + _BATCH]), compute)
         if progress is not None:
             progress(min(start + _BATCH, len(rows)), len(rows))
+
+
+def _features(
+    encoder: Callable[[Tensor], Tensor],
+    prepare: Callable[[Tensor, Tensor], Tensor],
+    images: Tensor,
+    sizes: Tensor,
+    compute: Compute,
+) -> Tensor:
+    """A batch's features float32 [B,D], on the CPU; in halves where the memory is too small for all at once.
+
+    Raises UserError where it is too small for a single image.
+    """
+    try:
+        x = prepare(images.to(compute.device), sizes.to(compute.device))
+        with torch.inference_mode(), compute.autocast():
+            return encoder(x).float().cpu()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        if len(images) == 1:
+            where = "this machine's memory" if compute.device.type == "cpu" else f"the memory of {compute.device}"
+            raise UserError(
+                f"Not even one image at a time fits into {where}. Another --device may have more."
+            ) from None
+    if compute.device.type == "cuda":
+        torch.cuda.empty_cache()  # of the larger batch
+    half = len(images) // 2
+    parts = (slice(None, half), slice(half, None))
+    return torch.cat([_features(encoder, prepare, images[part], sizes[part], compute) for part in parts])
 
 
 def embed_rows(
@@ -298,9 +324,7 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return self.embed(images)
 
     def _embed(self, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        x = self.preprocessing_(*(part.to(self.compute_.device) for part in padded(images)))
-        with torch.inference_mode(), self.compute_.autocast():
-            return self.encoder_(x).float().cpu().numpy()
+        return _features(self.encoder_, self.preprocessing_, *padded(images), self.compute_).numpy()
 
 
 def padded(images: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:

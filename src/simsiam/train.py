@@ -56,9 +56,15 @@ def train(
     data: str | Path | None = None,
     out: str | Path | None = None,
     *,
+    method: str | None = None,
+    encoder: str | None = None,
+    epochs: float | None = None,
+    budget: str | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    size: int | None = None,
     recipe: str | None = None,
     overrides: Sequence[str] = (),
-    size: int | None = None,
     resume: bool = False,
     device: str = "auto",
     workers: int | None = None,
@@ -70,12 +76,19 @@ def train(
     Args:
         data: whatever `open_images` takes; None for the recipe's own, or the bundled demo set.
         out: the run folder; None for a new one under `runs/`.
+        method, encoder: by name, as `simsiam list` has them.
+        epochs: passes over the images.
+        budget: train for this time, like "10m"; the schedule follows the clock.
+        batch_size: images a step.
+        seed: the same seed gives the same weights.
+        size: side of the views, and of the images in use, in pixels.
         recipe: name of a built-in recipe or path of a TOML file.
         overrides: settings as text, "train.lr=0.1".
-        size: side of the views, and of the images in use, in pixels.
         resume: go on with the run in `out`, to the same weights as if it had never stopped. `data` may then name the place
             that its images were moved to.
-        settings: method, encoder, epochs, budget, batch_size, seed, ... : any setting by its name.
+        settings: any other setting by its name: lr=0.1, init="runs/before", precision="fp32", ...
+
+    Of what is None, the recipe decides, or what the data and the machine suggest.
 
     Returns the run's summary: the keys of `train --json`.
     Raises UserError for the user's mistakes, before anything is overwritten. A signal (SIGINT, SIGTERM) saves the state
@@ -84,6 +97,8 @@ def train(
     Under torchrun every process calls it with the same arguments: they share each batch, and rank 0 alone writes and
     shows. `batch_size` stays that of all together.
     """
+    settings |= {"method": method, "encoder": encoder, "epochs": epochs, "budget": budget}
+    settings |= {"batch_size": batch_size, "seed": seed}
     threads = set_threads()
     try:
         with ranks.joined(pick_device(device)) as where, repeatable(where):

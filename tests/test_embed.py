@@ -184,6 +184,12 @@ def test_what_does_not_belong_together_is_refused(run: Path, copy: Path, photos:
     (tmp_path / "thesis" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="something other than embeddings"):
         embed_to(run, copy, tmp_path / "thesis")
+    description = (other / "encoder.json").read_text()
+    assert '"width": 8' in description
+    (other / "encoder.json").write_text(description.replace('"width": 8', '"width": 16'))  # as of another timm
+    with pytest.raises(UserError, match=r"does not fit thin-resnet18 .*environment\.json names"):
+        simsiam.load(other)
+    (other / "encoder.json").write_text(description)
     (other / "encoder.safetensors").write_bytes((run / "encoder.safetensors").read_bytes())
     with pytest.raises(UserError, match="not the file"):
         simsiam.load(other)

@@ -893,10 +893,20 @@ def test_a_papers_encoder_and_batch_are_cut_to_size_with_a_reason() -> None:
         "encoder": "resnet18",
         "train.batch_size": "512",
     }.items()
-    plan, _ = resolve(gather("x", None, [], {"method": "swav"}), facts)  # which needs a queue where batches are small
+    plan, reasons = resolve(
+        gather("x", None, [], {"method": "swav"}), facts
+    )  # which needs a queue where batches are small
     assert (plan.train.batch_size, plan.train.lr, plan.method_settings.queue) == (512, 0.6, 3840)
-    plan, _ = resolve(gather("x", None, ["train.lr=0.3", "method.queue=0"], {"method": "swav"}), facts)
+    told = [(setting, value) for setting, value, reason in reasons if reason == "one device"]
+    assert told == [
+        ("method.queue", "3840"),
+        ("train.lr", "0.6"),
+        ("train.warmup_epochs", "0"),
+        ("train.batch_size", "512"),
+    ]
+    plan, reasons = resolve(gather("x", None, ["train.lr=0.3", "method.queue=0"], {"method": "swav"}), facts)
     assert (plan.train.batch_size, plan.train.lr, plan.method_settings.queue) == (512, 0.3, 0)
+    assert not {"method.queue", "train.lr"} & {setting for setting, *_ in reasons}
     plan, _ = resolve(gather("x", "imagenet", [], {"method": "swav"}), Facts(50_000, 500, "cuda"))
     assert (plan.train.batch_size, plan.train.lr, plan.method_settings.queue) == (4096, 0.3, 0)
     plan, reasons = resolve(gather("x", None, [], {}), facts)

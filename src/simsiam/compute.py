@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import time
@@ -284,6 +285,7 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
+        "timm": importlib.metadata.version("timm"),
         "platform": platform.platform(),
         "cpu": cpu,
         "cores": cpu_quota(),

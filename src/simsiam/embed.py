@@ -189,7 +189,8 @@ def save_encoder(run: Path, encoder: Encoder, prepare: Preprocessing, seed: int,
 def read_encoder(run: Path) -> tuple[Encoder, Preprocessing, dict[str, Any]]:
     """The encoder of a run in eval mode, its preprocessing and all of `encoder.json`.
 
-    Raises UserError where `run` has none (yet), or where the two files do not belong together.
+    Raises UserError where `run` has none (yet), where the two files do not belong together, or where another version of
+    timm or torchvision builds another network.
     """
     description, weights = run / f"{ENCODER}.json", run / f"{ENCODER}.safetensors"
     if not description.exists():
@@ -210,7 +211,13 @@ def read_encoder(run: Path) -> tuple[Encoder, Preprocessing, dict[str, Any]]:
     if sha256 != meta["sha256"]:
         raise UserError(f"{weights} is not the file that {description.name} describes: copy both from one run.")
     encoder = build(spec, meta["seed"])
-    encoder.backbone.load_state_dict(read_tensors(weights)[0])
+    try:
+        encoder.backbone.load_state_dict(read_tensors(weights)[0])
+    except RuntimeError:  # other names or shapes than where it was trained
+        raise UserError(
+            f"{weights} does not fit {spec.name} as it is built here: install the versions that "
+            f"{run / ENVIRONMENT} names."
+        ) from None
     return encoder.eval(), prepare, meta
 
 

@@ -345,9 +345,11 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
         asked = table.get("train", {}).keys()
         if defaults["train"].get("batch_size", 0) > most:  # of a paper that had a hundred devices
             own = getattr(methods.get(defaults["method"]["name"]), "ONE_DEVICE", {})
-            defaults = merge(defaults, merge(own, {"train": {"batch_size": most}}))
-            if "batch_size" not in asked:
-                why.append(("train.batch_size", str(most), "one device"))
+            own = merge(own, {"train": {"batch_size": most}})
+            defaults = merge(defaults, own)
+            for part, rows in own.items():
+                left = rows.keys() - table.get(part, {}).keys()
+                why += [(f"{part}.{key}", f"{rows[key]:g}", "one device") for key in rows if key in left]
         if base == "thin" and facts.images < 20_000:
             few = {"weight_decay": 1e-4, "batch_size": 64}
             defaults["train"] |= few

@@ -627,28 +627,65 @@ def test_without_it_the_demo_set_collapses_and_the_guard_names_it(
     assert state["step"] < summary["steps"] / 2 and kept
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("what", [None, "stop_gradient", "predictor"])
-def test_a_collapse_that_has_time_takes_the_features_along(what: str | None, tmp_path: Path) -> None:
-    """1,860 steps of a small net. kNN ends at 5 to 20 without stop-gradient, by chance at chance (7)."""
+CHANCE = 7.8
+"""What a dead net's kNN has right: one class for all of the demo set's monitored patches."""
+
+
+class UntilChance(Stop):
+    """Ends a run as Ctrl-C does: when kNN stands at chance, or after so many steps."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(signal.SIGINT, most)
+        self.knn: list[float] = []
+
+    @property
+    def at_chance(self) -> bool:
+        return self.knn[-1] < CHANCE + 2
+
+    def monitor(self, figures: dict[str, Any]) -> None:
+        self.knn += [figures["knn"]] if "knn" in figures else []
+        if self.at_chance:
+            self.at = 0  # at the next report
+
+
+def _to_chance(what: str | None, seed: int, most: int, run: Path) -> UntilChance:
+    """4,000 steps of a small net take five minutes on a core."""
     overrides = [
         *("encoder.width=8", "views.size=8", "eval.size=8", "train.precision=fp32"),
         *("method.dim=64", "method.projector_hidden=64", "method.predictor_hidden=16"),
         *("train.lr=0.3", "method.predictor_lr=1", "train.weight_decay=1e-3"),
     ]
     overrides += [f"method.{what}=false"] if what else []
-    summary = simsiam.train(
-        "demo", tmp_path / "run", epochs=30, recipe="demo", overrides=overrides, on_collapse="continue", seed=1
-    )
-    looks = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "monitor"]
-    late = np.median([look["knn"] for look in looks if look["step"] > summary["steps"] / 2 and "knn" in look] or [0])
-    if what is None:
-        assert summary["verdict"] == "healthy" and summary["std"] > 0.9 and late > looks[0]["knn"] + 5
-    else:
-        assert any(look["verdict"] == "collapsed" for look in looks)
-        assert summary["verdict"] in ("collapsed", "diverged")
-        assert late < (20 if what == "stop_gradient" else looks[0]["knn"] + 5), late
+    watch = UntilChance(most)
+    with pytest.raises(Interrupted):
+        simsiam.train(
+            *("demo", run),
+            recipe="demo",
+            overrides=overrides,
+            epochs=120,
+            seed=seed,
+            listener=watch,
+            on_collapse="continue",
+        )
+    return watch
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("what", ["stop_gradient", "predictor"])
+def test_without_it_knn_falls_to_chance(what: str, tmp_path: Path) -> None:
+    """As in the paper's figure 2 and table 1. A collapsed net keeps telling patches apart by what little variation is left,
+    until it dies: when, is chaotic (docs/log.md), so three seeds may try. SimSiam itself is far from it for as long."""
+    for seed in (1, 2, 3):
+        run = tmp_path / str(seed)
+        watch = _to_chance(what, seed, 5_000, run)
+        lines = read_metrics(run)
+        assert "collapsed" in {line.get("verdict") for line in lines}
+        if watch.at_chance:
+            break
+    assert watch.at_chance, watch.knn
+    intact = _to_chance(None, seed, lines[-1]["step"], tmp_path / "intact")
+    assert min(intact.knn) > 2 * CHANCE, intact.knn
 
 
 def test_without_bn_in_the_heads_the_collapse_is_complete(tmp_path: Path) -> None:

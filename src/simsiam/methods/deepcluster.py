@@ -113,17 +113,14 @@ class Method(Siamese):
 
     @torch.no_grad()
     def before_epoch(self, epoch: int) -> None:
-        known = self.memory[0].norm(dim=1) > 0  # an incomplete last batch leaves images that were never seen
-        rows = known.nonzero()[:, 0]
+        rows = self.memory[0].norm(dim=1).nonzero()[:, 0]  # an incomplete last batch leaves images that were never seen
+        self.assigned.fill_(-100)  # cross_entropy leaves these out
         for head, prototypes in enumerate(self.prototypes):
-            x = self.memory[head % 2]
             draws = generator(torch.device("cpu"), int(self.seed), epoch, head)
-            centroids, _ = spherical_kmeans(x[rows], len(prototypes), self.settings.iterations, draws)
+            x = self.memory[head % 2, rows]
+            centroids, self.assigned[head, rows] = spherical_kmeans(x, len(prototypes), self.settings.iterations, draws)
             prototypes.zero_()
             prototypes[: len(centroids)] = centroids
-            self.assigned[head] = torch.where(
-                known, nearest_centroid(x, centroids), -100
-            )  # cross_entropy leaves out -100
         as_on_rank_0([self.prototypes, self.assigned])  # sums on a GPU differ in their last bits
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -40,6 +40,14 @@ def test_control_characters_of_a_name_are_shown_and_not_obeyed(capsys: pytest.Ca
     assert not {"\x1b", "\x07", "\x9b", "\t"} & set(shown)
 
 
+def test_without_stderr_it_goes_on_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`simsiam train 2>&-`."""
+    monkeypatch.setattr(sys, "stderr", None)
+    console = Console()
+    console.say("a line")
+    console.results("title", ["name"], [["cell"]])
+
+
 def test_a_reader_that_leaves_does_not_end_the_run() -> None:
     """`simsiam train 2>&1 | head -1`."""
     code = (

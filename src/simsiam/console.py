@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import sys
 import warnings
@@ -45,7 +46,8 @@ class _Stderr:
 
     @property
     def _stream(self) -> Any:
-        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # a progress bar stands in for sys.stderr
+        # A progress bar stands in for sys.stderr, which is None where there was none from the start (`2>&-`).
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr) or io.StringIO()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

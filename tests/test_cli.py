@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import re
@@ -68,14 +69,16 @@ def test_train_stays_a_function_where_the_module_was_imported_first() -> None:
 def test_every_command_is_a_function_that_the_docs_name() -> None:
     text = (Path(__file__).parents[1] / "docs" / "how-it-works.md").read_text(encoding="utf-8")
     section = text.partition("## From Python")[2].partition("\n## ")[0]
-    told = dict(re.findall(r"^\| `(\w+)` \| `simsiam\.([\w.]+)\(", section, re.MULTILINE))
+    calls = re.findall(r"^\| `(\w+)` \| `simsiam\.([\w.]+)\((.*?)\)[`)]", section, re.MULTILINE)
+    told = {verb: path for verb, path, _ in calls}
     from simsiam.cli import app
 
     verbs = {each.name or each.callback.__name__ for each in app.registered_commands if each.callback}
     assert set(told) == verbs - {"train"}
-    for path in told.values():
+    for _, path, given in calls:
         module, _, name = path.rpartition(".")
-        assert callable(getattr(importlib.import_module(f"simsiam.{module}"), name)), path
+        function = getattr(importlib.import_module(f"simsiam.{module}"), name)
+        inspect.signature(function).bind(*filter(None, given.split(", ")))  # called as the docs call it
 
 
 def test_what_python_offers_is_listed_and_still_light() -> None:
@@ -156,7 +159,9 @@ def test_key_value_may_stand_where_data_stands(tmp_path: Path) -> None:
         (["train", "{photos}", "--no-such-option"], "--no-such-option"),
         (["evaluate", "{photos}"], "simsiam train"),
         (["evaluate", "{run}", "--only", "nnk"], "knn"),
+        (["train", "{photos}", "{run}"], "name one data set"),
         (["embed", "{photos}", "{photos}", "-o", "x"], "simsiam train"),
+        (["embed", "{run}", "nowhere", "-o", "x"], "nowhere"),
         (["report", "{photos}"], "run folder"),
         (["check", "nowhere"], "nowhere"),
     ],

@@ -183,6 +183,7 @@ def test_recipes_are_toml_1() -> None:
 def test_counted() -> None:
     shown = [counted(count, "bad file") for count in (0, 1, 2, 3000)]
     assert shown == ["0 bad files", "1 bad file", "2 bad files", "3,000 bad files"]
+    assert [counted(count, "epoch") for count in (0.5, 1.0, 800.0)] == ["0.5 epochs", "1 epoch", "800 epochs"]
 
 
 def test_bytes_are_said_in_the_unit_that_fits() -> None:

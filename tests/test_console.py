@@ -30,14 +30,22 @@ def test_a_name_is_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_control_characters_of_a_name_are_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
     """Whoever packed an archive chose the names in it: they must not colour the terminal, nor set its title."""
-    name = "e\x1b[31mRED\x1b]0;title\x07\x9b2J.png"
+    name = "e\x1b[31mRED\x1b]0;title\x07\x9b2J\n\t.png"
     console = Console()
     console.results(name, ["name"], [[name]])
     console.plan([("data", name)], [("a.b", name, "why")])
     console.say(name)
     shown = capsys.readouterr().err
-    assert shown.count(r"e\x1b[31mRED\x1b]0;title\x07\x9b2J.png") == 5
-    assert not {"\x1b", "\x07", "\x9b"} & set(shown)
+    assert shown.count(r"e\x1b[31mRED\x1b]0;title\x07\x9b2J\x0a\x09.png") == 5
+    assert not {"\x1b", "\x07", "\x9b", "\t"} & set(shown)
+
+
+def test_without_stderr_it_goes_on_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`simsiam train 2>&-`."""
+    monkeypatch.setattr(sys, "stderr", None)
+    console = Console()
+    console.say("a line")
+    console.results("title", ["name"], [["cell"]])
 
 
 def test_a_reader_that_leaves_does_not_end_the_run() -> None:

@@ -122,6 +122,12 @@ def test_other_settings_need_another_folder(finished: tuple[Path, dict[str, Any]
         reproduce.run("stop-gradient", photos, finished[0], epochs=3)
 
 
+def test_a_mistake_before_the_first_run_does_not_claim_the_folder(photos: Path, tmp_path: Path) -> None:
+    for wrong in (0, -1):
+        with pytest.raises(UserError, match="above 0"):
+            reproduce.run("stop-gradient", photos, tmp_path / "out", epochs=wrong)
+
+
 def test_mistakes_are_one_line() -> None:
     with pytest.raises(UserError, match="Did you mean 'stop-gradient'"):
         reproduce.run("stop-gradeint")

@@ -26,7 +26,7 @@ from simsiam.embeddings import embed_to, read_embeddings
 from simsiam.explore import clusters
 from simsiam.runs import write_json
 from simsiam.search import search
-from simsiam.show.viewer import HEADERS, UPLOAD, Viewer
+from simsiam.show.viewer import HEADERS, UPLOAD, Viewer, serve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -293,3 +293,6 @@ def test_mistakes_are_one_clear_line(stored: Path, server: Server) -> None:
     failed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert failed.returncode == 2 and "choose another --port" in failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1
+    for nobodys in ("203.0.113.1", "no host"):
+        with pytest.raises(UserError, match=r"\([^()]*\): choose another --host"):
+            serve(stored, host=nobodys, port=0)

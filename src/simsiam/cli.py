@@ -557,6 +557,12 @@ def _data_and_overrides(data: str | None, overrides: list[str] | None) -> tuple[
     texts = list(overrides or [])
     if data is not None and "=" in data and not os.path.exists(data):
         return None, [data, *texts]
+    for text in texts:
+        if "=" not in text:  # as the shell leaves a pattern of shards that is not quoted
+            raise UserError(
+                f"{text} is neither a setting, like train.lr=0.1, nor the DATA, which is {data}: "
+                "name one data set, and put a pattern into quotes."
+            )
     return data, texts
 
 

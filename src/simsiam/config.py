@@ -133,9 +133,9 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
     return value
 
 
-def counted(count: int, noun: str) -> str:
-    """'1 image', '2,000 images'."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+def counted(count: float, noun: str) -> str:
+    """'1 image', '2,000 images', '0.5 epochs'."""
+    return f"{count:{'g' if isinstance(count, float) else ','}} {noun}" + ("" if count == 1 else "s")
 
 
 _UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import sys
 import warnings
@@ -45,7 +46,8 @@ class _Stderr:
 
     @property
     def _stream(self) -> Any:
-        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)  # a progress bar stands in for sys.stderr
+        # A progress bar stands in for sys.stderr, which is None where there was none from the start (`2>&-`).
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr) or io.StringIO()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -59,7 +61,7 @@ class _Stderr:
             self._stream.flush()
 
 
-_CONTROLS = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"} | {
+_CONTROLS = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]} | {
     code: f"\\u{code:04x}"
     for code in [*range(0x2028, 0x202F), *range(0x2066, 0x206A)]  # turn the line round
 }
@@ -207,6 +209,7 @@ class Console(Listener):
         """From now on a warning is one line here, not Python's two with a source line."""
 
         def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
-            self.screen.print(visible(f"Warning: {message}"), soft_wrap=True, markup=False, style="yellow")
+            line = f"Warning: {message}".replace("\n", " ")
+            self.screen.print(visible(line), soft_wrap=True, markup=False, style="yellow")
 
         warnings.showwarning = show

@@ -44,8 +44,9 @@ def embed_to(
     encoder = ImageEncoder(os.fspath(run), device).open()
     out = Path(out)
     known = _known(out, encoder.meta_["sha256"])
+    images = open_images(data)
     make_writable(out)  # or say so now, not after hours of embedding
-    cache = build_cache(open_images(data), encoder.preprocessing_.short_side, workers=workers, progress=decoding)
+    cache = build_cache(images, encoder.preprocessing_.short_side, workers=workers, progress=decoding)
     rows = cache.decoded(np.arange(len(cache)))
     digests = [digest(cache, row) for row in rows]
     new = np.array([i for i, each in enumerate(digests) if each not in known], dtype=np.int64)

@@ -122,7 +122,7 @@ def _safetensors(encoder: Encoder, prepare: Preprocessing, about: dict[str, Any]
         twin.backbone.load_state_dict(read_tensors(file)[0])
         return twin.eval()(prepare(images))
 
-    return _Target(save, features, "weights = safetensors.torch.load_file(FILE)")
+    return _Target(save, features, "import safetensors.torch; weights = safetensors.torch.load_file(FILE)")
 
 
 # --- torchvision and timm -------------------------------------------------------------------------------------------
@@ -144,7 +144,8 @@ def _state_dict(library: str, encoder: Encoder, prepare: Preprocessing) -> _Targ
         return model.eval()(prepare(images))
 
     strict = "" if library == "timm" else ", strict=False"
-    return _Target(save, features, f"{make}; model.load_state_dict(torch.load(FILE, weights_only=True){strict})")
+    load = f"model.load_state_dict(torch.load(FILE, weights_only=True){strict})"
+    return _Target(save, features, f"import torch, {library}; {make}; {load}")
 
 
 def _counterpart(library: str, encoder: Encoder) -> tuple[nn.Module, str]:
@@ -290,4 +291,5 @@ def _onnx(encoder: Encoder, prepare: Preprocessing, about: dict[str, Any], from_
         result: NDArray[np.float32] = session.run(None, {name: x.contiguous().numpy()})[0]
         return torch.from_numpy(result)
 
-    return _Target(save, features, f"features = onnxruntime.InferenceSession(FILE).run(None, {{'{name}': {name}}})[0]")
+    run = f"onnxruntime.InferenceSession(FILE).run(None, {{'{name}': {name}}})[0]"
+    return _Target(save, features, f"import onnxruntime; features = {run}")

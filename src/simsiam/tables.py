@@ -80,7 +80,7 @@ def plan(console: Console, found: dict[str, Any]) -> None:
             "training",
             f"{found['images_per_second']:,.0f} images/s, {show_duration(found['seconds_per_epoch'])} an epoch",
         ],
-        ["time to finish", f"{found['epochs']:g} epochs, {show_duration(found['seconds'])}"],
+        ["time to finish", f"{counted(found['epochs'], 'epoch')}, {show_duration(found['seconds'])}"],
         ["bottleneck", f"{found['bottleneck']} ({shares})"],
         ["epochs that fit into", lengths],
         ["memory", f"about {memory(found['memory_bytes'])} of {memory(found['memory_available'])}"],
@@ -113,14 +113,16 @@ def duplicates(console: Console, found: dict[str, Any]) -> None:
     )
     for group in groups[:10]:
         first, *others = group
-        console.say(f"\n  {first['id']}")
+        console.say("")
+        console.say(f"  {first['id']}")
         for other in others[:5]:
             how = "the same pixels" if other["identical"] else f"{other['score']:.3f}"
             console.say(f"    {other['id']}  {how}")
         if len(others) > 5:
             console.say(f"    ... and {len(others) - 5:,} more")
     if len(groups) > 10:
-        console.say(f"\n  ... and {len(groups) - 10:,} more groups: --json lists all, `simsiam view` shows them.")
+        console.say("")
+        console.say(f"  ... and {len(groups) - 10:,} more groups: --json lists all, `simsiam view` shows them.")
 
 
 def clusters(console: Console, found: dict[str, Any]) -> None:

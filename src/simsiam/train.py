@@ -378,7 +378,7 @@ def _facts(s: Session, cache: Cache, rows: int, held_out: int, step_seconds: flo
         else recipe.train.epochs * s.loader.steps_per_epoch * step_seconds + cache.seconds_left(s.loader.rows)
     )
     assert left is not None
-    length = f"{recipe.train.epochs:g} epochs" if recipe.train.epochs else "as many epochs as fit"
+    length = counted(recipe.train.epochs, "epoch") if recipe.train.epochs else "as many epochs as fit"
     bad = f", {len(cache.bad):,} of them bad files so far" if cache.bad else ""
     waiting = len(cache.missing(s.loader.rows))
     later = [("decoding", f"{waiting:,} images, once, while the first epoch trains")] if waiting else []

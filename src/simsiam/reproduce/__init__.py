@@ -159,7 +159,7 @@ def run(
 
 def _same_settings(folder: Path, settings: Table) -> None:
     path = folder / "experiment.json"
-    if not path.exists():
+    if not any(folder.glob(f"*/seed-*/{RECIPE}")):  # nor after a mistake that no run could begin with
         write_json(path, settings)
     elif read_json(path) != settings:
         found = ", ".join(f"{key} {value}" for key, value in read_json(path).items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -361,7 +362,12 @@ def build_app(viewer: Viewer, hosts: tuple[str, ...] = ("localhost", "127.0.0.1"
 
 
 def serve(
-    folder: str | Path, *, host: str = "127.0.0.1", port: int = 8000, device: str = "auto", ready: Callable[[str], None]
+    folder: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    device: str = "auto",
+    ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serves the viewer until it is interrupted. `ready` is told the address once the port is taken.
 
@@ -377,10 +383,13 @@ def serve(
     try:
         sockets = [socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)]
     except OSError as error:
-        raise UserError(f"Cannot listen on {host}:{port} ({error.strerror}): choose another --port.") from None
+        other = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        reason = (error.strerror or str(error)).partition(" (")[0]
+        raise UserError(f"Cannot listen on {host}:{port} ({reason}): choose another {other}.") from None
     with contextlib.closing(sockets[0]):
         shown = f"[{host}]" if ":" in host else host
-        ready(f"http://{shown}:{sockets[0].getsockname()[1]}/")
+        if ready is not None:
+            ready(f"http://{shown}:{sockets[0].getsockname()[1]}/")
         config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1, headers=HEADERS)
         with contextlib.suppress(KeyboardInterrupt):  # how a viewer is meant to end
             uvicorn.Server(config).run(sockets)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import simsiam
+from simsiam import cli
 from test_decode import write_nasty_folder
 from test_train import SMALL, command
 
@@ -56,6 +57,24 @@ def test_import_and_version_are_light() -> None:
     assert done.stdout.strip() == simsiam.__version__ == simsiam_cli("--version").stdout.strip()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "--epoch", "3"], "No such option: --epoch. Did you mean --epochs? "),
+        (["train", "--weight-decay", "0"], "A setting that is no option is written weight_decay=VALUE. "),
+        (["search", "d", "i", "--K", "3"], "No such option: --K. `"),
+    ],
+)
+def test_an_option_that_is_none_is_answered_with_what_was_meant(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["simsiam", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    shown = capsys.readouterr().err.strip()
+    assert left.value.code == 2 and says in shown and "\n" not in shown
+
+
 def test_train_stays_a_function_where_the_module_was_imported_first() -> None:
     code = (
         "from simsiam.train import fit; import simsiam; from simsiam import train; "
@@ -71,9 +90,7 @@ def test_every_command_is_a_function_that_the_docs_name() -> None:
     section = text.partition("## From Python")[2].partition("\n## ")[0]
     calls = re.findall(r"^\| `(\w+)` \| `simsiam\.([\w.]+)\((.*?)\)[`)]", section, re.MULTILINE)
     told = {verb: path for verb, path, _ in calls}
-    from simsiam.cli import app
-
-    verbs = {each.name or each.callback.__name__ for each in app.registered_commands if each.callback}
+    verbs = {each.name or each.callback.__name__ for each in cli.app.registered_commands if each.callback}
     assert set(told) == verbs - {"train"}
     for _, path, given in calls:
         module, _, name = path.rpartition(".")

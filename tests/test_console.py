@@ -62,3 +62,19 @@ def test_a_reader_that_leaves_does_not_end_the_run() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
     assert done.stdout == "went on\n"
+
+
+def test_without_a_terminal_what_takes_long_says_so_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log of `evaluate --finetune` or of a large `embed` must not look like one of a process that hangs."""
+    console, now = Console(), 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    for done in range(0, 60_000, 1_000):
+        console.embedding(done, 60_000)
+        now += 1
+    console.finetuning(0.0)
+    now += 31
+    console.finetuning(0.5)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown == ["embedding: 50 %", "fine-tuning: 50 %"]

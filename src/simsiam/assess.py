@@ -77,7 +77,7 @@ def evaluate_run(
     run: str | Path,
     data: str | Path | None = None,
     *,
-    names: Sequence[str] | None = None,
+    names: str | Sequence[str] | None = None,
     sgd: bool = False,
     share: float | None = None,
     baselines: bool = True,
@@ -93,7 +93,7 @@ def evaluate_run(
     Args:
         data: labelled images; None for those that the run was trained on, which may also be named, where they were moved
             to. Without a test split of its own, the part that training holds out is the test part.
-        names: evaluations, by name; None for all.
+        names: one or several evaluations, by name; None for all.
         baselines: False leaves out raw pixels and the untrained encoder.
         k: neighbours of kNN; None: 200, or 20 where classes have fewer than 1,000 images.
         sgd: the paper's linear protocol too, as "linear_sgd": LARS, 90 epochs of random crops and flips.
@@ -107,6 +107,7 @@ def evaluate_run(
         check_share(share)
     listener = listener or Listener()
     set_threads()
+    names = [names] if isinstance(names, str) else names
     for name in names or ():
         evaluate.get(name)
     encoder, prepare, meta = read_encoder(run)

@@ -534,9 +534,13 @@ def main() -> None:
         where = context.command_path if context is not None else "simsiam"
         message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
         message += "" if message.endswith("?") else "."
-        option = getattr(error, "option_name", "").lstrip("-")
-        if option and where.rpartition(" ")[2] in ("train", "plan"):
-            message += f" A setting that is no option is written {option.replace('-', '_')}=VALUE."
+        if hasattr(error, "possibilities"):  # no such option; click would propose --help for --lr
+            option = getattr(error, "option_name", "")
+            message = f"No such option: {option}."
+            if close := [name for name in error.possibilities or () if name != "--help"]:
+                message += f" Did you mean {close[0]}?"
+            elif where.rpartition(" ")[2] in ("train", "plan"):
+                message += f" A setting that is no option is written {option.lstrip('-').replace('-', '_')}=VALUE."
         _last_line(f"Error: {message} `{where} --help` shows how it is called.")
         sys.exit(2)
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from typing import IO, Any, cast
@@ -61,6 +62,7 @@ class _Stderr:
             self._stream.flush()
 
 
+_PAUSE = 30.0  # seconds
 _CONTROLS = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]} | {
     code: f"\\u{code:04x}"
     for code in [*range(0x2028, 0x202F), *range(0x2066, 0x206A)]  # turn the line round
@@ -89,6 +91,7 @@ class Console(Listener):
         self._bar: Progress | None = None
         self._task: Any = None
         self._said = 0.0
+        self._counted: tuple[str, float] | None = None
 
     def _show(self, kind: str, columns: Sequence[Any], total: float) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -105,7 +108,13 @@ class Console(Listener):
     def _count(self, kind: str, done: int, total: int, text: str) -> None:
         from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-        if not self.screen.is_terminal:
+        if not self.screen.is_terminal:  # a file or a log: a line now and then, where it takes long
+            now = time.monotonic()
+            if self._counted is None or self._counted[0] != kind:
+                self._counted = (kind, now)
+            elif now - self._counted[1] >= _PAUSE:
+                self._counted = (kind, now)
+                self.say(f"{kind}: {100 * done // total} %")
             return
         columns = [MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()]
         self._show(kind, columns, total)

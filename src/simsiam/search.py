@@ -35,7 +35,7 @@ Vectors = NDArray[np.float32] | torch.Tensor
 
 def search(
     folder: str | Path,
-    queries: Sequence[str | Path],
+    queries: str | Path | Sequence[str | Path],
     k: int = 10,
     *,
     index: bool | None = None,
@@ -46,8 +46,8 @@ def search(
 
     Args:
         folder: embeddings, as `simsiam embed` writes them.
-        queries: image files, which the run that made the embeddings embeds; or ids of stored images, which are then left
-            out of their own neighbours. A file counts before an id of the same name.
+        queries: one or several image files, which the run that made the embeddings embeds; or ids of stored images, which
+            are then left out of their own neighbours. A file counts before an id of the same name.
         index: True or False to use an index or to compare all; None: an index beyond a million vectors.
         progress: told in words what takes long.
     Returns [{"query", "neighbours": [{"id", "score"}, ...]}, ...], best first; the score is 1 for the same direction.
@@ -60,7 +60,7 @@ def search(
     if not queries:
         raise UserError("Name at least one image to search for.")
     rows = {id_: row for row, id_ in enumerate(stored.ids)}
-    names = [os.fspath(query) for query in queries]
+    names = [os.fspath(query) for query in ([queries] if isinstance(queries, str | Path) else queries)]
     files = [name for name in names if os.path.isfile(name)]
     own = {name: rows[name] for name in set(names).difference(files) if name in rows}
     for name in names:

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from simsiam import methods
 from simsiam.assess import evaluate_run
-from simsiam.config import Table, UserError, did_you_mean, merge, read_recipe
+from simsiam.config import Table, UserError, counted, did_you_mean, merge, read_recipe
 from simsiam.console import Listener
 from simsiam.runs import EVALUATION, RECIPE, SUMMARY, read_json, read_metrics, write_json, write_text
 from simsiam.train import train
@@ -264,7 +264,8 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         f"# {result['title']} ({result['source']})",
         "",
-        f"Scale {result['scale']}, data {result['data']}, {result['epochs']:g} epochs, n = {result['seeds']} seeds; "
+        f"Scale {result['scale']}, data {result['data']}, {counted(result['epochs'], 'epoch')}, "
+        f"n = {counted(result['seeds'], 'seed')}; "
         "± is the standard deviation. Published: ImageNet, ResNet-50, 100 epochs, unless the source says otherwise.",
         "",
         "| variant | published linear | linear | kNN | std | effective rank | verdicts | as published |",

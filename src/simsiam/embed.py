@@ -107,8 +107,9 @@ def _features(
             raise UserError(
                 f"Not even one image at a time fits into {where}. Another --device may have more."
             ) from None
+    x = torch.empty(0)  # the larger batch lets go of its memory
     if compute.device.type == "cuda":
-        torch.cuda.empty_cache()  # of the larger batch
+        torch.cuda.empty_cache()
     half = len(images) // 2
     parts = (slice(None, half), slice(half, None))
     return torch.cat([_features(encoder, prepare, images[part], sizes[part], compute) for part in parts])

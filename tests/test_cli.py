@@ -156,6 +156,12 @@ def test_a_full_disk_under_stdout_is_one_line(photos: Path) -> None:
     assert done.stderr.decode().endswith("Error: Cannot write to stdout: No space left on device.\n")
 
 
+def test_a_closed_stdout_is_said(photos: Path) -> None:
+    shell = ["sh", "-c", 'exec "$@" >&-', "sh"]
+    done = subprocess.run([*shell, *command("check", photos, "--json")], stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("Error: Cannot write to stdout: it is closed.\n")
+
+
 def test_key_value_may_stand_where_data_stands(tmp_path: Path) -> None:
     done = simsiam_cli("train", "train.lr=abc", cwd=tmp_path)
     assert done.returncode == 2 and "train.lr" in done.stderr, done.stderr

@@ -154,6 +154,14 @@ def test_where_the_memory_is_short_a_batch_is_embedded_in_parts(
         encoder.embed(paths[:1])
 
 
+def test_a_set_without_a_usable_image_leaves_no_folder(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"a\.jpg"):
+        embed_to(run, tmp_path / "bad", tmp_path / "out" / "of")
+    assert not (tmp_path / "out" / "of").exists()
+
+
 def test_embedding_holds_the_vectors_once(
     run: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -577,6 +577,8 @@ def _last_line(text: str) -> None:
 
 
 def _print_json(value: Any) -> None:
+    if not sys.stdout:  # `>&-`
+        raise UserError("Cannot write to stdout: it is closed.")
     try:
         typer.echo(json.dumps(value, indent=2))
     except BrokenPipeError:  # `| head`

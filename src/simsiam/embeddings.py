@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -46,7 +47,12 @@ def embed_to(
     known = _known(out, encoder.meta_["sha256"])
     images = open_images(data)
     make_writable(out)  # or say so now, not after hours of embedding
-    cache = build_cache(images, encoder.preprocessing_.short_side, workers=workers, progress=decoding)
+    try:
+        cache = build_cache(images, encoder.preprocessing_.short_side, workers=workers, progress=decoding)
+    except UserError:
+        with contextlib.suppress(OSError):
+            out.rmdir()  # where it is empty
+        raise
     rows = cache.decoded(np.arange(len(cache)))
     digests = [digest(cache, row) for row in rows]
     new = np.array([i for i, each in enumerate(digests) if each not in known], dtype=np.int64)

@@ -70,11 +70,13 @@ def test_without_a_terminal_what_takes_long_says_so_now_and_then(
     """A log of `evaluate --finetune` or of a large `embed` must not look like one of a process that hangs."""
     console, now = Console(), 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    for done in range(0, 60_000, 1_000):
+    for done in range(0, 60_001, 1_000):
         console.embedding(done, 60_000)
         now += 1
+    now += 100
+    console.embedding(0, 10)
     console.finetuning(0.0)
     now += 31
     console.finetuning(0.5)
     shown = capsys.readouterr().err.splitlines()
-    assert shown == ["embedding: 50 %", "fine-tuning: 50 %"]
+    assert shown == ["embedding: 50 %", "embedding: 100 %", "fine-tuning: 50 %"]

@@ -115,6 +115,8 @@ class Console(Listener):
             elif now - self._counted[1] >= _PAUSE:
                 self._counted = (kind, now)
                 self.say(f"{kind}: {100 * done // total} %")
+            if done == total:  # what comes next is another one
+                self._counted = None
             return
         columns = [MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()]
         self._show(kind, columns, total)

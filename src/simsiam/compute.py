@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import time
@@ -271,6 +270,8 @@ def seed_of(*key: int) -> int:
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
     """Versions and hardware, for `environment.json`; of several GPUs the device's, or the current one."""
+    import importlib.metadata
+
     import torch
     import torchvision
 

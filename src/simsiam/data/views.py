@@ -3,14 +3,14 @@
 The paper's augmentation (appendix A) is: random resized crop, colour jitter, grayscale, Gaussian blur, horizontal flip,
 normalisation. All of it but the clamping is linear in the pixels, so each sample's draw folds into
 
-    view = clamp(C . (W_y @ image @ W_x^T) + t)
+    view = W_y @ image @ W_x^T
+    result = clamp(C . view + P . mean(view) + t)
 
-with two resampling matrices (crop, antialiased resize, flip and blur) and one 3x4 colour matrix [C | t] (brightness,
-contrast, saturation, hue, grayscale, normalisation). In space that is torchvision's result before it rounds to 8 bits; on a
-GPU, where the products are in float16, within half of one of 255 levels.
-Larger images on a CPU are cut out and resized one by one instead, by the function that torchvision calls, rounding included:
-there the dense products would cost several times as much. In colour the views deviate from torchvision in three ways, which
-`tests/test_views.py` bounds image by image:
+with two resampling matrices (crop, antialiased resize, flip and blur), a 3x3 colour matrix C (brightness, contrast,
+saturation, hue, grayscale, normalisation) and another, P, for the view's mean colour, which contrast pulls towards. In space
+that is torchvision's result before it rounds to 8 bits; on a GPU, where the products are in float16, within half of one of
+255 levels. On a CPU with a C compiler the same sums are made without the matrices' zeros, view by view (`kernels`).
+In colour the views deviate from torchvision in three ways, which `tests/test_views.py` bounds image by image:
 
 * values are clamped to [0, 255] once, at the end, not after every step;
 * blur therefore sees colours before the clamp;
@@ -24,21 +24,18 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from simsiam import kernels
 
 LUMA = (0.299, 0.587, 0.114)
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to a central crop
-_SMALL = 88 * 88  # pixels of an image up to which a CPU is faster with matrices; measured on 2 threads
 _RADIUS = 11  # of the blur: 23 taps, as SimCLR's at 224 pixels
 _PIECE = 200_000  # pixels that a CPU takes from one operation to the next, so that they stay in its caches; measured
-_ALONE = 2  # threads that would gain nothing from sharing images out, since they wait for Python's lock; measured
 
 Box = tuple[Tensor, Tensor, Tensor, Tensor]
 """top, left, height and width in whole pixels, float32 [B] each."""
@@ -118,10 +115,7 @@ def random_views(
     views: dict[int, Tensor] = {}
     for each in dict.fromkeys(settings):
         places = [place for place, other in enumerate(settings) if other == each]
-        many = len(places)
-        batch = torch.cat([images] * many) if many > 1 else images  # cat, unlike repeat, keeps channels_last
-        own = None if sizes is None else sizes.repeat(many, 1)
-        drawn = random_view(batch, each, generator, own).chunk(many)
+        drawn = _drawn(images, each, generator, sizes, len(places)).chunk(len(places))
         views |= dict(zip(places, drawn, strict=True))
     return tuple(views[place] for place in range(len(settings)))
 
@@ -132,19 +126,31 @@ def random_view(
     """One random view of every image.
 
     Args:
-        images: uint8 or float [B,3,H,W] with values 0..255, on the device, in channels_last for speed; padded at the
+        images: uint8 or float32 [B,3,H,W] with values 0..255, on the device, in channels_last for speed; padded at the
             bottom and right where `sizes` is given.
         sizes: int [B,2], each image's own (height, width); None where all fill the batch.
     Returns:
         float32 [B,3,size,size] in channels_last, normalised by mean and std.
     """
-    if sizes is None:
-        sizes = _whole(images)
+    return _drawn(images, settings, generator, sizes, 1)
+
+
+def _drawn(
+    images: Tensor, settings: ViewSettings, generator: torch.Generator, sizes: Tensor | None, count: int
+) -> Tensor:
+    """`count` views of every image, float32 [count B,3,size,size]: one of each, then the second of each, ..."""
+    sizes = (_whole(images) if sizes is None else sizes).repeat(count, 1)
     box, flip, sigma = draw_geometry(sizes, settings, generator)
-    if images.device.type == "cpu" and images.shape[2] * images.shape[3] > _SMALL:
-        view = _cut(images, box, flip, sigma, settings.size)
+    top, left, height, width = box
+    matrix, pull = colour_matrix(len(sizes), settings, generator)
+    mean, std = (_constant(values, images.device) for values in (settings.mean, settings.std))
+    matrix, pull = (each / (255 * std[:, None]) for each in (matrix, pull))
+    offset, low, high = -mean / std, -mean / std, (1 - mean) / std
+    if kernels.usable(images):
+        sides = [top, height, top, top + height, left, width, left, left + width]
+        geometry, colour = torch.stack([*sides, flip, sigma], 1), torch.stack([matrix, pull], 1)
+        view = kernels.views(images, geometry, colour, torch.stack([offset, low, high]), settings.size)
     else:
-        top, left, height, width = box
         w_y = resampling(top, height, settings.size, images.shape[2])
         w_x = resampling(left, width, settings.size, images.shape[3], flip)
         if settings.blur_p > 0:
@@ -152,9 +158,10 @@ def random_view(
             w_y, w_x = kernel @ w_y, kernel @ w_x
         # float16 on a GPU: its matrix units, half of the memory's traffic; off by half of a level at most.
         precision = torch.float16 if images.is_cuda else torch.float32
+        images = torch.cat([images] * count) if count > 1 else images  # cat, unlike repeat, keeps channels_last
         view = resample(images, w_y.to(precision), w_x.to(precision)).float()
-    matrix, offset = colour_matrix(view.mean((2, 3)) / 255, settings, generator)
-    view = _colour(view, matrix, offset, settings)
+        offset = offset + (pull @ view.mean((2, 3))[:, :, None])[:, :, 0]
+        view = _colour(view, matrix, offset, low, high)
     if settings.solarize_p > 0:
         solarized = torch.rand(len(view), device=view.device, generator=generator) < settings.solarize_p
         view = torch.where(solarized[:, None, None, None], solarize(view, settings), view)
@@ -202,10 +209,13 @@ def plain_pixels(images: Tensor, size: int, share: float, sizes: Tensor | None =
             return images.float()
         sizes = _whole(images)
     resized = round(size / share) * sizes // sizes.amin(1, keepdim=True)
-    if images.device.type == "cpu":
-        return _central(images, sizes, resized, size)
     full, step = sizes.float(), sizes / resized
     start, length = ((resized - size) / 2).round() * step, size * step
+    if kernels.usable(images):
+        zero = torch.zeros_like(full)
+        geometry = torch.cat([torch.stack([start, length, zero, full], 2).flatten(1), zero], 1)
+        unchanged = torch.stack([torch.eye(3), torch.zeros(3, 3)]).expand(len(images), 2, 3, 3)
+        return kernels.views(images, geometry, unchanged, torch.tensor([[0.0], [0.0], [255.0]]).expand(3, 3), size)
     w_y = resampling(start[:, 0], length[:, 0], size, images.shape[2], edge=full[:, 0])
     w_x = resampling(start[:, 1], length[:, 1], size, images.shape[3], edge=full[:, 1])
     return resample(images, w_y, w_x).clamp_(0, 255)
@@ -317,133 +327,36 @@ def _gaussian_taps(sigma: Tensor, radius: int) -> Tensor:
 
 def resample(images: Tensor, w_y: Tensor, w_x: Tensor) -> Tensor:
     """W_y @ image @ W_x^T for every image and channel: [B,3,H,W] -> [B,3,h,w] in the matrices' precision."""
-    batch, channels, height, width = images.shape
-    pixels = images.permute(0, 2, 3, 1).to(w_y.dtype)  # [B,H,W,3]: two products for all three channels
-    lines = torch.bmm(w_y, pixels.reshape(batch, height, width * channels))
-    lines = lines.view(batch, -1, width, channels).transpose(2, 3).contiguous()
-    view = torch.bmm(lines.view(batch, -1, width), w_x.mT)
-    return view.view(batch, -1, channels, w_x.shape[1]).transpose(1, 2).contiguous()
+    views = []
+    for piece in _pieces(images):
+        pixels = images[piece].permute(0, 2, 3, 1).to(w_y.dtype)  # [B,H,W,3]: two products for all three channels
+        batch, height, width, channels = pixels.shape
+        lines = torch.bmm(w_y[piece], pixels.reshape(batch, height, width * channels))
+        lines = lines.view(batch, -1, width, channels).transpose(2, 3).contiguous()
+        view = torch.bmm(lines.view(batch, -1, width), w_x[piece].mT)
+        views.append(view.view(batch, -1, channels, w_x.shape[1]).transpose(1, 2))
+    return torch.cat(views).contiguous()
 
 
-# --- image by image, on a CPU ---------------------------------------------------------------------------------------
-
-
-def _cut(images: Tensor, box: Box, flip: Tensor, sigma: Tensor, size: int) -> Tensor:
-    """Every image's box resized in the images' own precision, flipped and blurred where asked: float32 [B,3,size,size]."""
-    order = sigma.argsort()
-    rows = order.tolist()
-    top, left, height, width, flipped = torch.stack([*box, flip.float()])[:, order].long().tolist()
-    cuts = torch.empty(len(images), 3, size, size, dtype=images.dtype, memory_format=torch.channels_last)
-
-    def cut(i: int) -> None:
-        image = images[rows[i] : rows[i] + 1, :, top[i] : top[i] + height[i], left[i] : left[i] + width[i]]
-        view = _resize(image, size, size)
-        cuts[i : i + 1] = view.flip(3) if flipped[i] else view
-
-    _each(len(images), cut)
-    views = torch.empty(cuts.shape)
-    # In rising order of sigma, so that none takes more taps than the widest blur of its piece.
-    for piece in _pieces(views):
-        view, wide = _planes(cuts[piece]), sigma[order[piece]]
-        views.index_copy_(0, order[piece], _blurred(view, wide) if wide[-1] > 0 else view)
-    return views
-
-
-def _central(images: Tensor, sizes: Tensor, resized: Tensor, size: int) -> Tensor:
-    """The central square of every image after it was resized to `resized` (height, width): float32 [B,3,size,size]."""
-    start = ((resized - size) / 2).round().long().tolist()
-    if torch.equal(resized, sizes) and (sizes == sizes[0]).all():
-        top, left = start[0]
-        return images[:, :, top : top + size, left : left + size].float()
-    own, wanted = sizes.tolist(), resized.tolist()
-    pixels = torch.empty(len(images), 3, size, size, memory_format=torch.channels_last)
-
-    def cut(i: int) -> None:
-        image, (top, left) = images[i : i + 1, :, : own[i][0], : own[i][1]], start[i]
-        if own[i] != wanted[i]:  # not rounded: an exported encoder computes it like this
-            image = _resize(_planes(image), *wanted[i]).clamp_(0, 255)
-        pixels[i] = image[0, :, top : top + size, left : left + size]
-
-    _each(len(images), cut)
-    return pixels
-
-
-def _resize(image: Tensor, height: int, width: int) -> Tensor:
-    return F.interpolate(image, (height, width), mode="bilinear", antialias=True)
-
-
-def _planes(images: Tensor) -> Tensor:
-    """uint8 or float, in any memory format -> float32, one channel after the other."""
-    return images.to(torch.float32, memory_format=torch.contiguous_format)
-
-
-def _blurred(views: Tensor, sigma: Tensor) -> Tensor:
-    """What `gaussian` does of float32 [B,3,size,size], up to weights beyond 4 sigma: within a hundredth of a level."""
-    size = views.shape[2]
-    radius = min(size - 1, _RADIUS, math.ceil(4 * sigma.max()))
-    kernel = _gaussian_taps(sigma, radius).repeat_interleave(3, 0)
-    x = F.pad(views.view(1, -1, size, size), [0, 0, radius, radius], mode="reflect")
-    x = F.conv2d(x, kernel[:, None, :, None], groups=len(kernel))
-    x = F.pad(x, [radius, radius, 0, 0], mode="reflect")
-    return F.conv2d(x, kernel[:, None, None, :], groups=len(kernel)).view(views.shape)
-
-
-def _pieces(views: Tensor) -> Iterator[slice]:
+def _pieces(images: Tensor) -> Iterator[slice]:
     """Of a batch [B,3,h,w], for a CPU; a GPU takes it whole."""
-    step = max(1, _PIECE // (views.shape[2] * views.shape[3]) if views.device.type == "cpu" else len(views))
-    return (slice(start, start + step) for start in range(0, len(views), step))
-
-
-def _each(count: int, work: Callable[[int], None]) -> None:
-    """work(0), work(1), ... on as many threads as torch has, if these are many."""
-    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-
-    def part(first: int, step: int) -> None:
-        with torch.inference_mode(inference):  # a mode is a thread's own
-            for i in range(first, count, step):
-                work(i)
-
-    if threads <= _ALONE:
-        part(0, 1)
-    else:
-        for _ in _pool(threads).map(part, range(threads), [threads] * threads):
-            pass
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that compute each for itself.
-
-    As torch has it, each would call up a team of OpenMP threads for its larger operations. With more of these than cores,
-    all of them sleep between two operations instead of waiting awake, those of training too: a step took a quarter longer.
-    """
-    ready = threading.Barrier(threads + 1)
-
-    def begin() -> None:
-        torch.get_num_threads()  # or the thread's first operation would undo the next line
-        torch.set_num_threads(1)  # the thread's own, and that of threads to come
-        ready.wait()
-
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="simsiam-views", initializer=begin)
-    for _ in range(threads):
-        pool.submit(int)
-    ready.wait()
-    torch.set_num_threads(threads)
-    return pool
+    step = max(1, _PIECE // (images.shape[2] * images.shape[3]) if images.device.type == "cpu" else len(images))
+    return (slice(start, start + step) for start in range(0, len(images), step))
 
 
 # --- colour ---------------------------------------------------------------------------------------------------------
 
 
-def colour_matrix(mean: Tensor, settings: ViewSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Each sample's colour draw as one affine map: matrix [B,3,3] and offset [B,3] for values in [0, 1].
+def colour_matrix(batch: int, settings: ViewSettings, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Each sample's colour draw: C and P [B,3,3] of the new colour C . colour + P . mean colour of the view.
 
-    `mean` [B,3] is the mean colour of the view, which contrast pulls towards (ITU-R 601 luma). The four jitters come in
-    a random order per sample, as in torchvision's ColorJitter.
+    The four jitters come in a random order per sample, as in torchvision's ColorJitter. Contrast pulls towards the mean
+    (ITU-R 601 luma) that the view has by then.
     """
-    factor, order, gray = draw_colour(len(mean), settings, generator)
-    luma = _constant(LUMA, mean.device)
-    eye, to_gray = torch.eye(3, device=mean.device), luma.expand(3, 3)
+    factor, order, gray = draw_colour(batch, settings, generator)
+    device = factor.device
+    luma = _constant(LUMA, device)
+    eye, to_gray = torch.eye(3, device=device), luma.expand(3, 3)
     brightness, contrast, saturation = (factor[:, i, None, None] for i in range(3))
     steps = [
         brightness * eye,
@@ -451,16 +364,14 @@ def colour_matrix(mean: Tensor, settings: ViewSettings, generator: torch.Generat
         saturation * eye + (1 - saturation) * to_gray,
         _hue_rotation(factor[:, 3]),
     ]
-    linear = torch.stack(steps, 1)[torch.arange(len(mean), device=mean.device)[:, None], order]
-    matrix, offset = eye.expand(len(mean), 3, 3), torch.zeros_like(mean)
+    linear = torch.stack(steps, 1)[torch.arange(batch, device=device)[:, None], order]
+    matrix, pull = eye.expand(batch, 3, 3), torch.zeros(batch, 3, 3, device=device)
     for position in range(4):
-        step = linear[:, position]
-        current = ((matrix @ mean[:, :, None])[:, :, 0] + offset) @ luma
-        pull = torch.where(order[:, position] == 1, (1 - factor[:, 1]) * current, 0.0)
-        matrix, offset = step @ matrix, (step @ offset[:, :, None])[:, :, 0] + pull[:, None]
-    matrix = torch.where(gray[:, None, None], to_gray @ matrix, matrix)
-    offset = torch.where(gray[:, None], (offset @ luma)[:, None], offset)
-    return matrix, offset
+        step, contrasts = linear[:, position], order[:, position, None, None] == 1
+        pull = step @ pull + torch.where(contrasts, (1 - contrast) * (to_gray @ matrix), 0.0)
+        matrix = step @ matrix
+    gray = gray[:, None, None]
+    return torch.where(gray, to_gray @ matrix, matrix), torch.where(gray, to_gray @ pull, pull)
 
 
 def _hue_rotation(turns: Tensor) -> Tensor:
@@ -470,12 +381,9 @@ def _hue_rotation(turns: Tensor) -> Tensor:
     return torch.stack([a, b, c, c, a, b, b, c, a], 1).view(-1, 3, 3)
 
 
-def _colour(view: Tensor, matrix: Tensor, offset: Tensor, settings: ViewSettings) -> Tensor:
-    """Colour map, clamp to what a pixel can be and normalisation."""
-    mean, std = (_constant(values, view.device) for values in (settings.mean, settings.std))
-    matrix = matrix / (255 * std[:, None])
-    offset = (offset - mean) / std
-    low, high = (-mean / std)[:, None], ((1 - mean) / std)[:, None]
+def _colour(view: Tensor, matrix: Tensor, offset: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """matrix [B,3,3] . pixel + offset [B,3], kept between `low` and `high` [3]."""
+    low, high = low[:, None], high[:, None]
     coloured = torch.empty(view.shape, device=view.device, memory_format=torch.channels_last)
     for piece in _pieces(view):
         flat = torch.baddbmm(offset[piece, :, None], matrix[piece], view[piece].flatten(2))

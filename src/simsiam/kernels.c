@@ -1,0 +1,231 @@
+/* What training on a CPU spends its time on besides convolutions, each in one pass where torch's operations take a dozen.
+
+   kernels.py compiles this file with the machine's own compiler and calls it; what it computes is told where it is called.
+   GCC and Clang understand it. All memory is row by row; an image's row is [W][3]. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* libgomp's GOMP_parallel: runs a function on so many threads, those that torch's own operations run on. */
+typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+typedef float v4 __attribute__((vector_size(16)));
+
+#define ROWS 8    /* of a view that are resized together: the lines between both directions stay in the nearest cache */
+#define RADIUS 11 /* of the widest blur */
+#define SPARE 4   /* values after a row's last that may be read and written; before the first one lie those of another */
+
+static inline v4 load4(const float *from) { v4 v; memcpy(&v, from, sizeof v); return v; }
+
+/* --- views ------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    const void *images; /* [batch][height][width][3], uint8 or float */
+    long batch, height, width, as_float;
+    long count, size;
+    const float *geometry; /* [count][10]: start, length, low and high of y, then of x, flip, sigma */
+    const float *colour;   /* [count][18]: the matrix, and what the view's mean colour adds, 3x3 each */
+    const float *range;    /* offset, lowest and highest value, 3 each */
+    float *views;          /* [count][size][size][3] */
+    long next, failed;
+} Views;
+
+typedef struct {
+    long *first, *count;
+    float *weight;
+    long most;
+} Taps;
+
+typedef struct {
+    Taps y, x;
+    float *lines, *view, *other, *padded, *sums, *coefficients;
+    long line, row;
+} Room;
+
+static long most_taps(long source, long size) {
+    return 2 * (long)ceilf(source > size ? (float)source / size : 1.0f) + 1;
+}
+
+/* The weights of an antialiased bilinear resize, as views.resampling has them. */
+static void resampling(Taps *taps, long size, const float *geometry, int flip) {
+    float start = geometry[0], length = geometry[1], low = geometry[2], high = geometry[3];
+    float step = length / size, reach = step > 1 ? step : 1;
+    for (long o = 0; o < size; o++) {
+        float centre = (o + 0.5f) * step, *weight = taps->weight + o * taps->most, sum = 0;
+        centre = start + (flip ? length - centre : centre);
+        long n = 0;
+        for (float pixel = floorf(centre - reach); n < taps->most && pixel < centre + reach; pixel++) {
+            float w = 1 - fabsf(pixel + 0.5f - centre) / reach;
+            if (w <= 0 || pixel < low || pixel >= high)
+                continue;
+            if (!n)
+                taps->first[o] = (long)pixel;
+            weight[n++] = w;
+            sum += w;
+        }
+        for (long t = 0; t < n; t++)
+            weight[t] /= sum;
+        taps->count[o] = n;
+    }
+}
+
+/* One line: the weighted sum of `taps` rows, `count` values of each. */
+#define LINE(name, type)                                                                                               \
+    static void name(const type *rows, long stride, long taps, const float *weight, long count, float *restrict line) { \
+        memset(line, 0, count * sizeof *line);                                                                         \
+        for (long t = 0; t < taps; t++)                                                                                \
+            for (long i = 0; i < count; i++)                                                                           \
+                line[i] += weight[t] * rows[t * stride + i];                                                           \
+    }
+LINE(line_of_bytes, uint8_t)
+LINE(line_of_floats, float)
+
+static void resize(const Views *v, long image, Room *room) {
+    const Taps *y = &room->y, *x = &room->x;
+    long left = v->width, right = 0, stride = v->width * 3;
+    for (long o = 0; o < v->size; o++) {
+        left = x->first[o] < left ? x->first[o] : left;
+        right = x->first[o] + x->count[o] > right ? x->first[o] + x->count[o] : right;
+    }
+    for (long top = 0; top < v->size; top += ROWS) {
+        for (long r = 0; r < ROWS && top + r < v->size; r++) {
+            long o = top + r, at = (image * v->height + y->first[o]) * stride + left * 3, count = (right - left) * 3;
+            const float *weight = y->weight + o * y->most;
+            float *line = room->lines + r * room->line;
+            if (v->as_float)
+                line_of_floats((const float *)v->images + at, stride, y->count[o], weight, count, line);
+            else
+                line_of_bytes((const uint8_t *)v->images + at, stride, y->count[o], weight, count, line);
+        }
+        for (long o = 0; o < v->size; o++) { /* four values for the three of a pixel: the next one overwrites the last */
+            const float *from = room->lines + (x->first[o] - left) * 3, *weight = x->weight + o * x->most;
+            v4 sums[ROWS] = {{0}};
+            for (long t = 0; t < x->count[o]; t++)
+                for (long r = 0; r < ROWS; r++)
+                    sums[r] += weight[t] * load4(from + r * room->line + t * 3);
+            for (long r = 0; r < ROWS; r++)
+                memcpy(room->view + (top + r) * room->row + o * 3, &sums[r], sizeof sums[r]);
+        }
+    }
+}
+
+static long reflected(long at, long size) {
+    at = at < 0 ? -at : at;
+    return at > size - 1 ? 2 * (size - 1) - at : at;
+}
+
+static inline void pair(float *restrict to, const float *restrict a, const float *restrict b, float weight, long count) {
+    for (long i = 0; i < count; i++)
+        to[i] += weight * (a[i] + b[i]);
+}
+
+/* A Gaussian of 23 pixels with reflected edges, without weights beyond 5 sigma (1e-6). */
+static void blur(float sigma, long size, Room *room) {
+    long wide = (long)ceilf(5 * sigma), count = size * 3, radius = size - 1 < RADIUS ? size - 1 : RADIUS;
+    radius = wide < radius ? wide : radius;
+    float weight[RADIUS + 1], sum = 0;
+    for (long t = 0; t <= radius; t++) {
+        float far = t / (sigma > 1e-3f ? sigma : 1e-3f);
+        weight[t] = expf(-0.5f * far * far);
+        sum += t ? 2 * weight[t] : weight[t];
+    }
+    for (long t = 0; t <= radius; t++)
+        weight[t] /= sum;
+    float *middle = room->padded + radius * 3;
+    for (long y = 0; y < size; y++) {
+        float *row = room->view + y * room->row;
+        memcpy(middle, row, count * sizeof *row);
+        for (long t = 1; t <= radius; t++) {
+            memcpy(middle - t * 3, row + t * 3, 3 * sizeof *row);
+            memcpy(middle + count + (t - 1) * 3, row + (size - 1 - t) * 3, 3 * sizeof *row);
+        }
+        float *restrict to = room->other + y * room->row;
+        for (long i = 0; i < count; i++)
+            to[i] = weight[0] * middle[i];
+        for (long t = 1; t <= radius; t++)
+            pair(to, middle - t * 3, middle + t * 3, weight[t], count);
+    }
+    for (long y = 0; y < size; y++) {
+        const float *from = room->other;
+        float *restrict to = room->view + y * room->row;
+        for (long i = 0; i < count; i++)
+            to[i] = weight[0] * from[y * room->row + i];
+        for (long t = 1; t <= radius; t++)
+            pair(to, from + reflected(y - t, size) * room->row, from + reflected(y + t, size) * room->row, weight[t], count);
+    }
+}
+
+/* A pixel's three values lie beside one another, so a 3x3 matrix is five products with shifted rows. */
+static void colours(const float *colour, const float *range, long size, Room *room, float *to) {
+    long count = size * 3;
+    double mean[3] = {0};
+    memset(room->sums, 0, room->row * sizeof *room->sums);
+    for (long y = 0; y < size; y++)
+        for (long i = 0; i < count; i++)
+            room->sums[i] += room->view[y * room->row + i];
+    for (long i = 0; i < count; i++)
+        mean[i % 3] += room->sums[i] / ((double)size * size);
+    float *restrict a = room->coefficients, *b = a + count, *c = b + count, *d = c + count, *e = d + count;
+    float *offset = e + count, *low = offset + count, *high = low + count;
+    for (long k = 0; k < 3; k++) {
+        const float *m = colour + 3 * k, *pull = colour + 9 + 3 * k;
+        float shifted[5] = {k > 1 ? m[k - 2] : 0, k > 0 ? m[k - 1] : 0, m[k], k < 2 ? m[k + 1] : 0, k < 1 ? m[k + 2] : 0};
+        float own = range[k] + (float)(pull[0] * mean[0] + pull[1] * mean[1] + pull[2] * mean[2]);
+        for (long i = k; i < count; i += 3) {
+            for (long t = 0; t < 5; t++)
+                a[t * count + i] = shifted[t];
+            offset[i] = own, low[i] = range[3 + k], high[i] = range[6 + k];
+        }
+    }
+    for (long y = 0; y < size; y++) {
+        const float *row = room->view + y * room->row;
+        float *restrict out = to + y * count;
+        for (long i = 0; i < count; i++) {
+            float value = offset[i] + a[i] * row[i - 2] + b[i] * row[i - 1] + c[i] * row[i] + d[i] * row[i + 1]
+                + e[i] * row[i + 2];
+            value = value < low[i] ? low[i] : value;
+            out[i] = value > high[i] ? high[i] : value;
+        }
+    }
+}
+
+static void draw(void *given) {
+    Views *v = given;
+    long size = v->size, row = size * 3 + SPARE, line = v->width * 3 + SPARE, rows = size + ROWS;
+    long y_taps = most_taps(v->height, size), x_taps = most_taps(v->width, size);
+    long floats = SPARE + ROWS * line + 2 * rows * row + (size + 2 * RADIUS) * 3 + SPARE + row + 8 * size * 3
+        + size * (y_taps + x_taps);
+    float *memory = calloc(floats, sizeof *memory);
+    long *places = calloc(4 * size, sizeof *places);
+    if (!memory || !places) {
+        __atomic_store_n(&v->failed, 1, __ATOMIC_RELAXED);
+    } else {
+        Room room = {.line = line, .row = row, .lines = memory + SPARE};
+        room.view = room.lines + ROWS * line, room.other = room.view + rows * row;
+        room.padded = room.other + rows * row, room.sums = room.padded + (size + 2 * RADIUS) * 3 + SPARE;
+        room.coefficients = room.sums + row;
+        room.y = (Taps){places, places + size, room.coefficients + 8 * size * 3, y_taps};
+        room.x = (Taps){places + 2 * size, places + 3 * size, room.y.weight + size * y_taps, x_taps};
+        for (long i; (i = __atomic_fetch_add(&v->next, 1, __ATOMIC_RELAXED)) < v->count;) {
+            const float *geometry = v->geometry + 10 * i;
+            resampling(&room.y, size, geometry, 0);
+            resampling(&room.x, size, geometry + 4, geometry[8] != 0);
+            resize(v, i % v->batch, &room);
+            if (geometry[9] > 0)
+                blur(geometry[9], size, &room);
+            colours(v->colour + 18 * i, v->range, size, &room, v->views + i * size * size * 3);
+        }
+    }
+    free(memory);
+    free(places);
+}
+
+/* 0, or 1 where memory has run out. */
+int views(Parallel parallel, long threads, const void *images, long as_float, long batch, long height, long width,
+                 long count, long size, const float *geometry, const float *colour, const float *range, float *views) {
+    Views v = {images, batch, height, width, as_float, count, size, geometry, colour, range, views, 0, 0};
+    parallel(draw, &v, (unsigned)(threads < count ? threads : count), 0);
+    return (int)v.failed;
+}

@@ -33,7 +33,8 @@ def test_stages_are_torchvisions(depth: str, training: bool) -> None:
     ours = build(EncoderSpec(f"cifar-{depth}", 32), 0).backbone.train(training)
     for stage in ("layer1", "layer2", "layer3", "layer4"):
         getattr(ours, stage).load_state_dict(getattr(theirs, stage).state_dict(), strict=True)
-    x = y = torch.randn(2, 64, 8, 8)
+    ours, theirs = ours.double(), theirs.double()  # the last stage has two values for each variance
+    x = y = torch.randn(2, 64, 8, 8).double()
     for stage in ("layer1", "layer2", "layer3", "layer4"):
         x, y = getattr(ours, stage)(x), getattr(theirs, stage)(y)
         torch.testing.assert_close(x, y)

@@ -186,32 +186,6 @@ def test_both_ways_give_the_same_views(way: str, monkeypatch: pytest.MonkeyPatch
         assert ((one - other).abs() < 1e-4).float().mean() > 0.999
 
 
-def test_a_compiler_that_fails_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def found() -> bool:
-        kernels.compiled.cache_clear()
-        return kernels.compiled() is not None
-
-    monkeypatch.undo()
-    try:
-        if not found():
-            pytest.skip("no C compiler here")
-        monkeypatch.setenv("SIMSIAM_KERNELS", "0")
-        assert not found()
-        monkeypatch.delenv("SIMSIAM_KERNELS")
-        monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path))
-        assert found() and [each.suffix for each in tmp_path.iterdir()] == [".so"]
-        false = tmp_path / "false"
-        false.write_text("#!/bin/sh\nexit 1\n")
-        false.chmod(0o755)
-        monkeypatch.setenv("CC", str(false))
-        assert not found() and len(list(tmp_path.iterdir())) == 2, "nothing half made is left"
-        monkeypatch.setenv("CC", "no-such-compiler")
-        assert found(), "another one is there"
-    finally:
-        monkeypatch.undo()
-        kernels.compiled.cache_clear()
-
-
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the process's threads as Linux tells them")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_for_views_bring_no_others(threads: int) -> None:

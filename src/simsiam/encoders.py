@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam.config import UserError, did_you_mean
+from simsiam.kernels import norm
 
 _BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 _OURS = [f"{family}-{depth}" for family in ("thin", "cifar") for depth in _BLOCKS]
@@ -174,7 +175,6 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(outer)
         self.conv2 = nn.Conv2d(outer, outer, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(outer)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample: nn.Sequential | None = None
         if stride != 1 or inner != outer:
             self.downsample = nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
@@ -182,10 +182,9 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
         if self.downsample is not None:
-            conv, norm = self.downsample
-            shortcut = norm(_conv(conv, x))
-        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return self.relu(y + shortcut)
+            conv, bn = self.downsample
+            shortcut = norm(bn, _conv(conv, x), relu=False)
+        return norm(self.bn2, self.conv2(norm(self.bn1, self.conv1(x))), shortcut)
 
 
 class ResNet(nn.Module):
@@ -195,7 +194,6 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, width, 3, min(stem, 2), 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == 4 else nn.Identity()
         self.layer1 = _stage(width, width, blocks[0], 1)
         self.layer2 = _stage(width, 2 * width, blocks[1], 2)
@@ -208,7 +206,7 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.bn2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(_conv(self.conv1, x))))
+        x = self.maxpool(norm(self.bn1, _conv(self.conv1, x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean((2, 3))
 

@@ -229,3 +229,265 @@ int views(Parallel parallel, long threads, const void *images, long as_float, lo
     parallel(draw, &v, (unsigned)(threads < count ? threads : count), 0);
     return (int)v.failed;
 }
+
+/* --- batch normalisation, what is added to it, ReLU ----------------------------------------------------------------
+
+   Values lie in [rows][channels], bfloat16 or float. Rows are cut into chunks, whose sums are added in their order, so the
+   result does not depend on the number of threads. Narrow rows are taken several at a time, as one of `width` values. */
+
+#define CHUNKS 64
+#define WIDTH 4096 /* at most */
+#define BLOCK 64   /* rows summed up in float before double takes over */
+#define ALWAYS static inline __attribute__((always_inline))
+
+typedef struct Norm {
+    long as_float, rows, channels, width, relu, threads;
+    Parallel parallel;
+    const void *x, *added, *y, *y_gradient; /* `added` is NULL where nothing is */
+    void *to, *to_added;                    /* y; or the gradients of x and of what was added */
+    const float *of_channels[4];            /* [width] each */
+    double *sums;                           /* [CHUNKS][2][width] */
+    void (*work)(const struct Norm *, long, long, double *);
+    long next;
+} Norm;
+
+ALWAYS float get(const void *values, long i, long as_float) {
+    if (as_float)
+        return ((const float *)values)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)values)[i] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+ALWAYS void put(void *values, long i, float value, long as_float) {
+    if (as_float) {
+        ((float *)values)[i] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    ((uint16_t *)values)[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to the nearest, ties to even */
+}
+
+/* What each phase does of rows [from, to); the arguments that are constants where it is called make versions of their own. */
+
+ALWAYS void sums_of(const Norm *n, long from, long to, double *sums, long as_float) {
+    const void *restrict x = n->x;
+    const float *restrict near = n->of_channels[0]; /* a value of each channel: squares of differences lose no digits */
+    long width = n->width;
+    float sum[WIDTH], square[WIDTH];
+    for (long start = from; start < to; start += BLOCK) {
+        memset(sum, 0, width * sizeof *sum);
+        memset(square, 0, width * sizeof *square);
+        for (long row = start; row < to && row < start + BLOCK; row++)
+            for (long i = 0; i < width; i++) {
+                float value = get(x, row * width + i, as_float) - near[i];
+                sum[i] += value;
+                square[i] += value * value;
+            }
+        for (long i = 0; i < width; i++)
+            sums[i] += sum[i], sums[width + i] += square[i];
+    }
+}
+
+ALWAYS void apply_to(const Norm *n, long from, long to, long as_float, long relu, long adds) {
+    const void *restrict x = n->x, *restrict added = n->added;
+    void *restrict y = n->to;
+    const float *restrict scale = n->of_channels[0], *restrict shift = n->of_channels[1];
+    long width = n->width;
+    for (long row = from; row < to; row++)
+        for (long i = 0; i < width; i++) {
+            float value = get(x, row * width + i, as_float) * scale[i] + shift[i];
+            if (adds)
+                value += get(added, row * width + i, as_float);
+            if (relu)
+                value = value < 0 ? 0 : value;
+            put(y, row * width + i, value, as_float);
+        }
+}
+
+ALWAYS void gradient_sums_of(const Norm *n, long from, long to, double *sums, long as_float, long relu, long adds) {
+    const void *restrict x = n->x, *restrict y = n->y, *restrict gradient = n->y_gradient;
+    void *restrict to_added = n->to_added;
+    const float *restrict mean = n->of_channels[0], *restrict scale = n->of_channels[1], *restrict shift = n->of_channels[2];
+    long width = n->width;
+    float sum[WIDTH], product[WIDTH];
+    for (long start = from; start < to; start += BLOCK) {
+        memset(sum, 0, width * sizeof *sum);
+        memset(product, 0, width * sizeof *product);
+        for (long row = start; row < to && row < start + BLOCK; row++)
+            for (long i = 0; i < width; i++) {
+                long at = row * width + i;
+                float value = get(x, at, as_float), g = get(gradient, at, as_float);
+                if (relu)
+                    g = (adds ? get(y, at, as_float) : value * scale[i] + shift[i]) > 0 ? g : 0;
+                if (adds)
+                    put(to_added, at, g, as_float);
+                sum[i] += g;
+                product[i] += g * (value - mean[i]);
+            }
+        for (long i = 0; i < width; i++)
+            sums[i] += sum[i], sums[width + i] += product[i];
+    }
+}
+
+/* Where something was added, the gradient behind the ReLU is there already: it is that of what was added. */
+ALWAYS void gradient_of(const Norm *n, long from, long to, long as_float, long relu, long adds) {
+    const void *restrict x = n->x, *restrict gradient = adds ? n->to_added : n->y_gradient;
+    void *restrict to_x = n->to;
+    const float *restrict mean = n->of_channels[0], *restrict scale = n->of_channels[1], *restrict shift = n->of_channels[2];
+    const float *restrict slope = n->of_channels[3], *restrict base = n->of_channels[3] + n->width;
+    long width = n->width;
+    for (long row = from; row < to; row++)
+        for (long i = 0; i < width; i++) {
+            long at = row * width + i;
+            float value = get(x, at, as_float), g = get(gradient, at, as_float);
+            if (relu && !adds)
+                g = value * scale[i] + shift[i] > 0 ? g : 0;
+            put(to_x, at, scale[i] * g + slope[i] * (value - mean[i]) + base[i], as_float);
+        }
+}
+
+#define VERSIONS(call)                                                                                                 \
+    if (n->as_float) {                                                                                                 \
+        if (n->added) { if (n->relu) call(1, 1, 1); else call(1, 0, 1); }                                              \
+        else { if (n->relu) call(1, 1, 0); else call(1, 0, 0); }                                                       \
+    } else {                                                                                                           \
+        if (n->added) { if (n->relu) call(0, 1, 1); else call(0, 0, 1); }                                              \
+        else { if (n->relu) call(0, 1, 0); else call(0, 0, 0); }                                                       \
+    }
+
+static void sum_up(const Norm *n, long from, long to, double *sums) {
+    if (n->as_float)
+        sums_of(n, from, to, sums, 1);
+    else
+        sums_of(n, from, to, sums, 0);
+}
+
+static void apply(const Norm *n, long from, long to, double *sums) {
+    (void)sums;
+#define APPLY(as_float, relu, adds) apply_to(n, from, to, as_float, relu, adds)
+    VERSIONS(APPLY)
+}
+
+static void sum_gradients(const Norm *n, long from, long to, double *sums) {
+#define SUM(as_float, relu, adds) gradient_sums_of(n, from, to, sums, as_float, relu, adds)
+    VERSIONS(SUM)
+}
+
+static void differentiate(const Norm *n, long from, long to, double *sums) {
+    (void)sums;
+#define DIFFERENTIATE(as_float, relu, adds) gradient_of(n, from, to, as_float, relu, adds)
+    VERSIONS(DIFFERENTIATE)
+}
+
+static void chunks(void *given) {
+    Norm *n = given;
+    for (long i; (i = __atomic_fetch_add(&n->next, 1, __ATOMIC_RELAXED)) < CHUNKS;) {
+        double *sums = n->sums + i * 2 * n->width;
+        memset(sums, 0, 2 * n->width * sizeof *sums);
+        n->work(n, i * n->rows / CHUNKS, (i + 1) * n->rows / CHUNKS, sums);
+    }
+}
+
+static void run(Norm *n, void (*work)(const Norm *, long, long, double *)) {
+    n->work = work, n->next = 0;
+    n->parallel(chunks, n, (unsigned)n->threads, 0);
+}
+
+/* Rows of fewer than 64 values are taken by two, four or eight where that comes out even. */
+static long repeats(long rows, long channels) {
+    long times = 1;
+    while (times < 8 && times * channels < 64 && rows % (2 * times) == 0)
+        times *= 2;
+    return times;
+}
+
+static void repeat(const float *values, long channels, long width, float *to) {
+    for (long i = 0; i < width; i++)
+        to[i] = values[i % channels];
+}
+
+static void total(const Norm *n, long which, double *to) {
+    memset(to, 0, n->channels * sizeof *to);
+    for (long chunk = 0; chunk < CHUNKS; chunk++)
+        for (long i = 0; i < n->width; i++)
+            to[i % n->channels] += n->sums[(2 * chunk + which) * n->width + i];
+}
+
+/* y = norm(x) [+ added], [kept above 0]. `saved` [4][channels] holds mean, scale, shift and 1 / std for the gradient.
+   Returns 1 where memory has run out. */
+int norm_forward(Parallel parallel, long threads, long as_float, long rows, long channels, long relu, const void *x,
+                 const void *added, void *y, const float *weight, const float *bias, float *running_mean,
+                 float *running_var, double momentum, double eps, float *saved) {
+    long times = repeats(rows, channels), width = times * channels;
+    Norm n = {.as_float = as_float, .rows = rows / times, .channels = channels, .width = width, .relu = relu,
+              .threads = threads, .parallel = parallel, .x = x, .added = added, .to = y};
+    float *wide = malloc(2 * width * sizeof *wide);
+    double *sums = malloc((CHUNKS * 2 * width + 2 * channels) * sizeof *sums);
+    if (wide && sums) {
+        double *sum = sums + CHUNKS * 2 * width, *square = sum + channels;
+        n.sums = sums, n.of_channels[0] = wide, n.of_channels[1] = wide + width;
+        for (long i = 0; i < width; i++)
+            wide[i] = get(x, i % channels, as_float);
+        run(&n, sum_up);
+        total(&n, 0, sum);
+        total(&n, 1, square);
+        float *mean = saved, *scale = saved + channels, *shift = scale + channels, *inverse = shift + channels;
+        for (long c = 0; c < channels; c++) {
+            double off = sum[c] / rows, variance = square[c] / rows - off * off;
+            variance = variance > 0 ? variance : 0;
+            double middle = off + wide[c], one = 1 / sqrt(variance + eps);
+            mean[c] = (float)middle, inverse[c] = (float)one;
+            scale[c] = (float)(weight[c] * one), shift[c] = (float)(bias[c] - weight[c] * one * middle);
+            running_mean[c] += (float)(momentum * (middle - running_mean[c]));
+            running_var[c] += (float)(momentum * (variance * rows / (rows - 1) - running_var[c]));
+        }
+        repeat(scale, channels, width, wide);
+        repeat(shift, channels, width, wide + width);
+        run(&n, apply);
+    }
+    int failed = !wide || !sums;
+    free(wide);
+    free(sums);
+    return failed;
+}
+
+/* The gradients of x, of what was added (NULL: nothing was), and of weight and bias. */
+int norm_backward(Parallel parallel, long threads, long as_float, long rows, long channels, long relu, const void *x,
+                  const void *y, const void *y_gradient, const float *saved, void *x_gradient,
+                  void *added_gradient, float *weight_gradient, float *bias_gradient) {
+    long times = repeats(rows, channels), width = times * channels;
+    Norm n = {.as_float = as_float, .rows = rows / times, .channels = channels, .width = width, .relu = relu,
+              .threads = threads, .parallel = parallel, .x = x, .added = added_gradient, .y = y, .y_gradient = y_gradient,
+              .to = x_gradient, .to_added = added_gradient};
+    float *wide = malloc(5 * width * sizeof *wide);
+    double *sums = malloc((CHUNKS * 2 * width + 2 * channels) * sizeof *sums);
+    if (wide && sums) {
+        double *sum = sums + CHUNKS * 2 * width, *product = sum + channels;
+        const float *scale = saved + channels, *inverse = saved + 3 * channels;
+        float *slope = wide + 3 * width, *base = wide + 4 * width;
+        n.sums = sums;
+        for (long k = 0; k < 4; k++)
+            n.of_channels[k] = wide + k * width;
+        for (long k = 0; k < 3; k++)
+            repeat(saved + k * channels, channels, width, wide + k * width);
+        run(&n, sum_gradients);
+        total(&n, 0, sum);
+        total(&n, 1, product);
+        for (long c = 0; c < channels; c++) {
+            weight_gradient[c] = (float)(product[c] * inverse[c]);
+            bias_gradient[c] = (float)sum[c];
+            slope[c] = (float)(-scale[c] * inverse[c] * inverse[c] * product[c] / rows);
+            base[c] = (float)(-scale[c] * sum[c] / rows);
+        }
+        for (long i = channels; i < width; i++)
+            slope[i] = slope[i % channels], base[i] = base[i % channels];
+        run(&n, differentiate);
+    }
+    int failed = !wide || !sums;
+    free(wide);
+    free(sums);
+    return failed;
+}

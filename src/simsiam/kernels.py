@@ -15,12 +15,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_MOST_CHANNELS = 4096
 
 
 def usable(x: Tensor) -> bool:
@@ -40,21 +43,102 @@ def views(images: Tensor, geometry: Tensor, colour: Tensor, bounds: Tensor, size
     Returns:
         float32 [n B,3,size,size] in channels_last.
     """
-    library = compiled()
-    assert library is not None and images.dtype in (torch.uint8, torch.float32)
+    assert images.dtype in (torch.uint8, torch.float32)
     images = images.contiguous(memory_format=torch.channels_last)
     batch, _, height, width = images.shape
     given = [each.to(torch.float32).contiguous() for each in (geometry, colour, bounds)]
     made = torch.empty(len(geometry), 3, size, size, memory_format=torch.channels_last)
     sides = (images.is_floating_point(), batch, height, width, len(geometry), size)
-    if library.views(*_team(), images.data_ptr(), *sides, *(each.data_ptr() for each in [*given, made])):
-        raise MemoryError
+    _call("views", images.data_ptr(), *sides, *(each.data_ptr() for each in [*given, made]))
     return made
 
 
-def _team() -> tuple[ctypes.c_void_p, int]:
+def norm(bn: nn.Module, x: Tensor, added: Tensor | None = None, relu: bool = True) -> Tensor:
+    """relu(bn(x) + added), in four passes over memory, forward and backward, where torch's operations take ten.
+
+    bn: batch normalisation of any kind. What the kernels are not made for, evaluation, float64 or several processes, is left
+    to it and to torch.
+    x, added: float [B,C,h,w].
+    """
+    if torch.compiler.is_compiling() or type(bn) is not nn.BatchNorm2d or not _normalises(bn, x, added):
+        y: Tensor = bn(x) if added is None else bn(x) + added
+        return F.relu(y, inplace=True) if relu else y
+    assert bn.num_batches_tracked is not None
+    bn.num_batches_tracked.add_(1)
+    momentum = 1 / int(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
+    normed: Tensor = _Norm.apply(x, added, bn.weight, bn.bias, bn.running_mean, bn.running_var, momentum, bn.eps, relu)
+    return normed
+
+
+def _normalises(bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None) -> bool:
+    return (
+        bn.training
+        and usable(x)
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and (added is None or (added.dtype == x.dtype and added.shape == x.shape))
+        and bn.affine
+        and bn.weight.dtype == torch.float32
+        and bn.track_running_stats
+        and x.numel() > x.shape[1]  # or torch says that one value has no variance
+        and x.shape[1] <= _MOST_CHANNELS
+    )
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        added: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+        relu: bool,
+    ) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        added = None if added is None else added.contiguous(memory_format=torch.channels_last)
+        y, saved = torch.empty_like(x), weight.new_empty(4, len(weight))
+        parts = [x, added, y, weight, bias, running_mean, running_var]
+        places = [None if each is None else each.data_ptr() for each in parts]
+        _call("norm_forward", *_kind(x), relu, *places, momentum, eps, saved.data_ptr())
+        ctx.save_for_backward(x, y, saved)
+        ctx.relu, ctx.adds = relu, added is not None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, saved = ctx.saved_tensors
+        gradient = gradients[0].contiguous(memory_format=torch.channels_last)
+        assert gradient.dtype == y.dtype
+        of_x, of_added = torch.empty_like(x), torch.empty_like(x) if ctx.adds else None
+        of_weight, of_bias = torch.empty_like(saved[:2]).unbind()
+        parts = [x, y, gradient, saved, of_x, of_added, of_weight, of_bias]
+        _call("norm_backward", *_kind(x), ctx.relu, *(None if each is None else each.data_ptr() for each in parts))
+        return of_x, of_added, of_weight, of_bias, None, None, None, None, None
+
+
+def _kind(x: Tensor) -> tuple[bool, int, int]:
+    return x.dtype == torch.float32, x.numel() // x.shape[1], x.shape[1]
+
+
+def _call(name: str, *arguments: Any) -> None:
+    library = compiled()
+    assert library is not None
+    if getattr(library, name)(*_team(), *arguments):
+        raise MemoryError
+
+
+def _team() -> tuple[int | None, int]:
     """What starts torch's own threads, and how many. Others beside them would make all wait for the system's scheduler."""
-    return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p), torch.get_num_threads()
+    return _parallel(), torch.get_num_threads()
+
+
+@functools.cache
+def _parallel() -> int | None:
+    return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
 
 
 @functools.cache
@@ -68,8 +152,10 @@ def compiled() -> ctypes.CDLL | None:
         return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         library = ctypes.CDLL(str(_build(compiler)))
-        number, address = ctypes.c_long, ctypes.c_void_p
+        number, address, real = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
         library.views.argtypes = [address, number, address, *[number] * 6, *[address] * 4]
+        library.norm_forward.argtypes = [address, *[number] * 5, *[address] * 7, real, real, address]
+        library.norm_backward.argtypes = [address, *[number] * 5, *[address] * 8]
         return library
     return None
 

@@ -1,0 +1,182 @@
+"""What is computed in C against the same by torch, in float64. Views have their own tests, which run both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simsiam import kernels
+from simsiam.encoders import EncoderSpec, build
+
+pytestmark = [
+    pytest.mark.skipif(kernels.compiled() is None, reason="no C compiler here"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that were called."""
+    made: list[str] = []
+    call = kernels._call
+    monkeypatch.setattr(kernels, "_call", lambda name, *arguments: (made.append(name), call(name, *arguments)))
+    return made
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(channels)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_()
+        norm.running_mean.normal_()  # type: ignore[union-attr]
+    return norm
+
+
+def outcome(
+    norm: Callable[..., Tensor], bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None, relu: bool, gradient: Tensor
+) -> list[Tensor]:
+    """The result, the gradients of all that has one, and the running statistics."""
+    given = [each.clone().requires_grad_() for each in (x, added) if each is not None]
+    y = norm(bn, *given, *([None] if added is None else []), relu)
+    y.backward(gradient.to(y.dtype))
+    assert bn.weight.grad is not None and bn.bias.grad is not None and bn.num_batches_tracked is not None
+    statistics = [bn.running_mean, bn.running_var, bn.num_batches_tracked.float()]
+    return [y.detach(), *(each.grad for each in given), bn.weight.grad, bn.bias.grad, *statistics]  # type: ignore[list-item]
+
+
+def by_torch(bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None, relu: bool) -> Tensor:
+    y = bn(x) if added is None else bn(x) + added
+    return F.relu(y) if relu else y
+
+
+@pytest.mark.parametrize(("adds", "relu"), [(False, True), (True, True), (False, False), (True, False)])
+@pytest.mark.parametrize("channels", [8, 16, 24, 64, 100, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_norm_is_torchs(
+    channels: int, adds: bool, relu: bool, dtype: torch.dtype, momentum: float | None, calls: list[str]
+) -> None:
+    torch.manual_seed(0)
+    x, added, gradient = (
+        (scale * torch.randn(5, channels, 7, 9) + shift).to(dtype).contiguous(memory_format=torch.channels_last)
+        for scale, shift in ((2, 3), (1, 0), (1, 0))
+    )
+    found = []
+    for way, precision in ((kernels.norm, dtype), (by_torch, torch.float64)):
+        torch.manual_seed(1)
+        bn = batch_norm(channels)
+        bn.momentum = momentum
+        own = added.to(precision) if adds else None
+        found.append(
+            outcome(way, bn.to(torch.promote_types(precision, torch.float32)), x.to(precision), own, relu, gradient)
+        )
+    assert calls == ["norm_forward", "norm_backward"]
+    for ours, theirs in zip(*found, strict=True):
+        # A value beside 0 may be rounded to its other side, with its gradient.
+        off = (ours.double() - theirs).abs() / theirs.abs().max()
+        assert off.max() < (2e-6 if ours.dtype == torch.float32 and dtype == torch.float32 else 1e-2)
+        assert off.mean() < (2e-7 if dtype == torch.float32 else 2e-3 if ours.dtype == torch.bfloat16 else 1e-4)
+
+
+def test_a_large_mean_takes_no_digits() -> None:
+    x = torch.randn(16, 32, 8, 8) + 3000
+    bn = nn.BatchNorm2d(32)
+    expected = F.batch_norm(x.double(), None, None, training=True)
+    assert (kernels.norm(bn, x, relu=False) - expected).abs().max() < 1e-2
+    assert bn.running_var is not None
+    torch.testing.assert_close(bn.running_var, 0.9 + 0.1 * x.double().var((0, 2, 3)).float(), rtol=1e-5, atol=0)
+
+
+def test_neither_threads_nor_the_memorys_order_change_a_bit() -> None:
+    x, added, gradient = torch.randn(3, 7, 16, 10, 10).unbind()
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for form in (torch.contiguous_format, torch.channels_last):
+            torch.manual_seed(0)
+            given = (each.contiguous(memory_format=form) for each in (x, added))
+            results.append(outcome(kernels.norm, batch_norm(16), *given, True, gradient))
+    torch.set_num_threads(1)
+    assert all(torch.equal(one, other) for result in results[1:] for one, other in zip(results[0], result, strict=True))
+
+
+def test_a_gradient_that_is_one_value_for_many_is_taken() -> None:
+    """As that of a mean is."""
+    x = torch.randn(4, 8, 5, 5, requires_grad=True)
+    kernels.norm(batch_norm(8), x).mean((2, 3)).square().sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_not_a_number_stays_one() -> None:
+    """Else a diverged run would look healthy."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(4, 8, 5, 5).to(dtype)
+        x[0, 3, 0, 0] = float("nan")
+        y = kernels.norm(batch_norm(8), x)
+        assert y[:, 3].isnan().all() and not y[:, :3].isnan().any()
+
+
+@pytest.mark.parametrize("case", ["evaluation", "float64", "another norm", "no weights", "no statistics", "one value"])
+def test_the_rest_is_left_to_torch(case: str, calls: list[str]) -> None:
+    bn: nn.Module = batch_norm(8)
+    x = torch.randn(4, 8, 5, 5)
+    if case == "evaluation":
+        bn.eval()
+    elif case == "float64":
+        bn, x = bn.double(), x.double()
+    elif case == "another norm":
+        bn = nn.GroupNorm(2, 8)
+    elif case == "no weights":
+        bn = nn.BatchNorm2d(8, affine=False)
+    elif case == "no statistics":
+        bn = nn.BatchNorm2d(8, track_running_stats=False)
+    elif case == "one value":
+        with pytest.raises(ValueError, match="more than 1 value"):
+            kernels.norm(bn, x[:1, :, :1, :1])
+        x = x[:1]
+        bn.eval()
+    y = kernels.norm(bn, x, x)
+    assert not calls and torch.equal(y, F.relu(bn(x) + x))
+
+
+def test_an_encoder_learns_the_same_without_them(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(16, 3, 32, 32)
+    gradients = []
+    for with_kernels in (True, False):
+        encoder = build(EncoderSpec("thin-resnet18", 32, width=8), 0).to(memory_format=torch.channels_last)
+        if not with_kernels:
+            monkeypatch.setattr(kernels, "compiled", lambda: None)
+        encoder(x).square().sum().backward()
+        gradients.append({name: value.grad for name, value in encoder.named_parameters()})
+        gradients[-1] |= {name: value for name, value in encoder.named_buffers() if value.is_floating_point()}
+    assert len(calls) == 2 * 20
+    for name, ours in gradients[0].items():
+        torch.testing.assert_close(ours, gradients[1][name], rtol=1e-3, atol=1e-4 * float(ours.abs().max()), msg=name)
+
+
+def test_a_compiler_that_fails_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> bool:
+        kernels.compiled.cache_clear()
+        return kernels.compiled() is not None
+
+    try:
+        monkeypatch.setenv("SIMSIAM_KERNELS", "0")
+        assert not found()
+        monkeypatch.delenv("SIMSIAM_KERNELS")
+        monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path))
+        assert found() and [each.suffix for each in tmp_path.iterdir()] == [".so"]
+        false = tmp_path / "false"
+        false.write_text("#!/bin/sh\nexit 1\n")
+        false.chmod(0o755)
+        monkeypatch.setenv("CC", str(false))
+        assert not found() and len(list(tmp_path.iterdir())) == 2, "nothing half made is left"
+        monkeypatch.setenv("CC", "no-such-compiler")
+        assert found(), "another one is there"
+    finally:
+        monkeypatch.undo()
+        kernels.compiled.cache_clear()

@@ -125,7 +125,7 @@ def test_not_a_number_stays_one() -> None:
 def test_the_rest_is_left_to_torch(case: str, calls: list[str]) -> None:
     bn: nn.Module = batch_norm(8)
     x = torch.randn(4, 8, 5, 5)
-    if case == "evaluation":
+    if case == "evaluation":  # with gradients; without, see below
         bn.eval()
     elif case == "float64":
         bn, x = bn.double(), x.double()
@@ -144,14 +144,29 @@ def test_the_rest_is_left_to_torch(case: str, calls: list[str]) -> None:
     assert not calls and torch.equal(y, F.relu(bn(x) + x))
 
 
+@pytest.mark.parametrize(("adds", "relu"), [(False, True), (True, True), (False, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_in_use_is_torchs(adds: bool, relu: bool, dtype: torch.dtype, calls: list[str]) -> None:
+    bn = batch_norm(24).eval()
+    bn.running_var = torch.rand(24) + 0.5
+    x, added = (2 * torch.randn(2, 3, 24, 5, 4)).to(dtype).unbind()
+    with torch.inference_mode():
+        y = kernels.norm(bn, x, added if adds else None, relu)
+        assert calls == ["norm_in_use"]
+        expected = by_torch(bn.double(), x.double(), added.double() if adds else None, relu)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected, rtol=4e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-5)
+
+
 def test_an_encoder_learns_the_same_without_them(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(16, 3, 32, 32)
+    torch.manual_seed(0)
+    x, towards = torch.randn(16, 3, 32, 32), torch.randn(16, 64)
     gradients = []
     for with_kernels in (True, False):
         encoder = build(EncoderSpec("thin-resnet18", 32, width=8), 0).to(memory_format=torch.channels_last)
         if not with_kernels:
             monkeypatch.setattr(kernels, "compiled", lambda: None)
-        encoder(x).square().sum().backward()
+        (encoder(x) * towards).sum().backward()
         gradients.append({name: value.grad for name, value in encoder.named_parameters()})
         gradients[-1] |= {name: value for name, value in encoder.named_buffers() if value.is_floating_point()}
     assert len(calls) == 2 * 20

@@ -454,6 +454,30 @@ int norm_forward(Parallel parallel, long threads, long as_float, long rows, long
     return failed;
 }
 
+/* The same by the running statistics. */
+int norm_in_use(Parallel parallel, long threads, long as_float, long rows, long channels, long relu, const void *x,
+                const void *added, void *y, const float *weight, const float *bias, const float *mean,
+                const float *variance, double eps) {
+    long times = repeats(rows, channels), width = times * channels;
+    float *wide = malloc(2 * width * sizeof *wide);
+    double *unused = malloc(CHUNKS * 2 * width * sizeof *unused);
+    if (wide && unused) {
+        Norm n = {.as_float = as_float, .rows = rows / times, .channels = channels, .width = width, .relu = relu,
+                  .threads = threads, .parallel = parallel, .x = x, .added = added, .to = y,
+                  .of_channels = {wide, wide + width}, .sums = unused};
+        for (long i = 0; i < width; i++) {
+            long c = i % channels;
+            double scale = weight[c] / sqrt(variance[c] + eps);
+            wide[i] = (float)scale, wide[width + i] = (float)(bias[c] - scale * mean[c]);
+        }
+        run(&n, apply);
+    }
+    int failed = !wide || !unused;
+    free(wide);
+    free(unused);
+    return failed;
+}
+
 /* The gradients of x, of what was added (NULL: nothing was), and of weight and bias. */
 int norm_backward(Parallel parallel, long threads, long as_float, long rows, long channels, long relu, const void *x,
                   const void *y, const void *y_gradient, const float *saved, void *x_gradient,

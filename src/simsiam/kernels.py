@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,39 +50,52 @@ def views(images: Tensor, geometry: Tensor, colour: Tensor, bounds: Tensor, size
     given = [each.to(torch.float32).contiguous() for each in (geometry, colour, bounds)]
     made = torch.empty(len(geometry), 3, size, size, memory_format=torch.channels_last)
     sides = (images.is_floating_point(), batch, height, width, len(geometry), size)
-    _call("views", images.data_ptr(), *sides, *(each.data_ptr() for each in [*given, made]))
+    _call("views", images.data_ptr(), *sides, *_places(*given, made))
     return made
 
 
 def norm(bn: nn.Module, x: Tensor, added: Tensor | None = None, relu: bool = True) -> Tensor:
-    """relu(bn(x) + added), in four passes over memory, forward and backward, where torch's operations take ten.
+    """relu(bn(x) + added), in four passes over memory, forward and backward, where torch's operations take ten; in use in
+    one where they take two or three.
 
-    bn: batch normalisation of any kind. What the kernels are not made for, evaluation, float64 or several processes, is left
-    to it and to torch.
+    bn: batch normalisation of any kind. What the kernels are not made for, float64 or several processes, is left to it and
+    to torch.
     x, added: float [B,C,h,w].
     """
     if torch.compiler.is_compiling() or type(bn) is not nn.BatchNorm2d or not _normalises(bn, x, added):
         y: Tensor = bn(x) if added is None else bn(x) + added
         return F.relu(y, inplace=True) if relu else y
+    parts = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+    if not bn.training:
+        return _in_use(x, added, parts, bn.eps, relu)
     assert bn.num_batches_tracked is not None
     bn.num_batches_tracked.add_(1)
     momentum = 1 / int(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-    normed: Tensor = _Norm.apply(x, added, bn.weight, bn.bias, bn.running_mean, bn.running_var, momentum, bn.eps, relu)
+    normed: Tensor = _Norm.apply(x, added, *parts, momentum, bn.eps, relu)
     return normed
 
 
 def _normalises(bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None) -> bool:
     return (
-        bn.training
+        (bn.training or not torch.is_grad_enabled())
+        and type(x) is Tensor  # and nothing that stands for one while a model is exported
         and usable(x)
         and x.dtype in (torch.float32, torch.bfloat16)
         and (added is None or (added.dtype == x.dtype and added.shape == x.shape))
         and bn.affine
         and bn.weight.dtype == torch.float32
         and bn.track_running_stats
-        and x.numel() > x.shape[1]  # or torch says that one value has no variance
+        and x.numel() > bn.training * x.shape[1]  # or torch says that one value has no variance
         and x.shape[1] <= _MOST_CHANNELS
     )
+
+
+def _in_use(x: Tensor, added: Tensor | None, parts: Sequence[Tensor | None], eps: float, relu: bool) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
+    added = None if added is None else added.contiguous(memory_format=torch.channels_last)
+    y = torch.empty_like(x)
+    _call("norm_in_use", *_kind(x), relu, *_places(x, added, y, *parts), eps)
+    return y
 
 
 class _Norm(torch.autograd.Function):
@@ -101,8 +115,7 @@ class _Norm(torch.autograd.Function):
         x = x.contiguous(memory_format=torch.channels_last)
         added = None if added is None else added.contiguous(memory_format=torch.channels_last)
         y, saved = torch.empty_like(x), weight.new_empty(4, len(weight))
-        parts = [x, added, y, weight, bias, running_mean, running_var]
-        places = [None if each is None else each.data_ptr() for each in parts]
+        places = _places(x, added, y, weight, bias, running_mean, running_var)
         _call("norm_forward", *_kind(x), relu, *places, momentum, eps, saved.data_ptr())
         ctx.save_for_backward(x, y, saved)
         ctx.relu, ctx.adds = relu, added is not None
@@ -115,9 +128,13 @@ class _Norm(torch.autograd.Function):
         assert gradient.dtype == y.dtype
         of_x, of_added = torch.empty_like(x), torch.empty_like(x) if ctx.adds else None
         of_weight, of_bias = torch.empty_like(saved[:2]).unbind()
-        parts = [x, y, gradient, saved, of_x, of_added, of_weight, of_bias]
-        _call("norm_backward", *_kind(x), ctx.relu, *(None if each is None else each.data_ptr() for each in parts))
+        places = _places(x, y, gradient, saved, of_x, of_added, of_weight, of_bias)
+        _call("norm_backward", *_kind(x), ctx.relu, *places)
         return of_x, of_added, of_weight, of_bias, None, None, None, None, None
+
+
+def _places(*tensors: Tensor | None) -> list[int | None]:
+    return [None if each is None else each.data_ptr() for each in tensors]
 
 
 def _kind(x: Tensor) -> tuple[bool, int, int]:
@@ -155,6 +172,7 @@ def compiled() -> ctypes.CDLL | None:
         number, address, real = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
         library.views.argtypes = [address, number, address, *[number] * 6, *[address] * 4]
         library.norm_forward.argtypes = [address, *[number] * 5, *[address] * 7, real, real, address]
+        library.norm_in_use.argtypes = [address, *[number] * 5, *[address] * 7, real]
         library.norm_backward.argtypes = [address, *[number] * 5, *[address] * 8]
         return library
     return None

@@ -49,6 +49,7 @@ from torchvision.transforms import v2
 from training import limit, photo_folder
 
 import simsiam
+from simsiam import kernels
 from simsiam.compute import cpu_quota, describe, generator, pick_device, set_threads
 from simsiam.data.cache import build_cache, open_cache
 from simsiam.data.decode import decode, in_order
@@ -173,11 +174,20 @@ def ours(bench: Bench, size: int, precision: str = "auto") -> float:
     return sum(count for count, _ in spans) / sum(count / rate for count, rate in spans)
 
 
+def by_torch_alone(work: Callable[[], float]) -> float:
+    with kernels.off():
+        return work()
+
+
 def training_contenders(bench: Bench, size: int) -> Contenders:
+    def bare() -> float:
+        return limit(bench.run(size), bench.arguments.seconds, bench.arguments.device)
+
     contenders: Contenders = {
         "simsiam": partial(ours, bench, size),
         "simsiam, fp32": partial(ours, bench, size, "fp32"),
-        "bare step (limit)": lambda: limit(bench.run(size), bench.arguments.seconds, bench.arguments.device),
+        "bare step (limit)": bare,
+        "bare step, torch's operations alone": lambda: by_torch_alone(bare),
     }
     for peer in chosen(bench.arguments):
         for best in (False, True):
@@ -365,6 +375,7 @@ def embed_contenders(bench: Bench, size: int) -> Contenders:
         "simsiam": partial(repeated, bench, partial(embed_rows, encoder, prepare, cache, rows, compute), len(rows)),
         "simsiam embed (with files and probe)": partial(repeated, bench, command, len(rows)),
         "bare forward (limit)": partial(repeated, bench, bare, len(x)),
+        "bare forward, torch's operations alone": partial(by_torch_alone, partial(repeated, bench, bare, len(x))),
     }
 
 

@@ -10,7 +10,8 @@ loader, loop, heads and optimiser are each peer's own:
   `simsiam.py`, `scripts/pretrain/cifar/simsiam.yaml`), written anew on pytorch-lightning: the registry's newest solo-learn
   asks for torch 1.9.1 and cannot stand beside ours. Left out: logger, progress bar and checkpoints, DDP, DALI.
 
-What is left out would only slow the peers down. Their scripts' workers, 8, 32 and 4, are their defaults here.
+What is left out would only slow the peers down. Their scripts' workers, 8, 32 and 4, are their defaults here. Our kernels
+are switched off while they train: a peer's operations are torch's.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from torchvision import transforms as T
 from torchvision.datasets.folder import default_loader
 from torchvision.transforms import v2
 
+from simsiam import kernels
 from simsiam.compute import computes_bf16, cpu_quota, wait
 from simsiam.data.decode import decode
 from simsiam.data.demo import photograph_files
@@ -440,7 +442,8 @@ def images_per_second(peer: Peer, task: Task, knobs: Knobs, share: float = 1.0) 
     torch.set_num_threads(knobs.threads)
     clock = Clock(task.seconds * share, task.batch, task.device)
     try:
-        peer.train(task, knobs, clock)
+        with kernels.off():  # the backbone is ours, what runs it is theirs
+            peer.train(task, knobs, clock)
     finally:
         torch.set_num_threads(before)
     return clock.rate

@@ -30,6 +30,17 @@ def simsiam_cli(*arguments: object, cwd: Path | None = None) -> subprocess.Compl
     )
 
 
+def called(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
+) -> tuple[object, str, str]:
+    """Status, stdout and stderr of the command line, called in this process."""
+    monkeypatch.setattr(sys, "argv", ["simsiam", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    shown = capsys.readouterr()
+    return left.value.code, shown.out, shown.err
+
+
 @pytest.fixture(scope="module")
 def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
@@ -68,11 +79,8 @@ def test_import_and_version_are_light() -> None:
 def test_an_option_that_is_none_is_answered_with_what_was_meant(
     arguments: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["simsiam", *arguments])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    shown = capsys.readouterr().err.strip()
-    assert left.value.code == 2 and says in shown and "\n" not in shown
+    status, _, shown = called(capsys, monkeypatch, *arguments)
+    assert status == 2 and says in shown and "\n" not in shown.strip()
 
 
 def test_train_stays_a_function_where_the_module_was_imported_first() -> None:
@@ -190,12 +198,27 @@ def test_key_value_may_stand_where_data_stands(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_clear_line_and_status_2(
-    arguments: list[str], says: str, photos: Path, run: Path, tmp_path: Path
+    arguments: list[str],
+    says: str,
+    photos: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    done = simsiam_cli(*(a.format(photos=photos, run=run) for a in arguments), cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == "" and "Traceback" not in done.stderr and says in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+    status, out, err = called(capsys, monkeypatch, *(a.format(photos=photos, run=run) for a in arguments))
+    assert status == 2 and out == "" and says in err
+    assert err.count("Error: ") == 1 and err.rstrip().splitlines()[-1].startswith("Error: "), err
     assert not list(tmp_path.iterdir()), "nothing may be left behind"
+
+
+def test_a_mistake_ends_the_process_so(photos: Path, run: Path, tmp_path: Path) -> None:
+    """One of those above, as a shell sees it."""
+    done = simsiam_cli("train", photos, "-o", run, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "", done.stderr
+    assert "Traceback" not in done.stderr and "--resume" in done.stderr.splitlines()[-1]
 
 
 def test_an_empty_folder_and_one_image(tmp_path: Path) -> None:
@@ -222,8 +245,10 @@ def test_an_empty_folder_and_one_image(tmp_path: Path) -> None:
         (("train", "--seed", str(1 << 32)), "--seed"),
     ],
 )
-def test_a_command_that_is_wrong_is_answered_by_one_line(arguments: tuple[str, ...], says: str) -> None:
-    done = simsiam_cli(*arguments)
-    assert done.returncode == 2 and not done.stdout
-    assert len(done.stderr.strip().splitlines()) == 1 and says in done.stderr and "--help" in done.stderr, done.stderr
-    assert "?." not in done.stderr and ".." not in done.stderr
+def test_a_command_that_is_wrong_is_answered_by_one_line(
+    arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, out, err = called(capsys, monkeypatch, *arguments)
+    assert status == 2 and not out
+    assert len(err.strip().splitlines()) == 1 and says in err and "--help" in err, err
+    assert "?." not in err and ".." not in err

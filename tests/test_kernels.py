@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -158,15 +159,14 @@ def test_norm_in_use_is_torchs(adds: bool, relu: bool, dtype: torch.dtype, calls
     torch.testing.assert_close(y.double(), expected, rtol=4e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-5)
 
 
-def test_an_encoder_learns_the_same_without_them(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_learns_the_same_without_them(calls: list[str]) -> None:
     torch.manual_seed(0)
     x, towards = torch.randn(16, 3, 32, 32), torch.randn(16, 64)
     gradients = []
     for with_kernels in (True, False):
         encoder = build(EncoderSpec("thin-resnet18", 32, width=8), 0).to(memory_format=torch.channels_last)
-        if not with_kernels:
-            monkeypatch.setattr(kernels, "compiled", lambda: None)
-        (encoder(x) * towards).sum().backward()
+        with contextlib.nullcontext() if with_kernels else kernels.off():
+            (encoder(x) * towards).sum().backward()
         gradients.append({name: value.grad for name, value in encoder.named_parameters()})
         gradients[-1] |= {name: value for name, value in encoder.named_buffers() if value.is_floating_point()}
     assert len(calls) == 2 * 20
@@ -176,12 +176,14 @@ def test_an_encoder_learns_the_same_without_them(calls: list[str], monkeypatch: 
 
 def test_a_compiler_that_fails_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found() -> bool:
-        kernels.compiled.cache_clear()
+        kernels._found.cache_clear()
         return kernels.compiled() is not None
 
+    with kernels.off():
+        assert kernels.compiled() is None and not kernels.lacking()
     try:
         monkeypatch.setenv("SIMSIAM_KERNELS", "0")
-        assert not found()
+        assert not found() and not kernels.lacking()
         monkeypatch.delenv("SIMSIAM_KERNELS")
         monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path))
         assert found() and [each.suffix for each in tmp_path.iterdir()] == [".so"]
@@ -190,8 +192,9 @@ def test_a_compiler_that_fails_is_done_without(tmp_path: Path, monkeypatch: pyte
         false.chmod(0o755)
         monkeypatch.setenv("CC", str(false))
         assert not found() and len(list(tmp_path.iterdir())) == 2, "nothing half made is left"
+        assert "false failed" in kernels.lacking()
         monkeypatch.setenv("CC", "no-such-compiler")
-        assert found(), "another one is there"
+        assert found() and not kernels.lacking(), "another one is there"
     finally:
         monkeypatch.undo()
-        kernels.compiled.cache_clear()
+        kernels._found.cache_clear()

@@ -14,7 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _MOST_CHANNELS = 4096
+_off = False
 
 
 def usable(x: Tensor) -> bool:
@@ -158,24 +159,48 @@ def _parallel() -> int | None:
     return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
 
 
-@functools.cache
 def compiled() -> ctypes.CDLL | None:
     """The library, from the cache or made now, which takes a second; None where that cannot be done."""
+    return None if _off else _found()[0]
+
+
+def lacking() -> str:
+    """Why there is none, for the user; empty where there is one, or where nobody expects it."""
+    return "" if compiled() is not None else _found()[1]
+
+
+@contextlib.contextmanager
+def off() -> Iterator[None]:
+    """Torch's operations alone, as where there is no compiler: to compare with."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+@functools.cache
+def _found() -> tuple[ctypes.CDLL | None, str]:
     if sys.platform != "linux" or os.environ.get("SIMSIAM_KERNELS") == "0":
-        return None
+        return None, ""
     names = (os.environ.get("CC", "cc"), "gcc", "clang")
     compiler = next((found for found in map(shutil.which, names) if found), None)
-    if compiler is None or not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
-        return None
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
+    if compiler is None:
+        return None, "there is no C compiler (cc, gcc or clang)"
+    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        return None, "torch has other threads than GNU's"
+    try:
         library = ctypes.CDLL(str(_build(compiler)))
-        number, address, real = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
-        library.views.argtypes = [address, number, address, *[number] * 6, *[address] * 4]
-        library.norm_forward.argtypes = [address, *[number] * 5, *[address] * 7, real, real, address]
-        library.norm_in_use.argtypes = [address, *[number] * 5, *[address] * 7, real]
-        library.norm_backward.argtypes = [address, *[number] * 5, *[address] * 8]
-        return library
-    return None
+    except (OSError, subprocess.SubprocessError) as error:
+        told = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+        return None, f"{compiler} failed ({(told or [str(error)])[0][:100]})"
+    number, address, real = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
+    library.views.argtypes = [address, number, address, *[number] * 6, *[address] * 4]
+    library.norm_forward.argtypes = [address, *[number] * 5, *[address] * 7, real, real, address]
+    library.norm_in_use.argtypes = [address, *[number] * 5, *[address] * 7, real]
+    library.norm_backward.argtypes = [address, *[number] * 5, *[address] * 8]
+    return library, ""
 
 
 def _build(compiler: str) -> Path:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from simsiam import evaluate, methods, ranks
+from simsiam import evaluate, kernels, methods, ranks
 from simsiam.assess import Rows, Subject, keep_samples, side_by_side
 from simsiam.compute import Compute, describe, generator, out_of_memory, pick_device, repeatable, set_threads
 from simsiam.config import Interrupted, Table, UserError, counted, read_recipe, show_duration, write_recipe
@@ -180,6 +180,8 @@ def _train(
     probed = ranks.same(lambda: own)
     compute = Compute(where, probed.precision)
     torch.set_num_threads(probed.threads)
+    if where.type == "cpu" and kernels.lacking():
+        listener.say(f"Views and batch normalisation take longer than they could here: {kernels.lacking()}.")
     if not resume:
         plan, more = settle(plan, probed, facts, loader.steps_per_epoch)
         reasons += more
@@ -205,7 +207,9 @@ def _train(
     if ranks.main():
         if not resume:
             write_text(run / RECIPE, write_recipe(plan.table()))
-        about = {"device": str(where), "processes": ranks.count(), **_command()}
+        about: Table = {"device": str(where), "processes": ranks.count(), **_command()}
+        if where.type == "cpu":
+            about["kernels"] = kernels.compiled() is not None
         write_json(run / ENVIRONMENT, {**describe(where), **about})
     s.open(resume)
     if resume and data is not None and ranks.main():  # the same images in another place

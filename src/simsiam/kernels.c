@@ -161,12 +161,17 @@ static void blur(float sigma, long size, Room *room) {
 static void colours(const float *colour, const float *range, long size, Room *room, float *to) {
     long count = size * 3;
     double mean[3] = {0};
-    memset(room->sums, 0, room->row * sizeof *room->sums);
-    for (long y = 0; y < size; y++)
+    int pulls = 0;
+    for (long k = 9; k < 18; k++)
+        pulls |= colour[k] != 0;
+    if (pulls) {
+        memset(room->sums, 0, room->row * sizeof *room->sums);
+        for (long y = 0; y < size; y++)
+            for (long i = 0; i < count; i++)
+                room->sums[i] += room->view[y * room->row + i];
         for (long i = 0; i < count; i++)
-            room->sums[i] += room->view[y * room->row + i];
-    for (long i = 0; i < count; i++)
-        mean[i % 3] += room->sums[i] / ((double)size * size);
+            mean[i % 3] += room->sums[i] / ((double)size * size);
+    }
     float *restrict a = room->coefficients, *b = a + count, *c = b + count, *d = c + count, *e = d + count;
     float *offset = e + count, *low = offset + count, *high = low + count;
     for (long k = 0; k < 3; k++) {

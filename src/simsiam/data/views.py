@@ -199,26 +199,39 @@ def plain_view(
 
     Shapes and ranges are those of `random_view`. share 0.875 is the usual 'resize to 256, crop 224'.
     """
+    if kernels.usable(images):
+        return _plain(
+            images, size, share, sizes, 1 / (255 * torch.tensor(std)), -torch.tensor(mean) / torch.tensor(std)
+        )
     return normalise(plain_pixels(images, size, share, sizes), mean, std)
 
 
 def plain_pixels(images: Tensor, size: int, share: float, sizes: Tensor | None = None) -> Tensor:
     """As `plain_view`, before normalisation: float32 [B,3,size,size] with values 0..255."""
-    if sizes is None:
-        if tuple(images.shape[-2:]) == (size, size) and share == 1:
-            return images.float()
-        sizes = _whole(images)
-    resized = round(size / share) * sizes // sizes.amin(1, keepdim=True)
-    full, step = sizes.float(), sizes / resized
-    start, length = ((resized - size) / 2).round() * step, size * step
+    if sizes is None and tuple(images.shape[-2:]) == (size, size) and share == 1:
+        return images.float()
     if kernels.usable(images):
-        zero = torch.zeros_like(full)
-        geometry = torch.cat([torch.stack([start, length, zero, full], 2).flatten(1), zero], 1)
-        unchanged = torch.stack([torch.eye(3), torch.zeros(3, 3)]).expand(len(images), 2, 3, 3)
-        return kernels.views(images, geometry, unchanged, torch.tensor([[0.0], [0.0], [255.0]]).expand(3, 3), size)
+        return _plain(images, size, share, sizes, torch.ones(3), torch.zeros(3))
+    start, length, full = _central(_whole(images) if sizes is None else sizes, size, share)
     w_y = resampling(start[:, 0], length[:, 0], size, images.shape[2], edge=full[:, 0])
     w_x = resampling(start[:, 1], length[:, 1], size, images.shape[3], edge=full[:, 1])
     return resample(images, w_y, w_x).clamp_(0, 255)
+
+
+def _plain(images: Tensor, size: int, share: float, sizes: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale [3] . pixels + shift [3], by the kernels."""
+    start, length, full = _central(_whole(images) if sizes is None else sizes, size, share)
+    zero = torch.zeros_like(full)
+    geometry = torch.cat([torch.stack([start, length, zero, full], 2).flatten(1), zero], 1)
+    colour = torch.stack([scale.diag(), torch.zeros(3, 3)]).expand(len(images), 2, 3, 3)
+    return kernels.views(images, geometry, colour, torch.stack([shift, shift, 255 * scale + shift]), size)
+
+
+def _central(sizes: Tensor, size: int, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the central square of every image starts, how long it is, and the image's sides: [B,2] each, in its pixels."""
+    resized = round(size / share) * sizes // sizes.amin(1, keepdim=True)
+    step = sizes / resized
+    return ((resized - size) / 2).round() * step, size * step, sizes.float()
 
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

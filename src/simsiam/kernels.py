@@ -192,7 +192,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         return None, "torch has other threads than GNU's"
     try:
         library = ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:  # the last: nobody's home folder
         told = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
         return None, f"{compiler} failed ({(told or [str(error)])[0][:100]})"
     number, address, real = ctypes.c_long, ctypes.c_void_p, ctypes.c_double

@@ -174,6 +174,19 @@ def test_an_encoder_learns_the_same_without_them(calls: list[str]) -> None:
         torch.testing.assert_close(ours, gradients[1][name], rtol=1e-3, atol=1e-4 * float(ours.abs().max()), msg=name)
 
 
+@pytest.mark.parametrize(("columns", "k"), [(1, 1), (7, 7), (40, 1), (40, 39), (1000, 20), (1003, 200), (5000, 1)])
+@pytest.mark.parametrize("distinct", [1_000_000, 5])
+def test_largest_is_topk(columns: int, k: int, distinct: int, calls: list[str]) -> None:
+    torch.manual_seed(0)
+    values = torch.randint(distinct, (9, columns)).float() - distinct / 2
+    values[0], values[1] = values[0].sort().values, values[1].sort(descending=True).values
+    values[2, ::2] = -torch.inf
+    best, which = kernels.largest(values, k)
+    assert calls == ["largest"]
+    assert torch.equal(best, values.topk(k, dim=1).values) and torch.equal(best, values.gather(1, which))
+    assert all(len(set(row)) == k for row in which.tolist())
+
+
 def test_a_compiler_that_fails_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def found() -> bool:
         kernels._found.cache_clear()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from simsiam import neighbours
+from simsiam import kernels, neighbours
 from simsiam.config import UserError
 from simsiam.neighbours import top_k, unit_rows
 
@@ -43,7 +43,8 @@ def test_brute_force(monkeypatch: pytest.MonkeyPatch, bank_block: int, block: in
 def test_long_rows_go_by_the_maxima_of_groups(count: int, distinct: int) -> None:
     """The same values as a plain topk, with many ties too, each at the index where it stands."""
     values = torch.from_numpy(np.random.default_rng(count).integers(distinct, size=(9, count))).float()
-    found, where = neighbours._largest(values, 20)
+    with kernels.off():
+        found, where = neighbours._largest(values, 20)
     assert torch.equal(found, values.topk(20, dim=1).values) and torch.equal(found, values.gather(1, where))
     assert all(len(set(row)) == 20 for row in where.tolist())
 

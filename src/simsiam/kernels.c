@@ -520,3 +520,67 @@ int norm_backward(Parallel parallel, long threads, long as_float, long rows, lon
     free(sums);
     return failed;
 }
+
+/* --- the largest values of each row ------------------------------------------------------------------------------- */
+
+typedef struct {
+    const float *values; /* [rows][columns] */
+    long rows, columns, k;
+    float *best;    /* [rows][k], descending */
+    int64_t *which; /* [rows][k], their columns */
+    long next;
+} Largest;
+
+/* A heap whose smallest value is its first: puts the value at `at` where it belongs among those below it. */
+static void sink(float *best, int64_t *which, long count, long at) {
+    float value = best[at];
+    int64_t column = which[at];
+    for (long child; (child = 2 * at + 1) < count; at = child) {
+        child += child + 1 < count && best[child + 1] < best[child];
+        if (best[child] >= value)
+            break;
+        best[at] = best[child], which[at] = which[child];
+    }
+    best[at] = value, which[at] = column;
+}
+
+static void largest_of(const float *values, long columns, long k, float *best, int64_t *which) {
+    for (long i = 0; i < k; i++)
+        best[i] = values[i], which[i] = i;
+    for (long i = k / 2; i-- > 0;)
+        sink(best, which, k, i);
+    for (long i = k; i < columns;) {
+        long end = i + 16 < columns ? i + 16 : columns;
+        float least = best[0];
+        int any = end < i + 16;
+        if (!any)
+            for (long t = 0; t < 16; t++)
+                any |= values[i + t] > least;
+        for (long at = i; any && at < end; at++)
+            if (values[at] > best[0]) {
+                best[0] = values[at], which[0] = at;
+                sink(best, which, k, 0);
+            }
+        i = end;
+    }
+    for (long left = k - 1; left > 0; left--) { /* the smallest goes to the end */
+        float value = best[0];
+        int64_t column = which[0];
+        best[0] = best[left], which[0] = which[left];
+        best[left] = value, which[left] = column;
+        sink(best, which, left, 0);
+    }
+}
+
+static void find_largest(void *given) {
+    Largest *l = given;
+    for (long i; (i = __atomic_fetch_add(&l->next, 1, __ATOMIC_RELAXED)) < l->rows;)
+        largest_of(l->values + i * l->columns, l->columns, l->k, l->best + i * l->k, l->which + i * l->k);
+}
+
+int largest(Parallel parallel, long threads, const float *values, long rows, long columns, long k, float *best,
+            int64_t *which) {
+    Largest l = {values, rows, columns, k, best, which, 0};
+    parallel(find_largest, &l, (unsigned)(threads < rows ? threads : rows), 0);
+    return 0;
+}

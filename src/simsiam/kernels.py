@@ -134,6 +134,15 @@ class _Norm(torch.autograd.Function):
         return of_x, of_added, of_weight, of_bias, None, None, None, None, None
 
 
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`values.topk(k, dim=1)` of float32 [Q,N] on the CPU, 0 < k <= N, in one pass: values descending, and int64 columns."""
+    assert values.dtype == torch.float32 and values.is_contiguous() and 0 < k <= values.shape[1]
+    best, which = values.new_empty(len(values), k), torch.empty(len(values), k, dtype=torch.int64)
+    if len(values):
+        _call("largest", values.data_ptr(), *values.shape, k, *_places(best, which))
+    return best, which
+
+
 def _places(*tensors: Tensor | None) -> list[int | None]:
     return [None if each is None else each.data_ptr() for each in tensors]
 
@@ -200,6 +209,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
     library.norm_forward.argtypes = [address, *[number] * 5, *[address] * 7, real, real, address]
     library.norm_in_use.argtypes = [address, *[number] * 5, *[address] * 7, real]
     library.norm_backward.argtypes = [address, *[number] * 5, *[address] * 8]
+    library.largest.argtypes = [address, number, address, *[number] * 3, address, address]
     return library, ""
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simsiam import kernels
 from simsiam.config import UserError
 
 _BANK_BLOCK = 1 << 25
@@ -62,8 +63,11 @@ def top_k(
 
 
 def _largest(values: Tensor, k: int, group: int = 16) -> tuple[Tensor, Tensor]:
-    """`values.topk(k, dim=1)`, [Q,N] -> [Q,k] twice; where rows are long, by way of the maxima of groups of columns: the k
-    groups with the largest hold the k largest values. That reads the rows once and sorts a tenth of them."""
+    """`values.topk(k, dim=1)`, [Q,N] -> [Q,k] twice. Where rows are long and there is no kernel for it, by way of the maxima
+    of groups of columns: the k groups with the largest hold the k largest values. That reads the rows once and sorts a tenth
+    of them."""
+    if kernels.usable(values) and k > 0:
+        return kernels.largest(values, k)
     count = values.shape[1] // group
     if count <= 4 * k:
         return values.topk(k, dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,13 +114,31 @@ def test_a_gradient_that_is_one_value_for_many_is_taken() -> None:
     assert x.grad is not None and x.grad.abs().sum() > 0
 
 
-def test_not_a_number_stays_one() -> None:
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [(0, 3, 0, 0), (2, 3, 4, 1)])
+def test_what_is_not_finite_shows(bad: float, place: tuple[int, ...]) -> None:
     """Else a diverged run would look healthy."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(4, 8, 5, 5).to(dtype)
-        x[0, 3, 0, 0] = float("nan")
+        x[place] = bad
         y = kernels.norm(batch_norm(8), x)
         assert y[:, 3].isnan().all() and not y[:, :3].isnan().any()
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    x = torch.randn(4, 8, 5, 5, requires_grad=True)
+    (slope,) = torch.autograd.grad(kernels.norm(batch_norm(8), x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.square().sum().backward()
+
+
+def test_a_traced_encoder_computes() -> None:
+    encoder = build(EncoderSpec("thin-resnet18", 32, width=8), 0).eval()
+    first, second = torch.randn(2, 4, 3, 32, 32).unbind()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing itself is
+        traced = torch.jit.trace(encoder, first)
+        torch.testing.assert_close(traced(second), encoder(second), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["evaluation", "float64", "another norm", "no weights", "no statistics", "one value"])

@@ -229,7 +229,7 @@ static void draw(void *given) {
 
 /* 0, or 1 where memory has run out. */
 int views(Parallel parallel, long threads, const void *images, long as_float, long batch, long height, long width,
-                 long count, long size, const float *geometry, const float *colour, const float *range, float *views) {
+          long count, long size, const float *geometry, const float *colour, const float *range, float *views) {
     Views v = {images, batch, height, width, as_float, count, size, geometry, colour, range, views, 0, 0};
     parallel(draw, &v, (unsigned)(threads < count ? threads : count), 0);
     return (int)v.failed;
@@ -442,7 +442,7 @@ int norm_forward(Parallel parallel, long threads, long as_float, long rows, long
         float *mean = saved, *scale = saved + channels, *shift = scale + channels, *inverse = shift + channels;
         for (long c = 0; c < channels; c++) {
             double off = sum[c] / rows, variance = square[c] / rows - off * off;
-            variance = variance > 0 ? variance : 0;
+            variance = variance < 0 ? 0 : variance; /* what is not a number stays so */
             double middle = off + wide[c], one = 1 / sqrt(variance + eps);
             mean[c] = (float)middle, inverse[c] = (float)one;
             scale[c] = (float)(weight[c] * one), shift[c] = (float)(bias[c] - weight[c] * one * middle);

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -37,7 +39,7 @@ def views(images: Tensor, geometry: Tensor, colour: Tensor, bounds: Tensor, size
     """Crop, antialiased resize, flip, blur and colours of every view, in one go.
 
     Args:
-        images: uint8 or float32 [B,3,H,W] on the CPU.
+        images: uint8 or float [B,3,H,W] on the CPU.
         geometry: [n B,10], in pixels: of the height, start and length of the crop and between which limits it may look; the
             same of the width; 1 to flip; sigma of the blur, 0 for none. View i is one of image i modulo B.
         colour: [n B,2,3,3]: a matrix for the pixels, and one for the view's mean, which is added.
@@ -45,7 +47,7 @@ def views(images: Tensor, geometry: Tensor, colour: Tensor, bounds: Tensor, size
     Returns:
         float32 [n B,3,size,size] in channels_last.
     """
-    assert images.dtype in (torch.uint8, torch.float32)
+    images = images if images.dtype == torch.uint8 else images.float()
     images = images.contiguous(memory_format=torch.channels_last)
     batch, _, height, width = images.shape
     given = [each.to(torch.float32).contiguous() for each in (geometry, colour, bounds)]
@@ -79,7 +81,8 @@ def norm(bn: nn.Module, x: Tensor, added: Tensor | None = None, relu: bool = Tru
 def _normalises(bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None) -> bool:
     return (
         (bn.training or not torch.is_grad_enabled())
-        and type(x) is Tensor  # and nothing that stands for one while a model is exported
+        and type(x) is Tensor  # and nothing that stands for one while a model is exported; nor is it traced
+        and not torch.jit.is_tracing()
         and usable(x)
         and x.dtype in (torch.float32, torch.bfloat16)
         and (added is None or (added.dtype == x.dtype and added.shape == x.shape))
@@ -123,6 +126,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, y, saved = ctx.saved_tensors
         gradient = gradients[0].contiguous(memory_format=torch.channels_last)
@@ -222,7 +226,8 @@ def _build(compiler: str) -> Path:
     built = Path(os.environ.get("SIMSIAM_CACHE") or "~/.cache/simsiam").expanduser() / f"kernels-{key}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
-        part = built.with_suffix(f".{os.getpid()}")  # renamed when whole: another process may look
+        # Renamed when whole: another process, or thread, may look.
+        part = built.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         try:
             subprocess.run([compiler, *_FLAGS, "-o", part, _SOURCE, "-lm"], check=True, capture_output=True)
             part.rename(built)

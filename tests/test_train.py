@@ -668,17 +668,16 @@ def _tiny(what: str | None) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("what", [None, "stop_gradient", "predictor"])
-def test_a_collapse_that_has_time_takes_the_features_along(what: str | None, tmp_path: Path) -> None:
-    """1,860 steps of a small net. kNN ends at 5 to 20 without stop-gradient, by chance at chance (7)."""
+def test_over_thirty_epochs_only_what_lacks_a_part_collapses(what: str | None, tmp_path: Path) -> None:
+    """1,860 steps of a small net, until the rate has fallen to 0. What a collapse makes of kNN, the next test asks."""
     summary = simsiam.train("demo", tmp_path / "run", epochs=30, seed=1, **_tiny(what))
     looks = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "monitor"]
-    late = np.median([look["knn"] for look in looks if look["step"] > summary["steps"] / 2 and "knn" in look] or [0])
     if what is None:
+        late = np.median([look["knn"] for look in looks if look["step"] > summary["steps"] / 2 and "knn" in look])
         assert summary["verdict"] == "healthy" and summary["std"] > 0.9 and late > looks[0]["knn"] + 5
     else:
         assert any(look["verdict"] == "collapsed" for look in looks)
         assert summary["verdict"] in ("collapsed", "diverged")
-        assert late < (20 if what == "stop_gradient" else looks[0]["knn"] + 5), late
 
 
 def _to_chance(what: str | None, seed: int, most: int, run: Path) -> UntilChance:

@@ -141,7 +141,13 @@ def test_a_traced_encoder_computes() -> None:
         torch.testing.assert_close(traced(second), encoder(second), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["evaluation", "float64", "another norm", "no weights", "no statistics", "one value"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("evaluation", "float64", "another norm", "no weights", "no statistics", "one value"),
+        *("bfloat16 weights", "another precision is added", "one value is added"),
+    ],
+)
 def test_the_rest_is_left_to_torch(case: str, calls: list[str]) -> None:
     bn: nn.Module = batch_norm(8)
     x = torch.randn(4, 8, 5, 5)
@@ -160,8 +166,11 @@ def test_the_rest_is_left_to_torch(case: str, calls: list[str]) -> None:
             kernels.norm(bn, x[:1, :, :1, :1])
         x = x[:1]
         bn.eval()
-    y = kernels.norm(bn, x, x)
-    assert not calls and torch.equal(y, F.relu(bn(x) + x))
+    elif case == "bfloat16 weights":
+        bn, x = bn.bfloat16(), x.bfloat16()
+    added = x.double() if case == "another precision is added" else x[:1, :, :1, :1] if "is added" in case else x
+    y = kernels.norm(bn, x, added)
+    assert not calls and torch.equal(y, F.relu(bn(x) + added))
 
 
 @pytest.mark.parametrize(("adds", "relu"), [(False, True), (True, True), (False, False)])

@@ -187,7 +187,7 @@ def training_contenders(bench: Bench, size: int) -> Contenders:
         "simsiam": partial(ours, bench, size),
         "simsiam, fp32": partial(ours, bench, size, "fp32"),
         "bare step (limit)": bare,
-        "bare step, torch's operations alone": lambda: by_torch_alone(bare),
+        "bare step, torch's operations alone": partial(by_torch_alone, bare),
     }
     for peer in chosen(bench.arguments):
         for best in (False, True):

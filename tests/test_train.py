@@ -672,12 +672,13 @@ def test_over_thirty_epochs_only_what_lacks_a_part_collapses(what: str | None, t
     """1,860 steps of a small net, until the rate has fallen to 0. What a collapse makes of kNN, the next test asks."""
     summary = simsiam.train("demo", tmp_path / "run", epochs=30, seed=1, **_tiny(what))
     looks = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "monitor"]
+    late = np.median([look["knn"] for look in looks if look["step"] > summary["steps"] / 2 and "knn" in look] or [0])
     if what is None:
-        late = np.median([look["knn"] for look in looks if look["step"] > summary["steps"] / 2 and "knn" in look])
         assert summary["verdict"] == "healthy" and summary["std"] > 0.9 and late > looks[0]["knn"] + 5
     else:
         assert any(look["verdict"] == "collapsed" for look in looks)
         assert summary["verdict"] in ("collapsed", "diverged")
+        assert late < looks[0]["knn"] + 5, late
 
 
 def _to_chance(what: str | None, seed: int, most: int, run: Path) -> UntilChance:

@@ -242,6 +242,7 @@ int views(Parallel parallel, long threads, const void *images, long as_float, lo
 
 #define CHUNKS 64
 #define WIDTH 4096 /* at most */
+enum { MEAN, SCALE, SHIFT, SLOPE, BASE, VECTORS };
 #define BLOCK 64   /* rows summed up in float before double takes over */
 #define ALWAYS static inline __attribute__((always_inline))
 
@@ -250,8 +251,8 @@ typedef struct Norm {
     Parallel parallel;
     const void *x, *added, *y, *y_gradient; /* `added` is NULL where nothing is */
     void *to, *to_added;                    /* y; or the gradients of x and of what was added */
-    const float *of_channels[4];            /* [width] each */
-    double *sums;                           /* [CHUNKS][2][width] */
+    float *of[VECTORS];                     /* what belongs to a channel, [width] each */
+    double *sums;                           /* [CHUNKS][2][width], then the two totals */
     void (*work)(const struct Norm *, long, long, double *);
     long next;
 } Norm;
@@ -279,7 +280,7 @@ ALWAYS void put(void *values, long i, float value, long as_float) {
 
 ALWAYS void sums_of(const Norm *n, long from, long to, double *sums, long as_float) {
     const void *restrict x = n->x;
-    const float *restrict near = n->of_channels[0]; /* a value of each channel: squares of differences lose no digits */
+    const float *restrict near = n->of[MEAN]; /* a value of each channel: squares of differences lose no digits */
     long width = n->width;
     float sum[WIDTH], square[WIDTH];
     for (long start = from; start < to; start += BLOCK) {
@@ -299,7 +300,7 @@ ALWAYS void sums_of(const Norm *n, long from, long to, double *sums, long as_flo
 ALWAYS void apply_to(const Norm *n, long from, long to, long as_float, long relu, long adds) {
     const void *restrict x = n->x, *restrict added = n->added;
     void *restrict y = n->to;
-    const float *restrict scale = n->of_channels[0], *restrict shift = n->of_channels[1];
+    const float *restrict scale = n->of[SCALE], *restrict shift = n->of[SHIFT];
     long width = n->width;
     for (long row = from; row < to; row++)
         for (long i = 0; i < width; i++) {
@@ -315,7 +316,7 @@ ALWAYS void apply_to(const Norm *n, long from, long to, long as_float, long relu
 ALWAYS void gradient_sums_of(const Norm *n, long from, long to, double *sums, long as_float, long relu, long adds) {
     const void *restrict x = n->x, *restrict y = n->y, *restrict gradient = n->y_gradient;
     void *restrict to_added = n->to_added;
-    const float *restrict mean = n->of_channels[0], *restrict scale = n->of_channels[1], *restrict shift = n->of_channels[2];
+    const float *restrict mean = n->of[MEAN], *restrict scale = n->of[SCALE], *restrict shift = n->of[SHIFT];
     long width = n->width;
     float sum[WIDTH], product[WIDTH];
     for (long start = from; start < to; start += BLOCK) {
@@ -341,8 +342,8 @@ ALWAYS void gradient_sums_of(const Norm *n, long from, long to, double *sums, lo
 ALWAYS void gradient_of(const Norm *n, long from, long to, long as_float, long relu, long adds) {
     const void *restrict x = n->x, *restrict gradient = adds ? n->to_added : n->y_gradient;
     void *restrict to_x = n->to;
-    const float *restrict mean = n->of_channels[0], *restrict scale = n->of_channels[1], *restrict shift = n->of_channels[2];
-    const float *restrict slope = n->of_channels[3], *restrict base = n->of_channels[3] + n->width;
+    const float *restrict mean = n->of[MEAN], *restrict scale = n->of[SCALE], *restrict shift = n->of[SHIFT];
+    const float *restrict slope = n->of[SLOPE], *restrict base = n->of[BASE];
     long width = n->width;
     for (long row = from; row < to; row++)
         for (long i = 0; i < width; i++) {
@@ -401,24 +402,41 @@ static void run(Norm *n, void (*work)(const Norm *, long, long, double *)) {
     n->parallel(chunks, n, (unsigned)n->threads, 0);
 }
 
-/* Rows of fewer than 64 values are taken by two, four or eight where that comes out even. */
-static long repeats(long rows, long channels) {
+/* Makes room; rows of fewer than 64 values are taken by two, four or eight where that comes out even. False where memory has
+   run out. */
+static int begin(Norm *n) {
     long times = 1;
-    while (times < 8 && times * channels < 64 && rows % (2 * times) == 0)
+    while (times < 8 && times * n->channels < 64 && n->rows % (2 * times) == 0)
         times *= 2;
-    return times;
+    n->rows /= times, n->width = times * n->channels;
+    float *wide = malloc(VECTORS * n->width * sizeof *wide);
+    n->sums = malloc((CHUNKS + 1) * 2 * n->width * sizeof *n->sums);
+    for (long k = 0; k < VECTORS; k++)
+        n->of[k] = wide ? wide + k * n->width : NULL;
+    return wide && n->sums;
 }
 
-static void repeat(const float *values, long channels, long width, float *to) {
-    for (long i = 0; i < width; i++)
-        to[i] = values[i % channels];
+/* Returns 1 where memory had run out. */
+static int end(Norm *n) {
+    int failed = !n->of[0] || !n->sums;
+    free(n->of[0]);
+    free(n->sums);
+    return failed;
 }
 
-static void total(const Norm *n, long which, double *to) {
+static void repeat(const Norm *n, const float *values, long vector) {
+    for (long i = 0; i < n->width; i++)
+        n->of[vector][i] = values[i % n->channels];
+}
+
+/* [channels]: of the first or the second of the sums. */
+static const double *total(const Norm *n, long which) {
+    double *to = n->sums + (2 * CHUNKS + which) * n->width;
     memset(to, 0, n->channels * sizeof *to);
     for (long chunk = 0; chunk < CHUNKS; chunk++)
         for (long i = 0; i < n->width; i++)
             to[i % n->channels] += n->sums[(2 * chunk + which) * n->width + i];
+    return to;
 }
 
 /* y = norm(x) [+ added], [kept above 0]. `saved` [4][channels] holds mean, scale, shift and 1 / std for the gradient.
@@ -426,99 +444,72 @@ static void total(const Norm *n, long which, double *to) {
 int norm_forward(Parallel parallel, long threads, long as_float, long rows, long channels, long relu, const void *x,
                  const void *added, void *y, const float *weight, const float *bias, float *running_mean,
                  float *running_var, double momentum, double eps, float *saved) {
-    long times = repeats(rows, channels), width = times * channels;
-    Norm n = {.as_float = as_float, .rows = rows / times, .channels = channels, .width = width, .relu = relu,
-              .threads = threads, .parallel = parallel, .x = x, .added = added, .to = y};
-    float *wide = malloc(2 * width * sizeof *wide);
-    double *sums = malloc((CHUNKS * 2 * width + 2 * channels) * sizeof *sums);
-    if (wide && sums) {
-        double *sum = sums + CHUNKS * 2 * width, *square = sum + channels;
-        n.sums = sums, n.of_channels[0] = wide, n.of_channels[1] = wide + width;
-        for (long i = 0; i < width; i++)
-            wide[i] = get(x, i % channels, as_float);
+    Norm n = {.as_float = as_float, .rows = rows, .channels = channels, .relu = relu, .threads = threads,
+              .parallel = parallel, .x = x, .added = added, .to = y};
+    if (begin(&n)) {
+        for (long i = 0; i < n.width; i++)
+            n.of[MEAN][i] = get(x, i % channels, as_float);
         run(&n, sum_up);
-        total(&n, 0, sum);
-        total(&n, 1, square);
+        const double *sum = total(&n, 0), *square = total(&n, 1);
         float *mean = saved, *scale = saved + channels, *shift = scale + channels, *inverse = shift + channels;
         for (long c = 0; c < channels; c++) {
             double off = sum[c] / rows, variance = square[c] / rows - off * off;
             variance = variance < 0 ? 0 : variance; /* what is not a number stays so */
-            double middle = off + wide[c], one = 1 / sqrt(variance + eps);
+            double middle = off + n.of[MEAN][c], one = 1 / sqrt(variance + eps);
             mean[c] = (float)middle, inverse[c] = (float)one;
             scale[c] = (float)(weight[c] * one), shift[c] = (float)(bias[c] - weight[c] * one * middle);
             running_mean[c] += (float)(momentum * (middle - running_mean[c]));
             running_var[c] += (float)(momentum * (variance * rows / (rows - 1) - running_var[c]));
         }
-        repeat(scale, channels, width, wide);
-        repeat(shift, channels, width, wide + width);
+        repeat(&n, scale, SCALE);
+        repeat(&n, shift, SHIFT);
         run(&n, apply);
     }
-    int failed = !wide || !sums;
-    free(wide);
-    free(sums);
-    return failed;
+    return end(&n);
 }
 
 /* The same by the running statistics. */
 int norm_in_use(Parallel parallel, long threads, long as_float, long rows, long channels, long relu, const void *x,
                 const void *added, void *y, const float *weight, const float *bias, const float *mean,
                 const float *variance, double eps) {
-    long times = repeats(rows, channels), width = times * channels;
-    float *wide = malloc(2 * width * sizeof *wide);
-    double *unused = malloc(CHUNKS * 2 * width * sizeof *unused);
-    if (wide && unused) {
-        Norm n = {.as_float = as_float, .rows = rows / times, .channels = channels, .width = width, .relu = relu,
-                  .threads = threads, .parallel = parallel, .x = x, .added = added, .to = y,
-                  .of_channels = {wide, wide + width}, .sums = unused};
-        for (long i = 0; i < width; i++) {
+    Norm n = {.as_float = as_float, .rows = rows, .channels = channels, .relu = relu, .threads = threads,
+              .parallel = parallel, .x = x, .added = added, .to = y};
+    if (begin(&n)) {
+        for (long i = 0; i < n.width; i++) {
             long c = i % channels;
             double scale = weight[c] / sqrt(variance[c] + eps);
-            wide[i] = (float)scale, wide[width + i] = (float)(bias[c] - scale * mean[c]);
+            n.of[SCALE][i] = (float)scale, n.of[SHIFT][i] = (float)(bias[c] - scale * mean[c]);
         }
         run(&n, apply);
     }
-    int failed = !wide || !unused;
-    free(wide);
-    free(unused);
-    return failed;
+    return end(&n);
 }
 
 /* The gradients of x, of what was added (NULL: nothing was), and of weight and bias. */
 int norm_backward(Parallel parallel, long threads, long as_float, long rows, long channels, long relu, const void *x,
                   const void *y, const void *y_gradient, const float *saved, void *x_gradient,
                   void *added_gradient, float *weight_gradient, float *bias_gradient) {
-    long times = repeats(rows, channels), width = times * channels;
-    Norm n = {.as_float = as_float, .rows = rows / times, .channels = channels, .width = width, .relu = relu,
-              .threads = threads, .parallel = parallel, .x = x, .added = added_gradient, .y = y, .y_gradient = y_gradient,
-              .to = x_gradient, .to_added = added_gradient};
-    float *wide = malloc(5 * width * sizeof *wide);
-    double *sums = malloc((CHUNKS * 2 * width + 2 * channels) * sizeof *sums);
-    if (wide && sums) {
-        double *sum = sums + CHUNKS * 2 * width, *product = sum + channels;
+    Norm n = {.as_float = as_float, .rows = rows, .channels = channels, .relu = relu, .threads = threads,
+              .parallel = parallel, .x = x, .added = added_gradient, .y = y, .y_gradient = y_gradient, .to = x_gradient,
+              .to_added = added_gradient};
+    if (begin(&n)) {
         const float *scale = saved + channels, *inverse = saved + 3 * channels;
-        float *slope = wide + 3 * width, *base = wide + 4 * width;
-        n.sums = sums;
-        for (long k = 0; k < 4; k++)
-            n.of_channels[k] = wide + k * width;
-        for (long k = 0; k < 3; k++)
-            repeat(saved + k * channels, channels, width, wide + k * width);
+        for (long vector = MEAN; vector <= SHIFT; vector++)
+            repeat(&n, saved + vector * channels, vector);
         run(&n, sum_gradients);
-        total(&n, 0, sum);
-        total(&n, 1, product);
+        const double *sum = total(&n, 0), *product = total(&n, 1);
         for (long c = 0; c < channels; c++) {
             weight_gradient[c] = (float)(product[c] * inverse[c]);
             bias_gradient[c] = (float)sum[c];
-            slope[c] = (float)(-scale[c] * inverse[c] * inverse[c] * product[c] / rows);
-            base[c] = (float)(-scale[c] * sum[c] / rows);
         }
-        for (long i = channels; i < width; i++)
-            slope[i] = slope[i % channels], base[i] = base[i % channels];
+        for (long i = 0; i < n.width; i++) {
+            long c = i % channels;
+            n.of[SLOPE][i] = (float)(-scale[c] * inverse[c] * inverse[c] * product[c] / rows);
+            n.of[BASE][i] = (float)(-scale[c] * sum[c] / rows);
+        }
         run(&n, differentiate);
     }
-    int failed = !wide || !sums;
-    free(wide);
-    free(sums);
-    return failed;
+    return end(&n);
 }
 
 /* --- the largest values of each row ------------------------------------------------------------------------------- */

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from simsiam.config import UserError
+from simsiam.runs import atomic, cache_folder
+
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _MOST_CHANNELS = 4096
 _off = False
+_building = threading.Lock()
 
 
 def usable(x: Tensor) -> bool:
@@ -58,8 +62,7 @@ def views(images: Tensor, geometry: Tensor, colour: Tensor, bounds: Tensor, size
 
 
 def norm(bn: nn.Module, x: Tensor, added: Tensor | None = None, relu: bool = True) -> Tensor:
-    """relu(bn(x) + added), in four passes over memory, forward and backward, where torch's operations take ten; in use in
-    one where they take two or three.
+    """relu(bn(x) + added), in four passes over memory, forward and backward, and in one pass in use.
 
     bn: batch normalisation of any kind. What the kernels are not made for, float64 or several processes, is left to it and
     to torch.
@@ -68,9 +71,13 @@ def norm(bn: nn.Module, x: Tensor, added: Tensor | None = None, relu: bool = Tru
     if torch.compiler.is_compiling() or type(bn) is not nn.BatchNorm2d or not _normalises(bn, x, added):
         y: Tensor = bn(x) if added is None else bn(x) + added
         return F.relu(y, inplace=True) if relu else y
+    x = x.contiguous(memory_format=torch.channels_last)
+    added = None if added is None else added.contiguous(memory_format=torch.channels_last)
     parts = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
     if not bn.training:
-        return _in_use(x, added, parts, bn.eps, relu)
+        in_use = torch.empty_like(x)
+        _call("norm_in_use", *_kind(x), relu, *_places(x, added, in_use, *parts), bn.eps)
+        return in_use
     assert bn.num_batches_tracked is not None
     bn.num_batches_tracked.add_(1)
     momentum = 1 / int(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
@@ -94,14 +101,6 @@ def _normalises(bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None) -> bool:
     )
 
 
-def _in_use(x: Tensor, added: Tensor | None, parts: Sequence[Tensor | None], eps: float, relu: bool) -> Tensor:
-    x = x.contiguous(memory_format=torch.channels_last)
-    added = None if added is None else added.contiguous(memory_format=torch.channels_last)
-    y = torch.empty_like(x)
-    _call("norm_in_use", *_kind(x), relu, *_places(x, added, y, *parts), eps)
-    return y
-
-
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -116,8 +115,6 @@ class _Norm(torch.autograd.Function):
         eps: float,
         relu: bool,
     ) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        added = None if added is None else added.contiguous(memory_format=torch.channels_last)
         y, saved = torch.empty_like(x), weight.new_empty(4, len(weight))
         places = _places(x, added, y, weight, bias, running_mean, running_var)
         _call("norm_forward", *_kind(x), relu, *places, momentum, eps, saved.data_ptr())
@@ -158,18 +155,15 @@ def _kind(x: Tensor) -> tuple[bool, int, int]:
 def _call(name: str, *arguments: Any) -> None:
     library = compiled()
     assert library is not None
-    if getattr(library, name)(*_team(), *arguments):
+    if getattr(library, name)(_parallel(), torch.get_num_threads(), *arguments):
         raise MemoryError
-
-
-def _team() -> tuple[int | None, int]:
-    """What starts torch's own threads, and how many. Others beside them would make all wait for the system's scheduler."""
-    return _parallel(), torch.get_num_threads()
 
 
 @functools.cache
 def _parallel() -> int | None:
-    return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+    """The address of what starts torch's own threads. Others beside them would make all wait for the system's scheduler."""
+    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
 def compiled() -> ctypes.CDLL | None:
@@ -201,11 +195,11 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
     compiler = next((found for found in map(shutil.which, names) if found), None)
     if compiler is None:
         return None, "there is no C compiler (cc, gcc or clang)"
-    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+    if _parallel() is None:
         return None, "torch has other threads than GNU's"
     try:
         library = ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.SubprocessError, RuntimeError) as error:  # the last: nobody's home folder
+    except (OSError, subprocess.SubprocessError, UserError, RuntimeError) as error:  # the last: nobody's home folder
         told = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
         return None, f"{compiler} failed ({(told or [str(error)])[0][:100]})"
     number, address, real = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
@@ -223,14 +217,9 @@ def _build(compiler: str) -> Path:
     processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
     told = "\n".join([_SOURCE.read_text(encoding="utf-8"), compiler, *_FLAGS, *processor])
     key = hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
-    built = Path(os.environ.get("SIMSIAM_CACHE") or "~/.cache/simsiam").expanduser() / f"kernels-{key}.so"
-    if not built.exists():
-        built.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed when whole: another process, or thread, may look.
-        part = built.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        try:
-            subprocess.run([compiler, *_FLAGS, "-o", part, _SOURCE, "-lm"], check=True, capture_output=True)
-            part.rename(built)
-        finally:
-            part.unlink(missing_ok=True)
+    built = cache_folder() / f"kernels-{key}.so"
+    with _building:
+        if not built.exists():
+            with atomic(built) as part:
+                subprocess.run([compiler, *_FLAGS, "-o", part, _SOURCE, "-lm"], check=True, capture_output=True)
     return built

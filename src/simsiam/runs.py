@@ -25,6 +25,11 @@ LAST, HEALTHY = "LAST", "HEALTHY"
 _LOCK = ".lock"
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $SIMSIAM_CACHE, or ~/.cache/simsiam."""
+    return Path(os.environ.get("SIMSIAM_CACHE") or "~/.cache/simsiam").expanduser()
+
+
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed over `path`."""

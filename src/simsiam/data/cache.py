@@ -25,7 +25,7 @@ from torch import Tensor
 from simsiam.config import UserError, counted, show_bytes
 from simsiam.data.decode import MAX_ASPECT, VERSION, DecodeError, decode, default_workers, in_order, open_image
 from simsiam.data.imageset import ImageSet
-from simsiam.runs import write_json
+from simsiam.runs import cache_folder, write_json
 
 FORMAT = 5
 """Part of every cache's key: raise it when the files or what `decode` returns change."""
@@ -334,7 +334,7 @@ def open_cache(
 
     Raises UserError where the folder cannot be written.
     """
-    base = Path(directory or os.environ.get("SIMSIAM_CACHE") or "~/.cache/simsiam").expanduser()
+    base = Path(directory).expanduser() if directory else cache_folder()
     with _explained(base):
         base.mkdir(parents=True, exist_ok=True)
         return Cache(images, short_side, _folder(base, images, short_side), workers)

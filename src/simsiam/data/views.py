@@ -200,9 +200,7 @@ def plain_view(
     Shapes and ranges are those of `random_view`. share 0.875 is the usual 'resize to 256, crop 224'.
     """
     if kernels.usable(images):
-        return _plain(
-            images, size, share, sizes, 1 / (255 * torch.tensor(std)), -torch.tensor(mean) / torch.tensor(std)
-        )
+        return _plain(images, size, share, sizes, *_scale_and_shift(mean, std, images.device))
     return normalise(plain_pixels(images, size, share, sizes), mean, std)
 
 
@@ -236,9 +234,14 @@ def _central(sizes: Tensor, size: int, share: float) -> tuple[Tensor, Tensor, Te
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """[B,3,h,w] with values 0..255 -> (x / 255 - mean) / std, float32 in channels_last."""
-    scale = 1 / (255 * _constant(std, pixels.device))[:, None, None]
-    shift = (_constant(mean, pixels.device) / _constant(std, pixels.device))[:, None, None]
-    return torch.addcmul(-shift, pixels.float(), scale).contiguous(memory_format=torch.channels_last)
+    scale, shift = (each[:, None, None] for each in _scale_and_shift(mean, std, pixels.device))
+    return torch.addcmul(shift, pixels.float(), scale).contiguous(memory_format=torch.channels_last)
+
+
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """[3] each: (x / 255 - mean) / std is scale . x + shift."""
+    spread = _constant(std, device)
+    return 1 / (255 * spread), -_constant(mean, device) / spread
 
 
 def draw_geometry(sizes: Tensor, settings: ViewSettings, generator: torch.Generator) -> tuple[Box, Tensor, Tensor]:
@@ -322,8 +325,10 @@ def gaussian(sigma: Tensor, size: int) -> Tensor:
     The kernel spans 23 pixels, or less where the view is smaller.
     """
     radius = min(size - 1, _RADIUS)
-    weight = _gaussian_taps(sigma, radius)
-    source = torch.arange(size, device=sigma.device)[:, None] + torch.arange(-radius, radius + 1, device=sigma.device)
+    offset = torch.arange(-radius, radius + 1, device=sigma.device)
+    weight = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2)
+    weight /= weight.sum(1, keepdim=True)
+    source = torch.arange(size, device=sigma.device)[:, None] + offset
     source = source.abs()
     source = torch.where(source > size - 1, 2 * (size - 1) - source, source)
     batch = len(sigma)
@@ -331,24 +336,17 @@ def gaussian(sigma: Tensor, size: int) -> Tensor:
     return kernel.scatter_add_(2, source.expand(batch, -1, -1), weight[:, None].expand(-1, size, -1))
 
 
-def _gaussian_taps(sigma: Tensor, radius: int) -> Tensor:
-    """Weights [B,2*radius+1] that sum to 1; sigma 0 leaves a pixel as it is."""
-    offset = torch.arange(-radius, radius + 1, device=sigma.device)
-    weight = torch.exp(-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2)
-    return weight / weight.sum(1, keepdim=True)
-
-
 def resample(images: Tensor, w_y: Tensor, w_x: Tensor) -> Tensor:
     """W_y @ image @ W_x^T for every image and channel: [B,3,H,W] -> [B,3,h,w] in the matrices' precision."""
-    views = []
+    views = w_y.new_empty(*images.shape[:2], w_y.shape[1], w_x.shape[1])
     for piece in _pieces(images):
         pixels = images[piece].permute(0, 2, 3, 1).to(w_y.dtype)  # [B,H,W,3]: two products for all three channels
         batch, height, width, channels = pixels.shape
         lines = torch.bmm(w_y[piece], pixels.reshape(batch, height, width * channels))
         lines = lines.view(batch, -1, width, channels).transpose(2, 3).contiguous()
         view = torch.bmm(lines.view(batch, -1, width), w_x[piece].mT)
-        views.append(view.view(batch, -1, channels, w_x.shape[1]).transpose(1, 2))
-    return torch.cat(views).contiguous()
+        views[piece] = view.view(batch, -1, channels, w_x.shape[1]).transpose(1, 2)
+    return views
 
 
 def _pieces(images: Tensor) -> Iterator[slice]:

@@ -591,41 +591,50 @@ def test_views_are_made_in_float32_before_training_too(photos: Path, tmp_path: P
 
 SMALL_DEMO = ["encoder.width=8", "views.size=16", "eval.size=16"]
 """The demo set on a net so small that one slow core takes twelve steps a second."""
-HARSH = ["train.lr=1.0", "method.predictor_lr=1", "train.weight_decay=1e-3", "train.precision=fp32"]
-"""A collapse takes thousands of the paper's steps; at this rate half a minute shows it."""
+HARSH = ["train.lr=0.5", "train.weight_decay=1e-3", "train.precision=fp32"]
+"""A collapse takes thousands of the paper's steps; at this rate 248 show it. SimSiam itself ended healthy with every seed
+(0 to 4; with six epochs 0 to 5): std 0.89 to 0.98, rank 22 to 47. Without a part std is 0.18 to 0.68, rank 1.0 to 2.8,
+loss at most -0.92 (6 and 8 runs)."""
 
 
 @pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SimSiam itself under the settings at which its parts are taken away below."""
-    run = tmp_path_factory.mktemp("intact") / "run"
-    overrides = [*SMALL_DEMO, *HARSH]
-    return simsiam.train(
-        "demo", run, epochs=6, recipe="demo", overrides=overrides, on_collapse="continue", device="cpu"
-    )
+    return _harsh(tmp_path_factory.mktemp("intact") / "run")
+
+
+def _harsh(run: Path, *overrides: str) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        # Some twenty looks over the run, however fast the machine: by the clock a quick one is through after a few.
+        patch.setattr("simsiam.session._FLUSH_SECONDS", 0.1)
+        patch.setattr("simsiam.session._MONITOR_SHARE", math.inf)
+        overrides = (*SMALL_DEMO, *HARSH, *overrides)
+        simsiam.train("demo", run, epochs=4, recipe="demo", overrides=overrides, on_collapse="continue", device="cpu")
+    return run
+
+
+def _late(run: Path, name: str) -> float:
+    """The median of a figure of training, in the second half of the run."""
+    return float(np.median([line[name] for line in read_metrics(run) if line.get("progress", 0) > 0.5]))
 
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("what", ["stop_gradient", "predictor"])
-def test_without_it_the_demo_set_collapses_and_the_guard_names_it(
-    what: str, intact: dict[str, Any], tmp_path: Path
-) -> None:
-    overrides = [*SMALL_DEMO, *HARSH, f"method.{what}=false"]
-    summary = simsiam.train(
-        "demo", tmp_path / "run", epochs=6, recipe="demo", overrides=overrides, on_collapse="continue"
-    )
-    lines = read_metrics(tmp_path / "run")
-    named = [line["step"] for line in lines if line.get("verdict") in ("partial", "collapsed")]
+def test_without_it_the_demo_set_collapses_and_the_guard_names_it(what: str, intact: Path, tmp_path: Path) -> None:
+    sound = json.loads((intact / "summary.json").read_text())
+    assert sound["verdict"] == "healthy" and sound["effective_rank"] > 15
+    run = _harsh(tmp_path / "run", f"method.{what}=false")
+    summary = json.loads((run / "summary.json").read_text())
+    named = [line["step"] for line in read_metrics(run) if line.get("verdict") in ("partial", "collapsed")]
     assert named and named[0] < summary["steps"] / 2
     assert summary["verdict"] in ("partial", "collapsed") and what in summary["advice"], summary["evidence"]
     # Output BN keeps the std of a collapsed batch at 2/sqrt(B) = 0.18 or above (docs/how-it-works.md). The features' kNN is
     # no sign of it yet: a BN network that was trained this long is no worse than an untrained one (docs/results.md).
-    late = [line for line in lines if line["kind"] == "train" and line["progress"] > 0.5]
-    assert np.median([line["std"] for line in late]) < 0.6 < 0.7 < intact["std"]
-    assert np.median([line["loss"] for line in late]) < -0.88
-    assert summary["effective_rank"] < 2.5
-    kept, state = Checkpoints(tmp_path / "run").load("HEALTHY")
-    assert state["step"] < summary["steps"] / 2 and kept
+    assert _late(run, "std") < 0.75 < 0.82 < _late(intact, "std")
+    assert _late(run, "loss") < -0.9
+    assert summary["effective_rank"] < 6
+    kept, state = Checkpoints(run).load("HEALTHY")
+    assert state["step"] < named[0] and kept
 
 
 CHANCE = 7.8

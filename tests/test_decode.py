@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 from simsiam.data.decode import ENDINGS, DecodeError, decode, in_order
 
@@ -257,6 +258,59 @@ def test_any_damage_is_a_decode_error_or_an_image() -> None:
                 assert decode(bytes(damaged), 16).dtype == np.uint8
             except DecodeError as error:
                 assert str(error)
+
+
+def by_pillow(data: bytes) -> np.ndarray | None:
+    try:
+        image = Image.open(io.BytesIO(data))
+        return np.array(image.convert("RGB"))
+    except Exception:
+        return None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2, "quality": 30},
+        {"progressive": True},
+        {"restart_marker_blocks": 2},
+        {"keep_rgb": True},
+        {"icc_profile": b"not a profile"},
+        {"comment": b"a word"},
+    ],
+    ids=str,
+)
+def test_a_jpeg_has_the_pixels_that_pillow_gives(options: dict[str, object]) -> None:
+    """To the last bit, whichever library decoded it."""
+    noise = np.random.default_rng(0).integers(0, 255, (45, 67, 3), dtype=np.uint8)
+    data = encode(noise, "JPEG", **options)
+    for found in (data, data + b"more", encode(Image.fromarray(noise).convert("L"), "JPEG")):
+        assert np.array_equal(decode(found), by_pillow(found)), options
+
+
+def test_a_damaged_jpeg_is_what_pillow_makes_of_it() -> None:
+    rng = np.random.default_rng(2)
+    data = encode(scene(), "JPEG")
+    kinds = set()
+    for _ in range(400):
+        damaged = bytearray(data)
+        damaged[rng.integers(300, len(data))] = rng.integers(0, 256)
+        expected = by_pillow(bytes(damaged))
+        kinds.add(expected is None)
+        try:
+            assert np.array_equal(decode(bytes(damaged)), expected)
+        except DecodeError:
+            assert expected is None
+    assert kinds == {True, False}
+
+
+def test_a_whole_jpeg_is_not_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes twice the time."""
+    monkeypatch.setattr(JpegImageFile, "load", lambda image: pytest.fail("Pillow decodes"))
+    assert decode(encode(scene(), "JPEG")).shape == (H, W, 3)
+    assert decode(encode(scene(), "JPEG"), 40).shape[0] == 40
 
 
 def test_decompression_bomb_is_a_bad_file(monkeypatch: pytest.MonkeyPatch) -> None:

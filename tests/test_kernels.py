@@ -25,8 +25,8 @@ pytestmark = [
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that were called."""
     made: list[str] = []
-    call = kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda name, *arguments: (made.append(name), call(name, *arguments)))
+    run = kernels._run
+    monkeypatch.setattr(kernels, "_run", lambda name, *arguments: (made.append(name), run(name, *arguments)))
     return made
 
 
@@ -213,6 +213,26 @@ def test_largest_is_topk(columns: int, k: int, distinct: int, calls: list[str]) 
     assert calls == ["largest"]
     assert torch.equal(best, values.topk(k, dim=1).values) and torch.equal(best, values.gather(1, which))
     assert all(len(set(row)) == k for row in which.tolist())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((200, 180), (110, 99)), ((61, 333), (37, 202)), ((16, 16), (16, 16)), ((5, 9), (1, 2)), ((700, 40), (17, 40))],
+)
+@pytest.mark.parametrize("content", ["noise", "black and white"])
+def test_reduced_is_torchs_bicubic(
+    before: tuple[int, int], after: tuple[int, int], content: str, calls: list[str]
+) -> None:
+    """In float64; a value may be rounded the other way, no more. Black and white overshoots, and is kept in 0..255."""
+    torch.manual_seed(0)
+    image = torch.randint(256, (*before, 3), dtype=torch.uint8)
+    if content == "black and white":
+        image = (image > 127).to(torch.uint8) * 255
+    ours = kernels.reduced(image, *after)
+    assert calls == ["reduced"]
+    planes = image.permute(2, 0, 1)[None].double()
+    exact = F.interpolate(planes, after, mode="bicubic", antialias=True)[0].permute(1, 2, 0).clamp(0, 255)
+    assert ours.shape == (*after, 3) and float((ours - exact).abs().max()) < 0.51
 
 
 def test_a_compiler_that_fails_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
    kernels.py compiles this file with the machine's own compiler and calls it; what it computes is told where it is called.
    GCC and Clang understand it. All memory is row by row; an image's row is [W][3]. */
 
+#include <limits.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -35,7 +36,7 @@ typedef struct {
 typedef struct {
     long *first, *count;
     float *weight;
-    long most;
+    long most, from, to; /* of an output; the range in which all lie */
 } Taps;
 
 typedef struct {
@@ -44,70 +45,79 @@ typedef struct {
     long line, row;
 } Room;
 
-static long most_taps(long source, long size) {
-    return 2 * (long)ceilf(source > size ? (float)source / size : 1.0f) + 1;
+static long most_taps(long source, long size, int cubic) {
+    return 2 * (long)ceilf((cubic ? 2 : 1) * (source > size ? (float)source / size : 1.0f)) + 1;
 }
 
-/* The weights of an antialiased bilinear resize, as views.resampling has them. */
-static void resampling(Taps *taps, long size, const float *geometry, int flip) {
+/* The filter of a bilinear resize, or Pillow's of a bicubic one, at a distance from its centre. */
+static float filter(float far, int cubic) {
+    if (!cubic)
+        return 1 - far;
+    return far < 1 ? (1.5f * far - 2.5f) * far * far + 1 : ((-0.5f * far + 2.5f) * far - 4) * far + 2;
+}
+
+/* The weights of an antialiased resize, as views.resampling has them. */
+static void resampling(Taps *taps, long size, const float *geometry, int flip, int cubic) {
     float start = geometry[0], length = geometry[1], low = geometry[2], high = geometry[3];
-    float step = length / size, reach = step > 1 ? step : 1;
+    float step = length / size, scale = step > 1 ? step : 1, reach = cubic ? 2 * scale : scale;
+    taps->from = LONG_MAX, taps->to = 0;
     for (long o = 0; o < size; o++) {
         float centre = (o + 0.5f) * step, *weight = taps->weight + o * taps->most, sum = 0;
         centre = start + (flip ? length - centre : centre);
         long n = 0;
         for (float pixel = floorf(centre - reach); n < taps->most && pixel < centre + reach; pixel++) {
-            float w = 1 - fabsf(pixel + 0.5f - centre) / reach;
-            if (w <= 0 || pixel < low || pixel >= high)
+            float far = fabsf(pixel + 0.5f - centre);
+            if (far >= reach || pixel < low || pixel >= high)
                 continue;
             if (!n)
                 taps->first[o] = (long)pixel;
-            weight[n++] = w;
-            sum += w;
+            weight[n] = filter(far / scale, cubic);
+            sum += weight[n++];
         }
         for (long t = 0; t < n; t++)
             weight[t] /= sum;
         taps->count[o] = n;
+        taps->from = taps->first[o] < taps->from ? taps->first[o] : taps->from;
+        taps->to = taps->first[o] + n > taps->to ? taps->first[o] + n : taps->to;
     }
 }
 
 /* One line: the weighted sum of `taps` rows, `count` values of each. */
 #define LINE(name, type)                                                                                               \
-    static void name(const type *rows, long stride, long taps, const float *weight, long count, float *restrict line) { \
+    static void name(const type *rows, long stride, long taps, const float *weight, long count, float *restrict line) {\
         memset(line, 0, count * sizeof *line);                                                                         \
-        for (long t = 0; t < taps; t++)                                                                                \
+        for (; taps > 3; taps -= 4, weight += 4, rows += 4 * stride)                                                   \
             for (long i = 0; i < count; i++)                                                                           \
-                line[i] += weight[t] * rows[t * stride + i];                                                           \
+                line[i] += weight[0] * rows[i] + weight[1] * rows[stride + i] + weight[2] * rows[2 * stride + i]       \
+                    + weight[3] * rows[3 * stride + i];                                                                \
+        for (; taps > 0; taps--, weight++, rows += stride)                                                             \
+            for (long i = 0; i < count; i++)                                                                           \
+                line[i] += weight[0] * rows[i];                                                                        \
     }
 LINE(line_of_bytes, uint8_t)
 LINE(line_of_floats, float)
 
-static void resize(const Views *v, long image, Room *room) {
+/* ROWS rows from `top` on, of `rows`, of an image [height][width][3] that is resized. */
+static void resize(const void *image, int as_float, long width, long top, long rows, long columns, Room *room, float *to) {
     const Taps *y = &room->y, *x = &room->x;
-    long left = v->width, right = 0, stride = v->width * 3;
-    for (long o = 0; o < v->size; o++) {
-        left = x->first[o] < left ? x->first[o] : left;
-        right = x->first[o] + x->count[o] > right ? x->first[o] + x->count[o] : right;
+    long left = x->from, count = (x->to - left) * 3, stride = width * 3;
+    for (long r = 0; r < ROWS && top + r < rows; r++) {
+        long o = top + r, at = y->first[o] * stride + left * 3;
+        const float *weight = y->weight + o * y->most;
+        float *line = room->lines + r * room->line;
+        if (as_float)
+            line_of_floats((const float *)image + at, stride, y->count[o], weight, count, line);
+        else
+            line_of_bytes((const uint8_t *)image + at, stride, y->count[o], weight, count, line);
     }
-    for (long top = 0; top < v->size; top += ROWS) {
-        for (long r = 0; r < ROWS && top + r < v->size; r++) {
-            long o = top + r, at = (image * v->height + y->first[o]) * stride + left * 3, count = (right - left) * 3;
-            const float *weight = y->weight + o * y->most;
-            float *line = room->lines + r * room->line;
-            if (v->as_float)
-                line_of_floats((const float *)v->images + at, stride, y->count[o], weight, count, line);
-            else
-                line_of_bytes((const uint8_t *)v->images + at, stride, y->count[o], weight, count, line);
-        }
-        for (long o = 0; o < v->size; o++) { /* four values for the three of a pixel: the next one overwrites the last */
-            const float *from = room->lines + (x->first[o] - left) * 3, *weight = x->weight + o * x->most;
-            v4 sums[ROWS] = {{0}};
-            for (long t = 0; t < x->count[o]; t++)
-                for (long r = 0; r < ROWS; r++)
-                    sums[r] += weight[t] * load4(from + r * room->line + t * 3);
+    for (long o = 0; o < columns; o++) { /* four values for the three of a pixel: the next one overwrites the last */
+        const float *from = room->lines + (x->first[o] - left) * 3, *weight = x->weight + o * x->most;
+        v4 sums[ROWS] = {{0}};
+        for (long t = 0; t < x->count[o]; t++)
             for (long r = 0; r < ROWS; r++)
-                memcpy(room->view + (top + r) * room->row + o * 3, &sums[r], sizeof sums[r]);
-        }
+                sums[r] += weight[t] * load4(from + r * room->line + t * 3);
+        for (long r = 0; r < ROWS; r++)
+            memcpy(to + r * room->row + o * 3, &sums[r], sizeof sums[r]);
     }
 }
 
@@ -199,7 +209,7 @@ static void colours(const float *colour, const float *range, long size, Room *ro
 static void draw(void *given) {
     Views *v = given;
     long size = v->size, row = size * 3 + SPARE, line = v->width * 3 + SPARE, rows = size + ROWS;
-    long y_taps = most_taps(v->height, size), x_taps = most_taps(v->width, size);
+    long y_taps = most_taps(v->height, size, 0), x_taps = most_taps(v->width, size, 0);
     long floats = SPARE + ROWS * line + 2 * rows * row + (size + 2 * RADIUS) * 3 + SPARE + row + 8 * size * 3
         + size * (y_taps + x_taps);
     float *memory = calloc(floats, sizeof *memory);
@@ -215,9 +225,11 @@ static void draw(void *given) {
         room.x = (Taps){places + 2 * size, places + 3 * size, room.y.weight + size * y_taps, x_taps};
         for (long i; (i = __atomic_fetch_add(&v->next, 1, __ATOMIC_RELAXED)) < v->count;) {
             const float *geometry = v->geometry + 10 * i;
-            resampling(&room.y, size, geometry, 0);
-            resampling(&room.x, size, geometry + 4, geometry[8] != 0);
-            resize(v, i % v->batch, &room);
+            resampling(&room.y, size, geometry, 0, 0);
+            resampling(&room.x, size, geometry + 4, geometry[8] != 0, 0);
+            size_t pixels = i % v->batch * v->height * v->width * 3 * (v->as_float ? sizeof(float) : 1);
+            for (long top = 0; top < size; top += ROWS)
+                resize((const char *)v->images + pixels, v->as_float, v->width, top, size, size, &room, room.view + top * row);
             if (geometry[9] > 0)
                 blur(geometry[9], size, &room);
             colours(v->colour + 18 * i, v->range, size, &room, v->views + i * size * size * 3);
@@ -233,6 +245,33 @@ int views(Parallel parallel, long threads, const void *images, long as_float, lo
     Views v = {images, batch, height, width, as_float, count, size, geometry, colour, range, views, 0, 0};
     parallel(draw, &v, (unsigned)(threads < count ? threads : count), 0);
     return (int)v.failed;
+}
+
+/* An image [height][width][3] to [rows][columns][3], bicubic, on the thread that asks. 1 where memory has run out. */
+int reduced(const uint8_t *image, long height, long width, long rows, long columns, uint8_t *to) {
+    long y_taps = most_taps(height, rows, 1), x_taps = most_taps(width, columns, 1), row = columns * 3 + SPARE;
+    Room room = {.line = width * 3 + SPARE, .row = row};
+    float *memory = calloc(SPARE + ROWS * (room.line + row) + rows * y_taps + columns * x_taps, sizeof *memory);
+    long *places = calloc(2 * (rows + columns), sizeof *places);
+    if (memory && places) {
+        room.lines = memory + SPARE, room.view = room.lines + ROWS * room.line;
+        room.y = (Taps){places, places + rows, room.view + ROWS * row, y_taps};
+        room.x = (Taps){places + 2 * rows, places + 2 * rows + columns, room.y.weight + rows * y_taps, x_taps};
+        resampling(&room.y, rows, (float[]){0, height, 0, height}, 0, 1);
+        resampling(&room.x, columns, (float[]){0, width, 0, width}, 0, 1);
+        for (long top = 0; top < rows; top += ROWS) {
+            resize(image, 0, width, top, rows, columns, &room, room.view);
+            for (long r = 0; r < ROWS && top + r < rows; r++)
+                for (long i = 0; i < columns * 3; i++) {
+                    float value = room.view[r * row + i] + 0.5f;
+                    to[(top + r) * columns * 3 + i] = (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value);
+                }
+        }
+    }
+    int failed = !memory || !places;
+    free(memory);
+    free(places);
+    return failed;
 }
 
 /* --- batch normalisation, what is added to it, ReLU ----------------------------------------------------------------

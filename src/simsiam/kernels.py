@@ -61,6 +61,14 @@ def views(images: Tensor, geometry: Tensor, colour: Tensor, bounds: Tensor, size
     return made
 
 
+def reduced(image: Tensor, height: int, width: int) -> Tensor:
+    """A smaller version of an image, uint8 [H,W,3] on the CPU: antialiased, bicubic, on the thread that asks."""
+    assert image.dtype == torch.uint8 and image.is_contiguous() and image.shape[2] == 3
+    made = torch.empty(height, width, 3, dtype=torch.uint8)
+    _run("reduced", image.data_ptr(), *image.shape[:2], height, width, made.data_ptr())
+    return made
+
+
 def norm(bn: nn.Module, x: Tensor, added: Tensor | None = None, relu: bool = True) -> Tensor:
     """relu(bn(x) + added), in four passes over memory, forward and backward, and in one pass in use.
 
@@ -153,9 +161,13 @@ def _kind(x: Tensor) -> tuple[bool, int, int]:
 
 
 def _call(name: str, *arguments: Any) -> None:
+    _run(name, _parallel(), torch.get_num_threads(), *arguments)
+
+
+def _run(name: str, *arguments: Any) -> None:
     library = compiled()
     assert library is not None
-    if getattr(library, name)(_parallel(), torch.get_num_threads(), *arguments):
+    if getattr(library, name)(*arguments):
         raise MemoryError
 
 
@@ -204,6 +216,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{compiler} failed ({(told or [str(error)])[0][:100]})"
     number, address, real = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
     library.views.argtypes = [address, number, address, *[number] * 6, *[address] * 4]
+    library.reduced.argtypes = [address, *[number] * 4, address]
     library.norm_forward.argtypes = [address, *[number] * 5, *[address] * 7, real, real, address]
     library.norm_in_use.argtypes = [address, *[number] * 5, *[address] * 7, real]
     library.norm_backward.argtypes = [address, *[number] * 5, *[address] * 8]

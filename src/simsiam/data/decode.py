@@ -11,10 +11,12 @@ from typing import TypeVar
 
 import numpy as np
 import PIL
+import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import Image, features
 
+from simsiam import kernels
 from simsiam.compute import cpu_quota
 
 T = TypeVar("T")
@@ -110,9 +112,13 @@ def decode(source: bytes | Image.Image, short_side: int | None = None) -> np.nda
         if short_side is not None and min(image.size) > 2 * short_side:
             gap = 2 * short_side / min(image.size)
             image.draft(None, (round(image.width * gap), round(image.height * gap)))
-        image.load()
+            pixels = None
+        else:
+            pixels = _whole_jpeg(source, image)
+        if pixels is None:
+            image.load()
+            pixels = np.array(_to_rgb(image))
         turn = orientation(image)  # after load(): Pillow turns a TIFF itself, there
-        pixels = np.array(_to_rgb(image))
         if short_side is not None:
             pixels = _reduce(pixels, short_side)
         if turn in _UPRIGHT:
@@ -120,6 +126,15 @@ def decode(source: bytes | Image.Image, short_side: int | None = None) -> np.nda
         return pixels
     except Exception as error:  # as above: broken files raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DecodeError(_reason(error)) from None
+
+
+def _whole_jpeg(source: bytes | Image.Image, image: Image.Image) -> np.ndarray | None:
+    """What Pillow makes of a flawless colour JPEG, in half of its time; None where it is to be asked itself."""
+    if isinstance(source, bytes) and image.format == "JPEG" and image.mode == "RGB":
+        with contextlib.suppress(ValueError):
+            pixels: np.ndarray = simplejpeg.decode_jpeg(source)
+            return pixels
+    return None
 
 
 def orientation(image: Image.Image) -> int:
@@ -211,6 +226,8 @@ def _reduce(pixels: np.ndarray, short_side: int) -> np.ndarray:
     if short <= short_side:
         return pixels
     size = (round(box_h * short_side / short), round(box_w * short_side / short))
-    # Pillow's antialiased bicubic resize, to a few levels, and three to five times as fast; one thread each.
-    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    return F.interpolate(planes, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    # Pillow's antialiased bicubic resize, to a few levels, in a quarter of its time; on the thread that asks.
+    image = torch.from_numpy(np.ascontiguousarray(pixels))
+    if kernels.usable(image):
+        return kernels.reduced(image, *size).numpy()
+    return F.interpolate(image.permute(2, 0, 1)[None], size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()

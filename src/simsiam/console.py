@@ -129,7 +129,7 @@ class Console(Listener):
         self._count("decoding", done, total, f"{bad} bad" if bad else "")
         if done == total:
             left_out = f"; {counted(bad, 'bad file')} left out." if bad else "."
-            self.say(f"Decoded {counted(done - bad, 'image')}{left_out}")
+            self.say(f"Decoded {counted(done - bad, 'image')} that the cache lacked{left_out}")
 
     def checking(self, done: int, total: int, bad: int) -> None:
         """After every image that `check` has read."""

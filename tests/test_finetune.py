@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,6 +133,20 @@ def test_evaluate_sets_it_beside_training_from_scratch(
     for share in (0, -0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match="share of the labels"):
             evaluate_run(run, share=share)
+
+
+@pytest.mark.parametrize(("asked", "name"), [({"share": 0.5}, "finetune"), ({"sgd": True}, "sgd_probe")])
+def test_memory_that_runs_out_costs_the_other_evaluations_nothing(
+    run: Path, asked: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    (run / "evaluation.json").unlink(missing_ok=True)
+    monkeypatch.setattr(f"simsiam.assess.{name}", full)
+    with pytest.raises(UserError, match=r"memory than cpu has.*evaluation\.json has the other"):
+        evaluate_run(run, names=["knn"], **asked)
+    assert read_json(run / "evaluation.json")["knn"]["trained"] > 0
 
 
 def test_dropout_too_is_a_function_of_the_seed(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -782,6 +782,23 @@ def test_on_collapse_continue_goes_on_to_the_end(photos: Path, tmp_path: Path) -
     assert summary["verdict"] == "diverged" and summary["steps"] == 25
 
 
+def test_memory_that_runs_out_is_the_users_to_choose(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error, expected in [
+        (torch.OutOfMemoryError("CUDA out of memory."), pytest.raises(UserError, match="smaller --batch-size")),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), pytest.raises(UserError, match="simsiam plan")),
+        (RuntimeError("another one"), pytest.raises(RuntimeError, match="another one")),
+    ]:
+
+        def full(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(sys.modules["simsiam.train"], "_train", full)
+        with expected:
+            simsiam.train(photos, tmp_path / "run", **SMALL)
+
+
 # --- recipes and defaults -------------------------------------------------------------------------------------------
 
 

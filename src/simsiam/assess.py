@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simsiam import evaluate
-from simsiam.compute import Compute, generator, pick_device, set_threads
+from simsiam.compute import Compute, enough_memory, generator, pick_device, set_threads
 from simsiam.config import UserError, counted
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
@@ -137,12 +137,22 @@ def evaluate_run(
     collapse = compared.get("collapse")
     if collapse is not None:
         result["collapse"] = _collapse(run, own, collapse)
-    if sgd:
-        result["linear_sgd"] = _sgd(subject, kinds["trained"](), train, seed)
-    if share is not None:
-        result["finetune"] = _finetuned(subject, train, test, share, seed)
     before_this = read_json(run / EVALUATION) if own and (run / EVALUATION).exists() else {}
-    kept = own and keep(lambda: write_json(run / EVALUATION, {**before_this, **result}))
+
+    def save() -> bool:
+        return own and keep(lambda: write_json(run / EVALUATION, {**before_this, **result}))
+
+    kept = save()  # the rest takes long, and may need more memory than there is
+    others = f"{run / EVALUATION} has the other evaluations" if kept else "Leave it out"
+    too_much = f"needs more memory than {compute.device} has. {others}; another --device may have more."
+    if sgd:
+        with enough_memory(f"--sgd {too_much}"):
+            result["linear_sgd"] = _sgd(subject, kinds["trained"](), train, seed)
+    if share is not None:
+        with enough_memory(f"--finetune {too_much}"):
+            result["finetune"] = _finetuned(subject, train, test, share, seed)
+    if kept and (sgd or share is not None):
+        kept = save()
     return {**result, "file": str(run / EVALUATION) if kept else None}
 
 

@@ -97,6 +97,17 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+@contextlib.contextmanager
+def enough_memory(otherwise: str) -> Iterator[None]:
+    """Raises UserError, which says `otherwise`, where memory runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(otherwise) from None
+
+
 def cpu_quota() -> int:
     """Cores that this process may really use: affinity and the container's cgroup quota, not the machine's count."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simsiam import evaluate, kernels, methods, ranks
 from simsiam.assess import Rows, Subject, keep_samples, side_by_side
-from simsiam.compute import Compute, describe, generator, out_of_memory, pick_device, repeatable, set_threads
+from simsiam.compute import Compute, describe, enough_memory, generator, pick_device, repeatable, set_threads
 from simsiam.config import Interrupted, Table, UserError, counted, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache, open_cache
@@ -100,17 +100,12 @@ def train(
     settings |= {"method": method, "encoder": encoder, "epochs": epochs, "budget": budget}
     settings |= {"batch_size": batch_size, "seed": seed}
     threads = set_threads()
+    advice = "choose a smaller --batch-size, --size or --encoder; `simsiam plan` says what fits."
     try:
-        with ranks.joined(pick_device(device)) as where, repeatable(where):
+        fits = enough_memory(f"The memory is too small for such batches: {advice}")
+        with fits, ranks.joined(pick_device(device)) as where, repeatable(where):
             listener = (listener if ranks.main() else None) or Listener()
             return _train(data, out, recipe, overrides, size, resume, where, workers, listener, settings)
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(
-            "The memory is too small for such batches: choose a smaller --batch-size, --size or --encoder; "
-            "`simsiam plan` says what fits."
-        ) from None
     finally:
         torch.set_num_threads(threads)
 

@@ -7,9 +7,11 @@ import itertools
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -204,12 +206,18 @@ def test_reduction_is_antialiased() -> None:
 
 def test_a_large_jpeg_is_decoded_at_a_reduced_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the DCT: it is what makes a folder of photographs fast. At least twice the side that is asked for is decoded."""
-    sizes: list[tuple[int, int]] = []
-    load = JpegImageFile.load
-    monkeypatch.setattr(JpegImageFile, "load", lambda image: (sizes.append(image.size), load(image))[1])
+    shapes = []
+    jpeg = simplejpeg.decode_jpeg
+
+    def decoded(*given: Any, **asked: Any) -> np.ndarray:
+        pixels: np.ndarray = jpeg(*given, **asked)
+        shapes.append(pixels.shape[:2])
+        return pixels
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", decoded)
     data = encode(scene(1200, 1600), "JPEG")
     assert decode(data, 64).shape == (64, 85, 3) and decode(data, 299).shape == (299, 399, 3)
-    assert set(sizes) == {(200, 150), (800, 600)}
+    assert shapes == [(150, 200), (600, 800)]
 
 
 def test_never_enlarged() -> None:
@@ -311,11 +319,27 @@ def test_a_damaged_jpeg_is_what_pillow_makes_of_it() -> None:
     assert kinds == {True, False}
 
 
-def test_a_whole_jpeg_is_not_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes twice the time."""
+def test_a_reduced_jpeg_has_the_pixels_that_pillow_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    sides = [(int(h), int(w)) for h, w in rng.integers(10, 400, (60, 2))]
+    sides += itertools.product(range(1, 10), repeat=2)
+    files = [encode(rng.integers(0, 255, (*size, 3), dtype=np.uint8), "JPEG") for size in sides]
+    asked = [None, 8, 16, 31]
+    ours = [decode(file, short_side) for file in files for short_side in asked]
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", broken)
+    theirs = [decode(file, short_side) for file in files for short_side in asked]
+    assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_a_jpeg_is_not_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes up to twice the time."""
     monkeypatch.setattr(JpegImageFile, "load", lambda image: pytest.fail("Pillow decodes"))
-    assert decode(encode(scene(), "JPEG")).shape == (H, W, 3)
-    assert decode(encode(scene(), "JPEG"), 40).shape[0] == 40
+    for short_side in (None, 40, 7):
+        assert min(decode(encode(scene(), "JPEG"), short_side).shape[:2]) == (short_side or H)
 
 
 def test_decompression_bomb_is_a_bad_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,9 +112,7 @@ def decode(source: bytes | Image.Image, short_side: int | None = None) -> np.nda
         if short_side is not None and min(image.size) > 2 * short_side:
             gap = 2 * short_side / min(image.size)
             image.draft(None, (round(image.width * gap), round(image.height * gap)))
-            pixels = None
-        else:
-            pixels = _whole_jpeg(source, image)
+        pixels = _jpeg(source, image)
         if pixels is None:
             image.load()
             pixels = np.array(_to_rgb(image))
@@ -128,11 +126,12 @@ def decode(source: bytes | Image.Image, short_side: int | None = None) -> np.nda
         raise DecodeError(_reason(error)) from None
 
 
-def _whole_jpeg(source: bytes | Image.Image, image: Image.Image) -> np.ndarray | None:
-    """What Pillow makes of a flawless colour JPEG, in half of its time; None where it is to be asked itself."""
+def _jpeg(source: bytes | Image.Image, image: Image.Image) -> np.ndarray | None:
+    """What Pillow makes of a flawless colour JPEG, to the last bit, in as little as half of its time; None where Pillow is
+    to be asked itself."""
     if isinstance(source, bytes) and image.format == "JPEG" and image.mode == "RGB":
-        with contextlib.suppress(ValueError):
-            pixels: np.ndarray = simplejpeg.decode_jpeg(source)
+        with contextlib.suppress(ValueError):  # of these scales of the DCT the least that suffices is Pillow's
+            pixels: np.ndarray = simplejpeg.decode_jpeg(source, min_height=image.height, min_width=image.width)
             return pixels
     return None
 

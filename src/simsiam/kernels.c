@@ -1,4 +1,4 @@
-/* What training on a CPU spends its time on besides convolutions, each in one pass where torch's operations take a dozen.
+/* What a CPU spends its time on besides convolutions and unpacking, each in one pass where torch's operations take a dozen.
 
    kernels.py compiles this file with the machine's own compiler and calls it; what it computes is told where it is called.
    GCC and Clang understand it. All memory is row by row; an image's row is [W][3]. */

@@ -296,6 +296,13 @@ def test_a_jpeg_has_the_pixels_that_pillow_gives(options: dict[str, object]) -> 
     assert np.array_equal(decode(data + b"more"), by_pillow(data))
 
 
+def test_of_several_pictures_in_one_file_the_first_is_taken() -> None:
+    pictures = [Image.fromarray(scene(h, 80)) for h in (60, 50, 40)]
+    data = encode(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
+    for short_side in (None, 16):
+        assert np.array_equal(decode(data, short_side), decode(encode(pictures[0], "JPEG"), short_side))
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_a_jpeg_of_other_colours_has_the_pixels_that_pillow_gives(mode: str) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (45, 67, 3), dtype=np.uint8)

@@ -161,6 +161,7 @@ def _kind(x: Tensor) -> tuple[bool, int, int]:
 
 
 def _call(name: str, *arguments: Any) -> None:
+    """Of those that take the threads to run on."""
     _run(name, _parallel(), torch.get_num_threads(), *arguments)
 
 

@@ -39,7 +39,7 @@ def check(
             facts = image.mode, image.format or "raw"
             width, height = image.size
             # A JPEG is decoded at a reduced scale here: faster, and it still reads the file to its end.
-            decode(image, short_side=32)
+            decode(source, short_side=32)
             size = (height, width) if orientation(image) >= 5 else (width, height)
             return len(content), hashlib.blake2b(content, digest_size=16).digest(), size, *facts
         except DecodeError as error:

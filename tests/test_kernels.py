@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from simsiam import kernels
@@ -220,19 +222,19 @@ def test_largest_is_topk(columns: int, k: int, distinct: int, calls: list[str]) 
     [((200, 180), (110, 99)), ((61, 333), (37, 202)), ((16, 16), (16, 16)), ((5, 9), (1, 2)), ((700, 40), (17, 40))],
 )
 @pytest.mark.parametrize("content", ["noise", "black and white"])
-def test_reduced_is_torchs_bicubic(
+def test_reduced_is_pillows_bicubic(
     before: tuple[int, int], after: tuple[int, int], content: str, calls: list[str]
 ) -> None:
-    """In float64; a value may be rounded the other way, no more. Black and white overshoots, and is kept in 0..255."""
+    """But for sums that are rounded the other way. Black and white overshoots, and is kept in 0..255."""
     torch.manual_seed(0)
     image = torch.randint(256, (*before, 3), dtype=torch.uint8)
     if content == "black and white":
         image = (image > 127).to(torch.uint8) * 255
     ours = kernels.reduced(image, *after)
-    assert calls == ["reduced"]
-    planes = image.permute(2, 0, 1)[None].double()
-    exact = F.interpolate(planes, after, mode="bicubic", antialias=True)[0].permute(1, 2, 0).clamp(0, 255)
-    assert ours.shape == (*after, 3) and float((ours - exact).abs().max()) < 0.51
+    assert calls == ["reduced"] and ours.shape == (*after, 3)
+    theirs = torch.from_numpy(np.array(Image.fromarray(image.numpy()).resize(after[::-1], Image.Resampling.BICUBIC)))
+    off = (ours.int() - theirs.int()).abs()
+    assert int(off.max()) <= 1 and float((off > 0).float().mean()) < 0.005
 
 
 def test_a_compiler_that_fails_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

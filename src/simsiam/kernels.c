@@ -3,7 +3,6 @@
    kernels.py compiles this file with the machine's own compiler and calls it; what it computes is told where it is called.
    GCC and Clang understand it. All memory is row by row; an image's row is [W][3]. */
 
-#include <limits.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -36,7 +35,7 @@ typedef struct {
 typedef struct {
     long *first, *count;
     float *weight;
-    long most, from, to; /* of an output; the range in which all lie */
+    long most;
 } Taps;
 
 typedef struct {
@@ -60,7 +59,6 @@ static float filter(float far, int cubic) {
 static void resampling(Taps *taps, long size, const float *geometry, int flip, int cubic) {
     float start = geometry[0], length = geometry[1], low = geometry[2], high = geometry[3];
     float step = length / size, scale = step > 1 ? step : 1, reach = cubic ? 2 * scale : scale;
-    taps->from = LONG_MAX, taps->to = 0;
     for (long o = 0; o < size; o++) {
         float centre = (o + 0.5f) * step, *weight = taps->weight + o * taps->most, sum = 0;
         centre = start + (flip ? length - centre : centre);
@@ -77,8 +75,6 @@ static void resampling(Taps *taps, long size, const float *geometry, int flip, i
         for (long t = 0; t < n; t++)
             weight[t] /= sum;
         taps->count[o] = n;
-        taps->from = taps->first[o] < taps->from ? taps->first[o] : taps->from;
-        taps->to = taps->first[o] + n > taps->to ? taps->first[o] + n : taps->to;
     }
 }
 
@@ -97,19 +93,9 @@ static void resampling(Taps *taps, long size, const float *geometry, int flip, i
 LINE(line_of_bytes, uint8_t)
 LINE(line_of_floats, float)
 
-/* ROWS rows from `top` on, of `rows`, of an image [height][width][3] that is resized. */
-static void resize(const void *image, int as_float, long width, long top, long rows, long columns, Room *room, float *to) {
-    const Taps *y = &room->y, *x = &room->x;
-    long left = x->from, count = (x->to - left) * 3, stride = width * 3;
-    for (long r = 0; r < ROWS && top + r < rows; r++) {
-        long o = top + r, at = y->first[o] * stride + left * 3;
-        const float *weight = y->weight + o * y->most;
-        float *line = room->lines + r * room->line;
-        if (as_float)
-            line_of_floats((const float *)image + at, stride, y->count[o], weight, count, line);
-        else
-            line_of_bytes((const uint8_t *)image + at, stride, y->count[o], weight, count, line);
-    }
+/* ROWS lines that begin at pixel `left`, resized to `columns`. */
+static void across(const Room *room, long left, long columns, float *to) {
+    const Taps *x = &room->x;
     for (long o = 0; o < columns; o++) { /* four values for the three of a pixel: the next one overwrites the last */
         const float *from = room->lines + (x->first[o] - left) * 3, *weight = x->weight + o * x->most;
         v4 sums[ROWS] = {{0}};
@@ -118,6 +104,27 @@ static void resize(const void *image, int as_float, long width, long top, long r
                 sums[r] += weight[t] * load4(from + r * room->line + t * 3);
         for (long r = 0; r < ROWS; r++)
             memcpy(to + r * room->row + o * 3, &sums[r], sizeof sums[r]);
+    }
+}
+
+static void resize(const Views *v, long image, Room *room) {
+    const Taps *y = &room->y, *x = &room->x;
+    long left = v->width, right = 0, stride = v->width * 3;
+    for (long o = 0; o < v->size; o++) {
+        left = x->first[o] < left ? x->first[o] : left;
+        right = x->first[o] + x->count[o] > right ? x->first[o] + x->count[o] : right;
+    }
+    for (long top = 0; top < v->size; top += ROWS) {
+        for (long r = 0; r < ROWS && top + r < v->size; r++) {
+            long o = top + r, at = (image * v->height + y->first[o]) * stride + left * 3, count = (right - left) * 3;
+            const float *weight = y->weight + o * y->most;
+            float *line = room->lines + r * room->line;
+            if (v->as_float)
+                line_of_floats((const float *)v->images + at, stride, y->count[o], weight, count, line);
+            else
+                line_of_bytes((const uint8_t *)v->images + at, stride, y->count[o], weight, count, line);
+        }
+        across(room, left, v->size, room->view + top * room->row);
     }
 }
 
@@ -227,9 +234,7 @@ static void draw(void *given) {
             const float *geometry = v->geometry + 10 * i;
             resampling(&room.y, size, geometry, 0, 0);
             resampling(&room.x, size, geometry + 4, geometry[8] != 0, 0);
-            size_t pixels = i % v->batch * v->height * v->width * 3 * (v->as_float ? sizeof(float) : 1);
-            for (long top = 0; top < size; top += ROWS)
-                resize((const char *)v->images + pixels, v->as_float, v->width, top, size, size, &room, room.view + top * row);
+            resize(v, i % v->batch, &room);
             if (geometry[9] > 0)
                 blur(geometry[9], size, &room);
             colours(v->colour + 18 * i, v->range, size, &room, v->views + i * size * size * 3);
@@ -247,30 +252,46 @@ int views(Parallel parallel, long threads, const void *images, long as_float, lo
     return (int)v.failed;
 }
 
-/* An image [height][width][3] to [rows][columns][3], bicubic, on the thread that asks. 1 where memory has run out. */
+static void round_off(const float *line, long count, uint8_t *to) {
+    for (long i = 0; i < count; i++) {
+        float value = line[i] + 0.5f;
+        to[i] = (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value);
+    }
+}
+
+/* An image [height][width][3] to [rows][columns][3], bicubic, on the thread that asks. As Pillow does: across first, and to
+   whole levels in between. 1 where memory has run out. */
 int reduced(const uint8_t *image, long height, long width, long rows, long columns, uint8_t *to) {
-    long y_taps = most_taps(height, rows, 1), x_taps = most_taps(width, columns, 1), row = columns * 3 + SPARE;
-    Room room = {.line = width * 3 + SPARE, .row = row};
-    float *memory = calloc(SPARE + ROWS * (room.line + row) + rows * y_taps + columns * x_taps, sizeof *memory);
+    long y_taps = most_taps(height, rows, 1), x_taps = most_taps(width, columns, 1), count = columns * 3;
+    Room room = {.line = width * 3 + SPARE, .row = count + SPARE};
+    float *memory = calloc(SPARE + ROWS * (room.line + room.row) + rows * y_taps + columns * x_taps, sizeof *memory);
     long *places = calloc(2 * (rows + columns), sizeof *places);
-    if (memory && places) {
+    uint8_t *between = malloc(height * count);
+    int failed = !memory || !places || !between;
+    if (!failed) {
         room.lines = memory + SPARE, room.view = room.lines + ROWS * room.line;
-        room.y = (Taps){places, places + rows, room.view + ROWS * row, y_taps};
+        room.y = (Taps){places, places + rows, room.view + ROWS * room.row, y_taps};
         room.x = (Taps){places + 2 * rows, places + 2 * rows + columns, room.y.weight + rows * y_taps, x_taps};
         resampling(&room.y, rows, (float[]){0, height, 0, height}, 0, 1);
         resampling(&room.x, columns, (float[]){0, width, 0, width}, 0, 1);
-        for (long top = 0; top < rows; top += ROWS) {
-            resize(image, 0, width, top, rows, columns, &room, room.view);
-            for (long r = 0; r < ROWS && top + r < rows; r++)
-                for (long i = 0; i < columns * 3; i++) {
-                    float value = room.view[r * row + i] + 0.5f;
-                    to[(top + r) * columns * 3 + i] = (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value);
-                }
+        for (long top = 0; top < height; top += ROWS) {
+            long some = height - top < ROWS ? height - top : ROWS;
+            for (long r = 0; r < some; r++)
+                for (long i = 0; i < width * 3; i++)
+                    room.lines[r * room.line + i] = image[(top + r) * width * 3 + i];
+            across(&room, 0, columns, room.view);
+            for (long r = 0; r < some; r++)
+                round_off(room.view + r * room.row, count, between + (top + r) * count);
+        }
+        for (long o = 0; o < rows; o++) {
+            const float *weight = room.y.weight + o * y_taps;
+            line_of_bytes(between + room.y.first[o] * count, count, room.y.count[o], weight, count, room.view);
+            round_off(room.view, count, to + o * count);
         }
     }
-    int failed = !memory || !places;
     free(memory);
     free(places);
+    free(between);
     return failed;
 }
 

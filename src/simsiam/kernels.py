@@ -62,7 +62,7 @@ def views(images: Tensor, geometry: Tensor, colour: Tensor, bounds: Tensor, size
 
 
 def reduced(image: Tensor, height: int, width: int) -> Tensor:
-    """A smaller version of an image, uint8 [H,W,3] on the CPU: antialiased, bicubic, on the thread that asks."""
+    """Pillow's bicubic resize of an image, uint8 [H,W,3] on the CPU, to a smaller one; on the thread that asks."""
     assert image.dtype == torch.uint8 and image.is_contiguous() and image.shape[2] == 3
     made = torch.empty(height, width, 3, dtype=torch.uint8)
     _run("reduced", image.data_ptr(), *image.shape[:2], height, width, made.data_ptr())

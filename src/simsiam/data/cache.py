@@ -27,7 +27,7 @@ from simsiam.data.decode import MAX_ASPECT, VERSION, DecodeError, decode, defaul
 from simsiam.data.imageset import ImageSet
 from simsiam.runs import cache_folder, write_json
 
-FORMAT = 5
+FORMAT = 6
 """Part of every cache's key: raise it when the files or what `decode` returns change."""
 
 PIXELS, RECORDS, REASONS, META = "images.bin", "records.bin", "bad.jsonl", "meta.json"

@@ -51,6 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="cifar-resnet18")
     parser.add_argument("--recipe", default="cifar")
+    parser.add_argument("--method", help="the recipe's own by default")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--source", type=int, help="side of the images that views are cut from")
     parser.add_argument("--batch", type=int, default=512)
@@ -62,7 +63,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda")
     table = merge(
-        {"data": "-", "seed": 0, "eval": {"size": arguments.size}, **preset(arguments.recipe)},
+        {"data": "-", "seed": 0, "eval": {"size": arguments.size}, **preset(arguments.recipe, arguments.method)},
         {"encoder": {"name": arguments.encoder, "size": arguments.size}, "views": {"size": arguments.size}},
     )
     recipe = read(merge(table, {"train": {"batch_size": arguments.batch}}))

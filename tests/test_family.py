@@ -154,18 +154,21 @@ def test_mocos_keys_are_shuffled_between_the_groups_and_come_back_in_order() -> 
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8))
     settings = moco.Settings(dim=D, queue=5 * B, bn_groups=3)
     method = moco.Method(Encoder(EncoderSpec("linear", 2), backbone, 8), settings)
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {"queries": [], "keys": []}
-    method.encoder.register_forward_hook(lambda _, given, out: seen["queries"].append((given[0], out)))
-    method.key_network.register_forward_hook(lambda _, given, out: seen["keys"].append((given[0], out)))
+    seen: dict[str, list[Tensor]] = {"queries": [], "keys": []}
+    made: dict[str, list[Tensor]] = {"queries": [], "keys": []}
+    for name, network in (("queries", method.network), ("keys", method.key_network)):
+        encoder, projector = network
+        encoder.register_forward_hook(lambda _, given, out, to=seen[name]: to.append(given[0]))
+        projector.register_forward_hook(lambda _, given, out, to=made[name]: to.append(out))
     x = views()
     orders = []
     for number in range(3):
-        for parts in seen.values():
+        for parts in (*seen.values(), *made.values()):
             parts.clear()
         method(x, torch.arange(B))
-        assert [len(given) for given, _ in seen["keys"]] == [len(given) for given, _ in seen["queries"]] == [4, 4, 4]
-        assert torch.equal(torch.cat([given for given, _ in seen["queries"]]), x[0])
-        given, keys = (torch.cat(each) for each in zip(*seen["keys"], strict=True))
+        assert [len(given) for given in seen["keys"]] == [len(given) for given in seen["queries"]] == [4, 4, 4]
+        assert torch.equal(torch.cat(seen["queries"]), x[0])
+        given, keys = torch.cat(seen["keys"]), torch.cat(made["keys"])
         order = [int((given == image).flatten(1).all(1).nonzero()) for image in x[1]]  # where each image went
         assert sorted(order) == list(range(B))
         groups = {frozenset(image for image in range(B) if order[image] // 4 == part) for part in range(3)}
@@ -204,7 +207,7 @@ def test_moco_bn_statistics_are_those_of_a_group() -> None:
     method = build(moco, bn_groups=B // 4)
     norm = nn.BatchNorm1d(12, affine=False)
     x = views(1)[0]
-    parts = method._grouped(nn.Sequential(nn.Flatten(), norm), x)
+    parts = method._grouped(nn.Sequential(Encoder(EncoderSpec("flat", 2), nn.Flatten(), 12), norm), x)
     whole = torch.cat([norm(part.flatten(1)) for part in x.chunk(B // 4)])
     assert torch.equal(parts, whole) and not torch.allclose(parts, norm(x.flatten(1)))
 
@@ -219,9 +222,11 @@ def test_moco_groups_differ_by_one_image_at_most() -> None:
 
     for batch, groups in ((21, 8), (13, 6), (3, 1)):
         seen.clear()
-        network = nn.Identity()
-        network.forward = count  # type: ignore[method-assign]
-        assert torch.equal(method._grouped(network, torch.arange(batch)), torch.arange(batch))
+        encoder = Encoder(EncoderSpec("none", 2), nn.Identity(), 1)
+        encoder.forward = count  # type: ignore[method-assign]
+        assert torch.equal(
+            method._grouped(nn.Sequential(encoder, nn.Identity()), torch.arange(batch)), torch.arange(batch)
+        )
         assert len(seen) == groups and min(seen) >= 2 and max(seen) - min(seen) <= 1, seen
 
 

@@ -155,7 +155,7 @@ def test_equal_views_without_predictor_are_at_the_minimum() -> None:
 # --- the stop-gradient ------------------------------------------------------------------------------------------------
 
 
-class TwoEncoders(nn.Module):
+class TwoEncoders(Encoder):
     """Stands where the shared encoder is: the first call goes through one copy, the second through another.
 
     Equal weights, so the loss is that of the shared one; but each view's gradient arrives at its own copy.
@@ -164,7 +164,7 @@ class TwoEncoders(nn.Module):
     dim = DIM
 
     def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
+        super().__init__(encoder.spec, encoder.backbone, encoder.dim)
         self.copies = nn.ModuleList(build_copy(encoder) for _ in range(2))
         self.calls = 0
 
@@ -184,7 +184,7 @@ def gradients_by_view(monkeypatch: pytest.MonkeyPatch, terms: tuple[float, float
     """Size of the gradient that each view's encoder gets when the two terms of the loss are weighted by `terms`."""
     method, views = linear_method(**changes), two_views()
     twins = TwoEncoders(method.encoder)
-    method.encoder = twins  # type: ignore[assignment]
+    method.encoder = twins
     weights = iter(terms)
     monkeypatch.setattr("simsiam.methods.simsiam.negative_cosine", lambda p, z: next(weights) * negative_cosine(p, z))
     method(views, INDEX)[0].backward()

@@ -10,6 +10,7 @@ An encoder maps float [B,3,h,w] to pooled features [B,dim]; its classifier is go
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,6 +53,21 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """float [B,3,h,w] -> pooled features h [B,dim]."""
         return self.backbone(x)
+
+    def each(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Features of several views, float [B,3,h,w] each; BN takes its statistics from one view at a time.
+
+        Compiled, the views of one size go through a network of ours in one pass: fewer and larger kernels.
+        """
+        if not (torch.compiler.is_compiling() and isinstance(self.backbone, ResNet)):
+            return [self(x) for x in views]
+        runs: list[list[Tensor]] = []
+        for x in views:
+            if runs and runs[-1][0].shape == x.shape:
+                runs[-1].append(x)
+            else:
+                runs.append([x])
+        return [h for run in runs for h in self.backbone(torch.cat(run), len(run)).chunk(len(run))]
 
 
 def build(spec: EncoderSpec, seed: int) -> Encoder:
@@ -179,12 +195,23 @@ class BasicBlock(nn.Module):
         if stride != 1 or inner != outer:
             self.downsample = nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, views: int = 1) -> Tensor:
         shortcut = x
         if self.downsample is not None:
             conv, bn = self.downsample
-            shortcut = norm(bn, _conv(conv, x), relu=False)
-        return norm(self.bn2, self.conv2(norm(self.bn1, self.conv1(x))), shortcut)
+            shortcut = norm(bn, _conv(conv, x), relu=False, views=views)
+        x = norm(self.bn1, self.conv1(x), views=views)
+        return norm(self.bn2, self.conv2(x), shortcut, views=views)
+
+
+class _Stage(nn.Sequential):
+    def __init__(self, inner: int, outer: int, count: int, stride: int) -> None:
+        super().__init__(BasicBlock(inner, outer, stride), *(BasicBlock(outer, outer, 1) for _ in range(count - 1)))
+
+    def forward(self, x: Tensor, views: int = 1) -> Tensor:
+        for block in self:
+            x = block(x, views)
+        return x
 
 
 class ResNet(nn.Module):
@@ -195,19 +222,21 @@ class ResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, width, 3, min(stem, 2), 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(3, 2, 1) if stem == 4 else nn.Identity()
-        self.layer1 = _stage(width, width, blocks[0], 1)
-        self.layer2 = _stage(width, 2 * width, blocks[1], 2)
-        self.layer3 = _stage(2 * width, 4 * width, blocks[2], 2)
-        self.layer4 = _stage(4 * width, 8 * width, blocks[3], 2)
+        self.layer1 = _Stage(width, width, blocks[0], 1)
+        self.layer2 = _Stage(width, 2 * width, blocks[1], 2)
+        self.layer3 = _Stage(2 * width, 4 * width, blocks[2], 2)
+        self.layer4 = _Stage(4 * width, 8 * width, blocks[3], 2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if zero_init_residual and isinstance(module, BasicBlock):
                 nn.init.zeros_(module.bn2.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(norm(self.bn1, _conv(self.conv1, x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+    def forward(self, x: Tensor, views: int = 1) -> Tensor:
+        """views: x holds so many batches, one after the other, each with BN statistics of its own."""
+        x = self.maxpool(norm(self.bn1, _conv(self.conv1, x), views=views))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x, views)
         return x.mean((2, 3))
 
 
@@ -226,7 +255,3 @@ def on_matrix_units(conv: nn.Conv2d, x: Tensor) -> Tensor:
     elif conv.kernel_size == (1, 1):
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     return F.conv2d(x, weight, None, stride, conv.padding)
-
-
-def _stage(inner: int, outer: int, count: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(BasicBlock(inner, outer, stride), *(BasicBlock(outer, outer, 1) for _ in range(count - 1)))

@@ -62,6 +62,13 @@ class Siamese(nn.Module):
         return h, self.projector(h)
 
 
+def project(network: nn.Sequential, views: Sequence[Tensor]) -> list[Tensor]:
+    """z = f(x) of each view, [B,d]; each has BN statistics of its own."""
+    encoder, projector = network
+    assert isinstance(encoder, Encoder)
+    return [projector(h) for h in encoder.each(views)]
+
+
 def twin(module: Module) -> Module:
     """A copy that gradients never reach: a momentum encoder, a target network."""
     return copy.deepcopy(module).requires_grad_(False)

@@ -69,13 +69,17 @@ def reduced(image: Tensor, height: int, width: int) -> Tensor:
     return made
 
 
-def norm(bn: nn.Module, x: Tensor, added: Tensor | None = None, relu: bool = True) -> Tensor:
+def norm(bn: nn.Module, x: Tensor, added: Tensor | None = None, relu: bool = True, views: int = 1) -> Tensor:
     """relu(bn(x) + added), in four passes over memory, forward and backward, and in one pass in use.
 
     bn: batch normalisation of any kind. What the kernels are not made for, float64 or several processes, is left to it and
     to torch.
     x, added: float [B,C,h,w].
+    views: x holds so many batches, one after the other, each of which has statistics of its own.
     """
+    if views > 1:
+        more = [None] * views if added is None else added.chunk(views)
+        return torch.cat([norm(bn, *each, relu) for each in zip(x.chunk(views), more, strict=True)])
     if torch.compiler.is_compiling() or type(bn) is not nn.BatchNorm2d or not _normalises(bn, x, added):
         y: Tensor = bn(x) if added is None else bn(x) + added
         return F.relu(y, inplace=True) if relu else y

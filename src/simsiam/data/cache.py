@@ -12,7 +12,8 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,6 +40,9 @@ _SETS = 100
 """Versions of a set that are remembered, at most."""
 _HEADERS = 64
 """Images whose headers are read to tell what the others will take on the disk, at most."""
+_FIRST, _SMALL = 8, 3000
+"""Images that tell what kind of files a set has, and the mean bytes of files so small that one thread decodes them faster
+than several: those would take turns at Python's lock."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
 _MORE_ROOM = "Set SIMSIAM_CACHE to a folder with room, or choose a smaller --size."
@@ -75,6 +79,8 @@ class Cache:
         self._read_bytes = {RECORDS: 0, REASONS: 0}
         self._mapped = np.zeros(0, np.uint8)
         self._decoded, self._decode_seconds = 0, 0.0
+        self._sizes: deque[int] = deque(maxlen=64)
+        """Of the files that were read last, bytes; of what is an image already, pixels."""
         self._threads = threading.RLock()
         self._processes = FileLock(directory / "lock")
         self._told: Future[None] | None = None
@@ -189,10 +195,7 @@ class Cache:
         """Decodes the rows, ascending."""
         began, bad, size = time.perf_counter(), 0, 0
         waiting: Loaded = []
-        # Full-size photographs are tens of MB each, so fewer are held at once.
-        chunk = min(16, -(-len(rows) // (4 * self.workers))) if self.short_side else 1
-        results = in_order(lambda i: self._load(int(rows[i])), len(rows), self.workers, chunk)
-        with contextlib.closing(results):
+        with contextlib.closing(self._loaded(rows)) as results:
             for done, (row, pixels) in enumerate(zip(rows.tolist(), results, strict=True), 1):
                 waiting.append((row, pixels))
                 if isinstance(pixels, Exception):
@@ -210,10 +213,22 @@ class Cache:
         self._decoded += len(rows)
         self._decode_seconds += time.perf_counter() - began
 
+    def _loaded(self, rows: np.ndarray) -> Generator[np.ndarray | Exception, None, None]:
+        """What `_load` makes of each, by `workers` threads, or by one where files are small."""
+        first = rows[: 0 if self._sizes else _FIRST]
+        yield from map(self._load, first.tolist())
+        rest = rows[len(first) :].tolist()
+        workers = 1 if sum(self._sizes) < _SMALL * len(self._sizes) else self.workers
+        # Full-size photographs are tens of MB each, so fewer are held at once.
+        chunk = max(1, min(16, -(-len(rest) // (4 * workers)))) if self.short_side else 1
+        yield from in_order(lambda i: self._load(rest[i]), len(rest), workers, chunk)
+
     def _load(self, row: int) -> np.ndarray | Exception:
         """uint8 [H, W, 3], or why there are no pixels."""
         try:
-            return np.ascontiguousarray(decode(self.images.read(row), self.short_side))
+            content = self.images.read(row)
+            self._sizes.append(len(content) if isinstance(content, bytes) else content.width * content.height)
+            return np.ascontiguousarray(decode(content, self.short_side))
         except Exception as error:  # also: the file vanished, is not ours to read, has a bad checksum, ...
             return error
 

@@ -104,15 +104,21 @@ class _RowGroups:
         self._paths, self._metadata, self._column, self._starts = paths, metadata, column, starts
         self._groups = [(f, g) for f, meta in enumerate(metadata) for g in range(meta.num_row_groups)]
         self._held: OrderedDict[int, Any] = OrderedDict()
+        self._bytes = 0
+        """Of those held; not summed at every read, which took longer than decoding an image of 32 pixels."""
         self._lock = threading.Lock()
 
     def __call__(self, i: int) -> bytes:
         group = bisect_right(self._starts, i) - 1
         with self._lock:
-            column = self._held.pop(group, None)
-            self._held[group] = column = self._load(group) if column is None else column
-            while len(self._held) > 2 and sum(c.nbytes for c in self._held.values()) > _HELD_BYTES:
-                self._held.popitem(last=False)
+            column = self._held.get(group)
+            if column is None:
+                self._held[group] = column = self._load(group)
+                self._bytes += column.nbytes
+                while len(self._held) > 2 and self._bytes > _HELD_BYTES:
+                    self._bytes -= self._held.popitem(last=False)[1].nbytes
+            else:
+                self._held.move_to_end(group)
         return column[i - self._starts[group]].as_py() or b""
 
     def _load(self, group: int) -> Any:

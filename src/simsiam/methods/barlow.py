@@ -9,7 +9,7 @@ from torch import Tensor
 
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, in_float32, mlp, wide
+from simsiam.heads import Siamese, in_float32, mlp, project, wide
 from simsiam.methods import byol
 from simsiam.ranks import gather
 
@@ -95,6 +95,6 @@ class Method(Siamese):
         self.projector = mlp([encoder.dim, settings.projector_hidden, settings.projector_hidden, settings.dim])
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        z1, z2 = (self.projector(self.encoder(x)) for x in views)
+        z1, z2 = project(self.network, views)
         loss = self.settings.scale * barlow_twins(z1, z2, self.settings.weight)
         return loss, {"std": spread(z1, z2)}

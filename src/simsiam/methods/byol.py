@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, follow, mlp, twin, unit
+from simsiam.heads import Siamese, follow, mlp, project, twin, unit
 
 CITATION = (
     'J.-B. Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", arXiv 2006.07733 '
@@ -94,10 +94,9 @@ class Method(Siamese):
         self.target = twin(self.network)
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        x1, x2 = views
-        z1, z2 = (self.projector(self.encoder(x)) for x in views)
+        z1, z2 = project(self.network, views)
         with torch.no_grad():
-            t1, t2 = self.target(x1), self.target(x2)
+            t1, t2 = project(self.target, views)
         loss = regression(self.predictor(z1), t2) + regression(self.predictor(z2), t1)
         return loss, {"std": spread(z1, z2)}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from simsiam.collapse import spread
 from simsiam.compute import generator
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, mlp, similarities, unit, wide
+from simsiam.heads import Siamese, mlp, project, similarities, unit, wide
 from simsiam.methods import swav
 from simsiam.ranks import all_ranks, as_on_rank_0, count, gather
 
@@ -109,7 +109,7 @@ class Method(Siamese):
     def before_training(self, batches: Iterable[tuple[list[Tensor], Tensor]]) -> None:
         """Fills the memory: one pass over the data."""
         for views, index in batches:
-            self._remember([unit(self.projector(self.encoder(x))) for x in views[:2]], index)
+            self._remember([unit(z) for z in project(self.network, views[:2])], index)
 
     @torch.no_grad()
     def before_epoch(self, epoch: int) -> None:
@@ -124,7 +124,7 @@ class Method(Siamese):
         as_on_rank_0([self.prototypes, self.assigned])  # sums on a GPU differ in their last bits
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        raw = [self.projector(self.encoder(x)) for x in views]
+        raw = project(self.network, views)
         z = [unit(each) for each in raw]
         assigned = self.assigned[:, index]
         known = (assigned >= 0).sum(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese
+from simsiam.heads import Siamese, project
 from simsiam.methods.simsiam import encoder_and_predictor, negative_cosine, prediction_mlp, projection_mlp
 
 CITATION = (
@@ -82,7 +82,7 @@ class Method(Siamese):
         self.predictor = prediction_mlp(settings.dim, settings.predictor_hidden or max(1, settings.dim // 4))
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        z = [self.projector(self.encoder(x)) for x in views]
+        z = project(self.network, views)
         loss = averaged_target_loss([self.predictor(each) for each in z], [each.detach() for each in z])
         return loss, {"std": spread(*z)}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, follow, in_float32, mlp, twin, unit
+from simsiam.heads import Siamese, follow, in_float32, mlp, project, twin, unit
 from simsiam.ranks import count, gather
 
 CITATION = (
@@ -123,10 +123,10 @@ class Method(Siamese):
         shuffled = self._grouped(self.key_network, x[order])
         return unit(shuffled)[order.argsort()]
 
-    def _grouped(self, network: nn.Module, x: Tensor) -> Tensor:
+    def _grouped(self, network: nn.Sequential, x: Tensor) -> Tensor:
         most = self.settings.bn_groups
         groups = max(1, min(max(min(most, 2), most // count()), len(x) // 2))  # BN needs two images
-        return torch.cat([network(part) for part in x.tensor_split(groups)])
+        return torch.cat(project(network, x.tensor_split(groups)))
 
     @torch.no_grad()
     def _enqueue(self, keys: Tensor) -> None:

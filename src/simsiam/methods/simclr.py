@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, in_float32, mlp, unit
+from simsiam.heads import Siamese, in_float32, mlp, project, unit
 from simsiam.ranks import gather, rank
 
 CITATION = (
@@ -101,7 +101,7 @@ class Method(Siamese):
         self.predictor = mlp([settings.dim, narrow, settings.dim]) if settings.predictor else nn.Identity()
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        z1, z2 = (self.projector(self.encoder(x)) for x in views)
+        z1, z2 = project(self.network, views)
         k1, k2 = (z.detach() for z in (z1, z2)) if self.settings.stop_gradient else (z1, z2)
         loss = nt_xent(self.predictor(z1), self.predictor(z2), k1, k2, self.settings.temperature)
         return loss, {"std": spread(z1, z2)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, mlp, twin, wide
+from simsiam.heads import Siamese, mlp, project, twin, wide
 from simsiam.ranks import gather
 
 CITATION = 'X. Chen, K. He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566 (CVPR 2021)'
@@ -108,7 +108,7 @@ def encoder_and_predictor(method: Siamese, predictor: nn.Module, fixed_lr: bool,
 class Method(Siamese):
     """f = encoder + projector, one set of weights for both views; h = predictor."""
 
-    target: nn.Module
+    target: nn.Sequential
     target_age: Tensor
     memory: Tensor
     remembered: Tensor
@@ -144,7 +144,7 @@ class Method(Siamese):
 
         Each view is its own forward pass, so each has its own BN statistics.
         """
-        z = [self.projector(self.encoder(x)) for x in views]
+        z = project(self.network, views)
         p = [self.predictor(each) for each in z]
         targets = self._targets(views, z, index)
         if self.settings.stop_gradient:
@@ -174,7 +174,7 @@ class Method(Siamese):
         if settings.target_steps == 1:
             return z
         with torch.no_grad():
-            return [self.target(x) for x in views]
+            return project(self.target, views)
 
     def before_epoch(self, epoch: int) -> None:
         if self.settings.target_steps == 0:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simsiam import ranks
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, in_float32, mlp, similarities, unit, wide
+from simsiam.heads import Siamese, in_float32, mlp, project, similarities, unit, wide
 
 CITATION = (
     'M. Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882 '
@@ -170,7 +170,7 @@ class Method(Siamese):
         settings, weight = self.settings, self.prototypes.weight
         self.steps += self.training
         prototypes = torch.where(self.steps > settings.freeze_steps, weight, weight.detach())
-        z = [self.projector(self.encoder(x)) for x in views]
+        z = project(self.network, views)
         full = [i for i, x in enumerate(views) if x.shape == views[0].shape][:2]
         # stopgrad: the codes are targets.
         with torch.set_grad_enabled(torch.is_grad_enabled() and not settings.stop_gradient):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, in_float32, mlp, wide
+from simsiam.heads import Siamese, in_float32, mlp, project, wide
 from simsiam.methods import barlow
 from simsiam.ranks import gather
 
@@ -92,7 +92,7 @@ class Method(Siamese):
         self.projector = mlp([encoder.dim, settings.projector_hidden, settings.projector_hidden, settings.dim])
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        z1, z2 = (self.projector(self.encoder(x)) for x in views)
+        z1, z2 = project(self.network, views)
         settings = self.settings
         loss = vicreg(z1, z2, settings.invariance, settings.variance, settings.covariance)
         return loss, {"std": spread(z1, z2)}

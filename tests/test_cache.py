@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simsiam.config import UserError
 from simsiam.data import cache as cache_module
@@ -429,6 +431,24 @@ def test_processes_fill_it_together(tmp_path: Path) -> None:
         (image,), ((h, w),) = cache.batch(np.array([row]))
         assert np.array_equal(image[:, :h, :w].permute(1, 2, 0).numpy(), decode(images.read(row)))
     assert (cache.directory / PIXELS).stat().st_size == 3 * 30 * (64 + 144)
+
+
+@pytest.mark.parametrize(("side", "threads"), [(16, 1), (160, 3)])
+def test_small_files_are_decoded_by_one_thread(side: int, threads: int, tmp_path: Path) -> None:
+    """Several would take turns at Python's lock; the first few, which tell it, are decoded by the thread that asks."""
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(noise).save(content, "jpeg")
+    by: dict[int, str] = {}
+
+    def read(row: int) -> bytes:
+        by[row] = threading.current_thread().name
+        time.sleep(0.01)
+        return content.getvalue()
+
+    build_cache(dataclasses.replace(mixed_set(), read=read), 16, tmp_path, workers=3)
+    assert len(by) == 60 and {by[row] for row in range(8)} == {threading.current_thread().name}
+    assert len({by[row] for row in range(8, 60)}) == threads
 
 
 def test_threads_fill_it_together(tmp_path: Path) -> None:

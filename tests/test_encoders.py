@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -204,4 +206,24 @@ def test_the_convolutions_of_a_gpu_are_the_same(name: str, stem: int, monkeypatc
         features.square().sum().backward()
         found.append([features, *(parameter.grad for parameter in encoder.parameters())])
     for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_views_in_one_pass_are_views_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features, gradients and BN's memory, of views of two sizes; as they are compiled, but not compiled."""
+    one_by_one = build(EncoderSpec("thin-resnet18", 16, width=8), 0).double()
+    together = copy.deepcopy(one_by_one)
+    views = [images(16, batch=3).double() for _ in range(2)] + [images(8, batch=3).double() for _ in range(3)]
+    passes: list[int] = []
+    together.backbone.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+    alone = one_by_one.each(views)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    joined = together.each(views)
+    assert passes == [6, 9]
+    torch.testing.assert_close(joined, alone)
+    for features in (alone, joined):
+        sum((h.square() * (i + 1)).sum() for i, h in enumerate(features)).backward()  # type: ignore[union-attr]
+    for one, other in zip(one_by_one.parameters(), together.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    for one, other in zip(one_by_one.buffers(), together.buffers(), strict=True):
         torch.testing.assert_close(one, other)

@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -377,7 +378,9 @@ def test_parquet_folder_with_splits_read_from_many_threads(tmp_path: Path, monke
     for thread in threads:
         thread.join()
     assert not wrong
-    assert len(images.read._held) <= 3, "the others were let go"  # type: ignore[attr-defined]
+    read: Any = images.read
+    assert len(read._held) <= 3, "the others were let go"
+    assert read._bytes == sum(column.nbytes for column in read._held.values())
 
 
 def test_parquet_with_raw_bytes_and_odd_labels(tmp_path: Path) -> None:

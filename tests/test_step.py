@@ -16,7 +16,7 @@ from simsiam import methods
 from simsiam.compute import Compute
 from simsiam.data.loader import Batch
 from simsiam.data.views import ViewSettings
-from simsiam.encoders import BasicBlock
+from simsiam.encoders import ResNet
 from simsiam.step import Captured, Step
 from simsiam.train import hook
 from test_methods import BATCH, SIZE, begin, make, optimiser
@@ -154,20 +154,27 @@ def test_a_step_has_the_gradients_of_its_own_batch_and_views() -> None:
 
 
 def test_compiling_changes_rounding_only_and_leaves_the_encoder_as_it_was() -> None:
-    """BYOL has two encoders. Their backbone is one block: to compile more takes torch a second a layer."""
-    found = []
+    """BYOL has two encoders. Their backbone has one block: to compile more takes torch a second a layer."""
+    found, buffers = [], []
+    torch._dynamo.utils.counters.clear()
     for compiles in (False, True):
         method, step = started("byol", compiles=compiles)
         step.optimizer = None
         for encoder in step.encoders:
             torch.manual_seed(0)
-            block = BasicBlock(3, encoder.dim, 2)
-            encoder.backbone = nn.Sequential(block, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            encoder.backbone = ResNet((1, 1, 1, 1), encoder.dim, 2, zero_init_residual=False)
+            for stage in (encoder.backbone.layer2, encoder.backbone.layer3, encoder.backbone.layer4):
+                del stage[0]
         method.double()
         loss, _ = step.update([view.double() for view in step.views(batch(0), 0, 0)], batch(0).index)
         gradients = {key: value.grad.clone() for key, value in method.named_parameters() if value.grad is not None}
         found.append((loss, gradients))
-        assert not any("forward" in vars(module) for module in method.modules())
+        assert not any("each" in vars(module) for module in method.modules())
+        buffers.append([value.clone() for value in method.buffers()])
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    for one, other in zip(*buffers, strict=True):  # BN has seen two views, one after the other
+        torch.testing.assert_close(one, other)
     (plain_loss, plain), (fused_loss, fused) = found
     torch.testing.assert_close(fused_loss, plain_loss)
     assert plain.keys() == fused.keys()
@@ -219,7 +226,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch.cuda, "stream", nothing)
-    waiting = types.SimpleNamespace(clone_state=lambda: "as it was", graphsafe_set_state=made.freed.append)
+    waiting = types.SimpleNamespace(
+        clone_state=lambda: "as it was", graphsafe_set_state=made.freed.append, manual_seed=lambda seed: None
+    )
     monkeypatch.setattr(torch.cuda, "default_generators", (waiting,))
     monkeypatch.setattr(torch.cuda, "device", nothing)
     monkeypatch.setattr(torch.cuda, "graph", nothing)

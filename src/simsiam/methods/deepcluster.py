@@ -68,11 +68,19 @@ def spherical_kmeans(x: Tensor, k: int, iterations: int, draws: torch.Generator)
     centroids = x[torch.randperm(len(x), generator=draws, device=draws.device)[:k].to(x.device)]
     assigned = nearest_centroid(x, centroids)
     for _ in range(iterations):
-        sums = torch.zeros_like(centroids).index_add_(0, assigned, x)
+        sums = _sums(x, assigned, len(centroids))
         filled = torch.bincount(assigned, minlength=len(centroids))[:, None] > 0
         centroids = torch.where(filled, unit(sums), centroids)
         assigned = nearest_centroid(x, centroids)
     return centroids, assigned
+
+
+def _sums(x: Tensor, assigned: Tensor, k: int) -> Tensor:
+    """[k,d]: of the rows of each cluster, the same to the last bit every time."""
+    sums = x.new_zeros(k, x.shape[1])
+    if x.is_cuda:  # where index_add_ adds in any order, and index_put_ sorts; on a CPU it is the other way round
+        return sums.index_put_((assigned,), x, accumulate=True)
+    return sums.index_add_(0, assigned, x)
 
 
 def nearest_centroid(x: Tensor, centroids: Tensor) -> Tensor:

@@ -21,14 +21,15 @@ train() {
 }
 
 case $piece in
-tests) # one thread each: ten processes of sixteen threads wait for one another
-    OMP_NUM_THREADS=1 timeout "$limit" python -m pytest -v --tb=short -n 10 --dist worksteal tests >"$out/tests.log" 2>&1 || true
+tests) # one thread each: ten processes of sixteen threads wait for one another; interrupted, pytest tells why tests failed
+    OMP_NUM_THREADS=1 timeout --signal=INT --kill-after=20 "$limit" python -m pytest -v --tb=short -n 10 --dist worksteal tests >"$out/tests.log" 2>&1 || true
     grep -E "FAILED|ERROR|passed|failed" "$out/tests.log" || true
     ;;
 step)
     python benchmarks/step.py --json "$out/step-32.json"
     python benchmarks/step.py --ways 0,1,4,5 --recipe imagenet --encoder resnet50 --size 224 --source 256 --batch 64 \
         --seconds 1.5 --repeats 3 --json "$out/step-224.json"
+    python benchmarks/step.py --ways 1,5 --method fastsiam --batch 128 --json "$out/step-fastsiam.json"
     ;;
 speed)
     python benchmarks/training.py --size 32 --device cuda --data "$data" --seconds 15 --repeats 3 \

@@ -169,7 +169,7 @@ def test_compiling_changes_rounding_only_and_leaves_the_encoder_as_it_was() -> N
         loss, _ = step.update([view.double() for view in step.views(batch(0), 0, 0)], batch(0).index)
         gradients = {key: value.grad.clone() for key, value in method.named_parameters() if value.grad is not None}
         found.append((loss, gradients))
-        assert not any("each" in vars(module) for module in method.modules())
+        assert not any("together" in vars(module) for module in method.modules())
         buffers.append([value.clone() for value in method.buffers()])
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]

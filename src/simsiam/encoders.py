@@ -22,6 +22,8 @@ from simsiam.config import UserError, did_you_mean
 from simsiam.kernels import norm
 
 _BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+_TOGETHER = 4
+"""Views that go through a compiled network in one pass, at most: each adds its BN to what has to be compiled."""
 _OURS = [f"{family}-{depth}" for family in ("thin", "cifar") for depth in _BLOCKS]
 
 
@@ -55,19 +57,20 @@ class Encoder(nn.Module):
         return self.backbone(x)
 
     def each(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """Features of several views, float [B,3,h,w] each; BN takes its statistics from one view at a time.
-
-        Compiled, the views of one size go through a network of ours in one pass: fewer and larger kernels.
-        """
-        if not (torch.compiler.is_compiling() and isinstance(self.backbone, ResNet)):
-            return [self(x) for x in views]
+        """Features of several views, float [B,3,h,w] each; BN takes its statistics from one view at a time."""
         runs: list[list[Tensor]] = []
         for x in views:
-            if runs and runs[-1][0].shape == x.shape:
+            if runs and runs[-1][0].shape == x.shape and len(runs[-1]) < _TOGETHER:
                 runs[-1].append(x)
             else:
                 runs.append([x])
-        return [h for run in runs for h in self.backbone(torch.cat(run), len(run)).chunk(len(run))]
+        return [h for run in runs for h in self.together(run)]
+
+    def together(self, views: list[Tensor]) -> Sequence[Tensor]:
+        """`each` of views of one size. Compiled, they go through a network of ours in one pass: fewer and larger kernels."""
+        if torch.compiler.is_compiling() and isinstance(self.backbone, ResNet):
+            return self.backbone(torch.cat(views), len(views)).chunk(len(views))
+        return [self(x) for x in views]
 
 
 def build(spec: EncoderSpec, seed: int) -> Encoder:

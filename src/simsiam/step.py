@@ -46,9 +46,9 @@ class Step:
         self._forward, self._settings = ranks.parallel(method), views
         self._draws = torch.Generator(compute.device)
         self.encoders = [module for module in method.modules() if isinstance(module, Encoder)]
-        self._fused: dict[Encoder, Callable[[Sequence[Tensor]], list[Tensor]]] = {}
+        self._fused: dict[Encoder, Callable[[list[Tensor]], Sequence[Tensor]]] = {}
         if compiles:
-            self._fused = {encoder: torch.compile(encoder.each, dynamic=False) for encoder in self.encoders}
+            self._fused = {encoder: torch.compile(encoder.together, dynamic=False) for encoder in self.encoders}
         if captures is None:
             captures = compute.device.type == "cuda" and not ranks.several()
         self._drawn = Captured(self._draw, say, self._draws) if captures else None
@@ -90,12 +90,12 @@ class Step:
     def _compiled(self) -> Iterator[None]:
         """Only here: whatever else runs the encoders, in another mode or size, runs them as they are."""
         for encoder, fused in self._fused.items():
-            encoder.each = fused  # type: ignore[assignment, method-assign]
+            encoder.together = fused  # type: ignore[assignment, method-assign]
         try:
             yield
         finally:
             for encoder in self._fused:
-                del encoder.each
+                del encoder.together
 
 
 class Captured:

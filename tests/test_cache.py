@@ -447,8 +447,8 @@ def test_small_files_are_decoded_by_one_thread(side: int, threads: int, tmp_path
         return content.getvalue()
 
     build_cache(dataclasses.replace(mixed_set(), read=read), 16, tmp_path, workers=3)
-    assert len(by) == 60 and {by[row] for row in range(8)} == {threading.current_thread().name}
-    assert len({by[row] for row in range(8, 60)}) == threads
+    assert len(by) == 60 and {by[row] for row in range(4)} == {threading.current_thread().name}
+    assert len({by[row] for row in range(4, 60)}) == threads
 
 
 def test_threads_fill_it_together(tmp_path: Path) -> None:

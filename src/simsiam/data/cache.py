@@ -12,7 +12,6 @@ import re
 import shutil
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -40,7 +39,7 @@ _SETS = 100
 """Versions of a set that are remembered, at most."""
 _HEADERS = 64
 """Images whose headers are read to tell what the others will take on the disk, at most."""
-_FIRST, _SMALL = 8, 3000
+_FIRST, _SMALL = 4, 3000
 """Images that tell what kind of files a set has, and the mean bytes of files so small that one thread decodes them faster
 than several: those would take turns at Python's lock."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -79,8 +78,8 @@ class Cache:
         self._read_bytes = {RECORDS: 0, REASONS: 0}
         self._mapped = np.zeros(0, np.uint8)
         self._decoded, self._decode_seconds = 0, 0.0
-        self._sizes: deque[int] = deque(maxlen=64)
-        """Of the files that were read last, bytes; of what is an image already, pixels."""
+        self._files, self._file_bytes = 0, 0
+        """That were read, about: threads may add at once. Of what is an image already, its pixels count."""
         self._threads = threading.RLock()
         self._processes = FileLock(directory / "lock")
         self._told: Future[None] | None = None
@@ -215,10 +214,10 @@ class Cache:
 
     def _loaded(self, rows: np.ndarray) -> Generator[np.ndarray | Exception, None, None]:
         """What `_load` makes of each, by `workers` threads, or by one where files are small."""
-        first = rows[: 0 if self._sizes else _FIRST]
+        first = rows[: 0 if self._files else _FIRST]
         yield from map(self._load, first.tolist())
         rest = rows[len(first) :].tolist()
-        workers = 1 if sum(self._sizes) < _SMALL * len(self._sizes) else self.workers
+        workers = 1 if self._file_bytes < _SMALL * self._files else self.workers
         # Full-size photographs are tens of MB each, so fewer are held at once.
         chunk = max(1, min(16, -(-len(rest) // (4 * workers)))) if self.short_side else 1
         yield from in_order(lambda i: self._load(rest[i]), len(rest), workers, chunk)
@@ -227,7 +226,8 @@ class Cache:
         """uint8 [H, W, 3], or why there are no pixels."""
         try:
             content = self.images.read(row)
-            self._sizes.append(len(content) if isinstance(content, bytes) else content.width * content.height)
+            size = len(content) if isinstance(content, bytes) else content.width * content.height
+            self._files, self._file_bytes = self._files + 1, self._file_bytes + size
             return np.ascontiguousarray(decode(content, self.short_side))
         except Exception as error:  # also: the file vanished, is not ours to read, has a bad checksum, ...
             return error

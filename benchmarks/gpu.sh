@@ -22,7 +22,8 @@ train() {
 
 case $piece in
 tests) # one thread each: ten processes of sixteen threads wait for one another; interrupted, pytest tells why tests failed
-    OMP_NUM_THREADS=1 timeout --signal=INT --kill-after=20 "$limit" python -m pytest -v --tb=short -n 10 --dist worksteal tests >"$out/tests.log" 2>&1 || true
+    OMP_NUM_THREADS=1 timeout --signal=INT --kill-after=20 "$limit" \
+        python -m pytest -v --tb=short -n 10 --dist worksteal tests >"$out/tests.log" 2>&1 || true
     grep -E "FAILED|ERROR|passed|failed" "$out/tests.log" || true
     ;;
 step)

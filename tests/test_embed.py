@@ -145,7 +145,7 @@ def test_where_the_memory_is_short_a_batch_is_embedded_in_parts(
             return real(x)
 
     real = encoder.encoder_
-    monkeypatch.setattr(encoder, "encoder_", Short())
+    monkeypatch.setattr(encoder, "_in_use", Short())
     parts = encoder.embed(paths)
     assert sum(taken) == len(paths) and max(taken) == most
     assert np.allclose(parts, whole, atol=1e-5)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from simsiam.compute import Compute, computes_bf16
 from simsiam.config import UserError
-from simsiam.encoders import BasicBlock, EncoderSpec, build, names, on_matrix_units, to_table
+from simsiam.encoders import BasicBlock, Encoder, EncoderSpec, build, in_use, names, on_matrix_units, to_table
 
 
 def images(size: int, batch: int = 2) -> Tensor:
@@ -227,3 +228,79 @@ def test_views_in_one_pass_are_views_one_by_one(monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(one.grad, other.grad)
     for one, other in zip(one_by_one.buffers(), together.buffers(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+# --- in use -----------------------------------------------------------------------------------------------------------
+
+
+def trained(name: str, size: int, **settings: int) -> Encoder:
+    """BN statistics, scales and shifts that are not 0 and 1; in channels_last, in eval mode."""
+    encoder = build(EncoderSpec(name, size, **settings), 0)
+    torch.manual_seed(0)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    with torch.no_grad():
+        encoder.train()(images(size, batch=8))
+    Compute(torch.device("cpu"), "fp32").place(encoder)
+    return encoder.eval()
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "size", "settings"),
+    [
+        ("thin-resnet18", 32, {}),
+        ("thin-resnet18", 33, {"stem": 2, "width": 8}),
+        ("cifar-resnet34", 40, {"stem": 4}),
+        ("resnet18", 64, {}),
+        ("resnet50", 65, {}),
+        ("resnext50_32x4d", 64, {}),
+    ],
+)
+def test_in_use_bn_is_folded_and_the_features_stay(
+    name: str, size: int, settings: dict[str, int], precision: str
+) -> None:
+    """In float32 to its rounding; in bf16 as near to float32 as the network itself, for one image too."""
+    compute = Compute(torch.device("cpu"), precision)  # type: ignore[arg-type]
+    if precision == "bf16" and not computes_bf16(compute.device):
+        pytest.skip("this processor would have to emulate bf16")
+    encoder = trained(name, size, **settings)
+    folded = in_use(encoder, compute)
+    assert folded is not encoder
+    for batch in (5, 1):
+        x = images(size, batch).to(memory_format=torch.channels_last)
+        before = x.clone()
+        with torch.inference_mode():
+            expected = encoder(x)
+            with compute.autocast():
+                found, plain = folded(x), encoder(x)
+        assert torch.equal(x, before) and found.shape == expected.shape
+        assert off(found, expected) < (1e-5 if precision == "fp32" else 1.5 * off(plain, expected))
+
+
+def test_what_cannot_be_folded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = Compute(torch.device("cpu"), "fp32")
+    ours = trained("thin-resnet18", 32, width=8)
+    measuring = copy.deepcopy(ours)
+    measuring.backbone.layer1[0].bn1.train()  # type: ignore[index, union-attr]
+    others = [ours.double(), measuring, trained("mobilenet_v2", 32), trained("timm/resnet18", 32), lambda x: x]
+    assert all(in_use(each, cpu) is each for each in others)
+    assert in_use(ours.float(), cpu) is not ours
+    monkeypatch.setattr("simsiam.encoders.computes_bf16", lambda _: False)
+    assert in_use(ours, Compute(cpu.device, "bf16")) is ours and in_use(ours, cpu) is not ours
+
+
+def test_weights_that_change_are_folded_anew() -> None:
+    encoder, x = trained("thin-resnet18", 32, width=8), images(32)
+    compute = Compute(torch.device("cpu"), "fp32")
+    with torch.inference_mode():
+        first = in_use(encoder, compute)(x)
+        with torch.no_grad():
+            encoder.backbone.bn1.running_mean.add_(1)  # type: ignore[operator, union-attr]
+        assert off(in_use(encoder, compute)(x), encoder(x)) < 1e-5 < off(first, encoder(x))

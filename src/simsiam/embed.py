@@ -21,7 +21,7 @@ from simsiam.compute import Compute, computes_bf16, out_of_memory, pick_device, 
 from simsiam.config import UserError, fill, read_recipe
 from simsiam.data.decode import DecodeError, decode
 from simsiam.data.views import ViewSettings, plain_view
-from simsiam.encoders import Encoder, EncoderSpec, build, to_table
+from simsiam.encoders import Encoder, EncoderSpec, build, in_use, to_table
 from simsiam.runs import ENCODER, ENVIRONMENT, RECIPE, read_json, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def embed_batches(
 
     `prepare` is a `Preprocessing`, or anything else from uint8 pixels and sizes to the encoder's input.
     """
+    encoder = in_use(encoder, compute)
     for start in range(0, len(rows), _BATCH):
         yield _features(encoder, prepare, *cache.batch(rows[start : start + _BATCH]), compute)
         if progress is not None:
@@ -281,6 +282,7 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 precision: Any = self.precision
                 self.compute_ = Compute(device, precision)
             self.compute_.place(self.encoder_)
+            self._in_use = in_use(self.encoder_, self.compute_)
             self.opened_ = asked
         return self
 
@@ -332,7 +334,7 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return self.embed(images)
 
     def _embed(self, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
-        return _features(self.encoder_, self.preprocessing_, *padded(images), self.compute_).numpy()
+        return _features(self._in_use, self.preprocessing_, *padded(images), self.compute_).numpy()
 
 
 def padded(images: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:

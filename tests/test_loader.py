@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -12,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from simsiam import kernels
 from simsiam.config import UserError
 from simsiam.data import loader as loader_module
 from simsiam.data.cache import Cache, build_cache, open_cache
 from simsiam.data.loader import Batch, Loader
 from simsiam.data.sources import open_images
+from simsiam.kernels import Packed
 from test_decode import encode
 
 COUNT, BATCH = 50, 8
@@ -42,22 +45,30 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Cache:
     return make_cache(tmp_path_factory.mktemp("mixed"), [(9, 12), (7, 10), (16, 8)])
 
 
-@pytest.fixture(params=["resident", "read ahead", "mixed"])
-def loader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Loader:
+@pytest.fixture(params=["resident", "uniform, in place", "mixed, in place", "uniform, read ahead", "mixed, read ahead"])
+def loader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loader]:
     """One of each way to the device, over 45 of the 50 rows."""
-    cache: Cache = request.getfixturevalue("mixed" if request.param == "mixed" else "uniform")
-    if request.param == "read ahead":
+    cache: Cache = request.getfixturevalue("mixed" if "mixed" in request.param else "uniform")
+    if request.param != "resident":
         monkeypatch.setattr(loader_module, "_RESIDENT_BYTES", {})
-    made = Loader(cache, np.arange(5, COUNT), BATCH, CPU, seed=3)
-    assert (made._images is not None) == (request.param == "resident")
-    return made
+    if "in place" in request.param and kernels.compiled() is None:
+        pytest.skip("no kernels here")
+    with kernels.off() if "read ahead" in request.param else contextlib.nullcontext():
+        made = Loader(cache, np.arange(5, COUNT), BATCH, CPU, seed=3)
+        assert (made._images is not None) == (request.param == "resident")
+        yield made
+
+
+def pixels(batch: Batch) -> torch.Tensor:
+    return batch.images if isinstance(batch.images, torch.Tensor) else batch.images.padded()
+
+
+def sides(batch: Batch) -> list[list[int]]:
+    return batch.sizes.tolist() if batch.sizes is not None else [list(pixels(batch).shape[-2:])] * BATCH
 
 
 def same(a: Batch, b: Batch) -> bool:
-    sizes = a.sizes is b.sizes is None or (
-        a.sizes is not None and b.sizes is not None and torch.equal(a.sizes, b.sizes)
-    )
-    return torch.equal(a.images, b.images) and torch.equal(a.index, b.index) and sizes
+    return torch.equal(pixels(a), pixels(b)) and torch.equal(a.index, b.index) and sides(a) == sides(b)
 
 
 def readers() -> list[threading.Thread]:
@@ -80,13 +91,13 @@ def test_batches_are_the_rows_in_that_order_and_the_last_incomplete_one_is_dropp
     index = torch.cat([batch.index for batch in batches])
     assert index.dtype == torch.int64 and index.tolist() == loader.order(4)[: 5 * BATCH].tolist()
     for batch in batches:
-        assert batch.images.dtype == torch.uint8
+        assert pixels(batch).dtype == torch.uint8
         images, sizes = loader.cache.batch(loader.rows[batch.index.numpy()])
-        assert torch.equal(batch.images, images)
+        assert torch.equal(pixels(batch), images) and sides(batch) == sizes.tolist()
         if loader.cache.uniform(loader.rows):
-            assert batch.sizes is None
+            assert batch.sizes is None or isinstance(batch.images, Packed)
         else:
-            assert batch.sizes is not None and torch.equal(batch.sizes, sizes) and len(sizes.unique()) > 2
+            assert len(sizes.unique()) > 2
 
 
 def test_every_way_gives_the_same_batches(uniform: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,8 +111,9 @@ def test_every_way_gives_the_same_batches(uniform: Cache, monkeypatch: pytest.Mo
 
 def test_a_batch_of_one_size_from_a_mixed_set_has_no_padding(mixed: Cache) -> None:
     rows = np.flatnonzero(mixed.heights == 9)
-    batch = next(iter(Loader(mixed, rows, BATCH, CPU, seed=0).epoch(0)))
-    assert batch.sizes is None and batch.images.shape == (BATCH, 3, 9, 12)
+    with kernels.off():
+        batch = next(iter(Loader(mixed, rows, BATCH, CPU, seed=0).epoch(0)))
+    assert batch.sizes is None and pixels(batch).shape == (BATCH, 3, 9, 12)
 
 
 @pytest.mark.parametrize("sizes", [[(9, 12)], [(9, 12), (7, 10), (16, 8)]])
@@ -160,7 +172,10 @@ def test_an_epoch_goes_on_at_any_step(loader: Loader) -> None:
         assert all(same(a, b) for a, b in zip(whole[start:], tail, strict=True))
 
 
-def test_the_reading_thread_ends_with_the_epoch_and_when_it_is_left_early(mixed: Cache) -> None:
+def test_the_reading_thread_ends_with_the_epoch_and_when_it_is_left_early(
+    mixed: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Loader, "_reads_ahead", lambda self: True)
     loader = Loader(mixed, np.arange(COUNT), 2, CPU, seed=0)
     batches = loader.epoch(0)
     assert readers() == []  # nothing is read before the first batch is asked for
@@ -174,6 +189,7 @@ def test_the_reading_thread_ends_with_the_epoch_and_when_it_is_left_early(mixed:
 
 
 def test_reading_runs_ahead_but_not_away(mixed: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Loader, "_reads_ahead", lambda self: True)
     loader, read = Loader(mixed, np.arange(COUNT), 2, CPU, seed=0), []
     load = loader._load
     monkeypatch.setattr(loader, "_load", lambda chunk: read.append(chunk) or load(chunk))
@@ -203,6 +219,19 @@ def test_an_error_while_reading_reaches_the_caller_in_its_place(mixed: Cache, mo
     with pytest.raises(OSError, match="the disk is gone"):
         next(batches)
     assert readers() == []
+
+
+@pytest.mark.skipif(kernels.compiled() is None, reason="no kernels here")
+def test_where_views_are_drawn_in_place_nothing_is_copied_and_no_thread_reads(
+    mixed: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system is told of the next batch's pixels before a batch is handed out."""
+    loader, told = Loader(mixed, np.arange(COUNT), BATCH, CPU, seed=0), []
+    monkeypatch.setattr(mixed, "expect", lambda rows: told.append(rows.tolist()))
+    for step, batch in enumerate(loader.epoch(0)):
+        assert isinstance(batch.images, Packed) and np.shares_memory(batch.images.pixels, mixed._map())
+        assert readers() == [] and len(told) == min(step + 1, loader.steps_per_epoch - 1)
+    assert told == [loader.order(0)[i * BATCH :][:BATCH].tolist() for i in range(1, loader.steps_per_epoch)]
 
 
 @pytest.mark.parametrize("batch_size", [0, COUNT + 1])

@@ -37,6 +37,7 @@ from simsiam.data.views import (
     resample,
     resampling,
 )
+from simsiam.kernels import Packed
 
 PLAIN = ViewSettings(size=32, jitter_p=0, gray_p=0, blur_p=0, flip_p=0, mean=(0, 0, 0), std=(1, 1, 1))
 """A crop and nothing else, in 0..1."""
@@ -154,6 +155,40 @@ def test_how_the_images_lie_in_memory_changes_nothing(side: int) -> None:
         assert torch.equal(first, second)
         first, second = (plain_pixels(each, 32, 0.875, own) for each in (images, other))
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("by", ["kernels", "torch"])
+def test_packed_images_give_the_views_of_padded_ones(by: str) -> None:
+    """Of several sizes, in any order, one twice, with something else in between."""
+    sizes, starts, pixels = [(12, 40), (64, 48), (1, 1), (48, 64), (12, 40)], [], [np.zeros(7, np.uint8)]
+    for seed, (h, w) in enumerate(sizes):
+        starts.append(sum(map(len, pixels)))
+        pixels += [np.random.default_rng(seed).integers(0, 256, 3 * h * w, dtype=np.uint8), np.full(5, 255, np.uint8)]
+    order = [3, 0, 4, 2, 1, 0]
+    packed = Packed(np.concatenate(pixels), np.array(starts)[order], np.array(sizes, np.int32)[order])
+    padded, own = packed.padded(), torch.tensor(sizes)[order]
+    assert padded.shape == (6, 3, 64, 64) and all(
+        not image[:, h:].any() for image, (h, _) in zip(padded, own, strict=True)
+    )
+    for place, image in zip(order, padded, strict=True):
+        (h, w), start = sizes[place], starts[place]
+        assert (
+            image[:, :h, :w].permute(1, 2, 0).flatten().tolist()
+            == np.concatenate(pixels)[start : start + 3 * h * w].tolist()
+        )
+    with kernels.off() if by == "torch" else contextlib.nullcontext():
+        found, expected = (
+            [
+                *random_views(images, ViewSettings(size=32).each(), seeded(), given),
+                plain_pixels(images, 24, 0.875, given),
+                plain_view(images, 24, 1.0, ViewSettings.mean, ViewSettings.std, given),
+            ]
+            for images, given in ((packed, None), (padded, own))
+        )
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+        part = plain_pixels(packed[1:3], 24, 0.875)
+    assert torch.equal(part, found[2][1:3])
+    assert packed.to(torch.device("meta")).device.type == "meta"
 
 
 @pytest.mark.parametrize(("side", "size"), [(40, 32), (120, 48)])

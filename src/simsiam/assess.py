@@ -20,7 +20,7 @@ from simsiam.config import UserError, counted
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
-from simsiam.data.views import ViewSettings, plain_pixels, random_view
+from simsiam.data.views import Images, ViewSettings, plain_pixels, random_view
 from simsiam.embed import BN_IMAGES, Preprocessing, compute_of, embed_rows, pixel_rows, read_encoder, untrained
 from simsiam.embeddings import digest, origin, write_embedding
 from simsiam.encoders import Encoder
@@ -176,7 +176,7 @@ def _sgd(subject: Subject, features: Features, rows: Rows, seed: int) -> dict[st
     def epoch(number: int) -> Tensor:
         draws = generator(subject.compute.device, seed, number)
 
-        def crop(x: Tensor, sizes: Tensor) -> Tensor:
+        def crop(x: Images, sizes: Tensor) -> Tensor:
             return random_view(x, views, draws, sizes)
 
         subject.listener.embedding(number, 90)
@@ -210,7 +210,7 @@ def keep_samples(run: Path, subject: Subject, views: ViewSettings, train: Rows, 
     `shown` images with their embeddings after and before training. The encoder is in the run folder already."""
     folder, cache = run / "samples", subject.cache
     folder.mkdir(exist_ok=True)
-    images, sizes = cache.batch(draw(train, 8))
+    images, sizes = cache.packed(draw(train, 8))
     draws = generator(torch.device("cpu"), 0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (views.mean, views.std))
     seen = [plain_pixels(images, views.size, 1.0, sizes)]
@@ -227,7 +227,7 @@ def keep_samples(run: Path, subject: Subject, views: ViewSettings, train: Rows, 
     write_embedding(folder / "embedding", vectors, cache, some, made, [digest(cache, row) for row in some])
     _save(folder / "untrained.npy", untrained_vectors)
     side = min(96, max(subject.prepare.size, 32))
-    chunks = (cache.batch(some[start : start + 64]) for start in range(0, len(some), 64))
+    chunks = (cache.packed(some[start : start + 64]) for start in range(0, len(some), 64))
     small = [_pictures(plain_pixels(images, side, 1.0, sizes)) for images, sizes in chunks]
     _save(folder / "embedding" / "thumbnails.npy", np.concatenate(small))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from simsiam.compute import Compute, computes_bf16, out_of_memory, pick_device, probe_encoder, set_threads
 from simsiam.config import UserError, fill, read_recipe
 from simsiam.data.decode import DecodeError, decode
-from simsiam.data.views import ViewSettings, plain_view
+from simsiam.data.views import Images, ViewSettings, plain_view
 from simsiam.encoders import Encoder, EncoderSpec, build, in_use, to_table
 from simsiam.runs import ENCODER, ENVIRONMENT, RECIPE, read_json, read_tensors, write_json, write_tensors
 
@@ -55,8 +55,8 @@ class Preprocessing:
         """Random crops of such a share of the area, and flips, as a classifier is trained on; no colour, no blur."""
         return ViewSettings(self.size, scale, jitter_p=0, gray_p=0, blur_p=0, mean=self.mean, std=self.std)
 
-    def __call__(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """uint8 [B,3,H,W] and each image's (height, width) -> float32 [B,3,size,size]."""
+    def __call__(self, images: Images, sizes: Tensor | None = None) -> Tensor:
+        """uint8 [B,3,H,W], or packed, and each image's (height, width) -> float32 [B,3,size,size]."""
         return plain_view(images, self.size, self.share, self.mean, self.std, sizes)
 
 
@@ -67,7 +67,7 @@ def preprocessing(size: int, mean: tuple[float, float, float], std: tuple[float,
 
 def embed_batches(
     encoder: Callable[[Tensor], Tensor],
-    prepare: Callable[[Tensor, Tensor], Tensor],
+    prepare: Callable[[Images, Tensor], Tensor],
     cache: Cache,
     rows: NDArray[np.int64],
     compute: Compute,
@@ -76,19 +76,19 @@ def embed_batches(
     """Features float32 [B,D], on the CPU, of the given rows of a cache, in order, a batch at a time. The encoder must be in
     eval mode and placed.
 
-    `prepare` is a `Preprocessing`, or anything else from uint8 pixels and sizes to the encoder's input.
+    `prepare` is a `Preprocessing`, or another view of images and their sizes.
     """
     encoder = in_use(encoder, compute)
     for start in range(0, len(rows), _BATCH):
-        yield _features(encoder, prepare, *cache.batch(rows[start : start + _BATCH]), compute)
+        yield _features(encoder, prepare, *cache.packed(rows[start : start + _BATCH]), compute)
         if progress is not None:
             progress(min(start + _BATCH, len(rows)), len(rows))
 
 
 def _features(
     encoder: Callable[[Tensor], Tensor],
-    prepare: Callable[[Tensor, Tensor], Tensor],
-    images: Tensor,
+    prepare: Callable[[Images, Tensor], Tensor],
+    images: Images,
     sizes: Tensor,
     compute: Compute,
 ) -> Tensor:
@@ -118,7 +118,7 @@ def _features(
 
 def embed_rows(
     encoder: Callable[[Tensor], Tensor],
-    prepare: Callable[[Tensor, Tensor], Tensor],
+    prepare: Callable[[Images, Tensor], Tensor],
     cache: Cache,
     rows: NDArray[np.int64],
     compute: Compute,

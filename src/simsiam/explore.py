@@ -21,7 +21,7 @@ from torch import Tensor
 
 from simsiam.compute import set_threads
 from simsiam.config import UserError, counted
-from simsiam.data.views import plain_pixels
+from simsiam.data.views import Images, plain_pixels
 from simsiam.embed import padded
 from simsiam.embeddings import Embeddings, read_embeddings
 from simsiam.neighbours import top_k, unit_rows
@@ -192,8 +192,8 @@ def _groups(kind: Rows, links: Rows, scores: NDArray[np.float64]) -> list[list[t
 class _Pictures:
     """Images at 16 x 16 pixels, less their mean colour, of length 1: float16 [N,3,16,16]; 0 where nearly nothing is left."""
 
-    def __init__(self, count: int, parts: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """parts: uint8 [B,3,H,W] and sizes, `count` images in all."""
+    def __init__(self, count: int, parts: Iterable[tuple[Images, Tensor]]) -> None:
+        """parts: uint8 [B,3,H,W], or packed, and sizes, `count` images in all."""
         self.looks, end = torch.empty(count, 3, _SIDE, _SIDE, dtype=torch.float16), 0
         for images, sizes in parts:
             small = plain_pixels(images, _SIDE, 1.0, sizes)
@@ -233,7 +233,7 @@ def _pictures(stored: Embeddings, rows: Rows, device: str, tell: Tell) -> tuple[
         raise UserError(f"{error} Or say how alike duplicates are: --threshold 0.95.") from None
     tell(f"Measuring how alike copies of an image are, on {counted(min(_SAMPLE, len(rows)), 'image')} ...")
     cached = cached[rows]
-    pictures = _Pictures(len(rows), (cache.batch(cached[start : start + 1024]) for start in range(0, len(rows), 1024)))
+    pictures = _Pictures(len(rows), (cache.packed(cached[start : start + 1024]) for start in range(0, len(rows), 1024)))
     bank = pictures.small()
     shaped = np.flatnonzero(pictures.looks.flatten(1).any(1).numpy())
     if not len(shaped):

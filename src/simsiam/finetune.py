@@ -141,8 +141,9 @@ def fit(
         order = np.random.default_rng([seed, epoch]).permutation(rows)
         for step in range(steps):
             part = order[step * batch_size : (step + 1) * batch_size]
-            images, sizes = (each.to(compute.device) for each in cache.batch(part))
-            x = random_view(images, views, generator(compute.device, seed, epoch, step), sizes)
+            packed, sizes = cache.packed(part)
+            draws = generator(compute.device, seed, epoch, step)
+            x = random_view(packed.to(compute.device), views, draws, sizes.to(compute.device))
             optimiser.param_groups[0]["lr"] = learning_rate((epoch + step / steps) / epochs, peak)
             optimiser.zero_grad()
             torch.manual_seed(seed_of(seed, epoch, step, -1))  # dropout's, where there is any

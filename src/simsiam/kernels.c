@@ -22,9 +22,10 @@ static inline v4 load4(const float *from) { v4 v; memcpy(&v, from, sizeof v); re
 /* --- views ------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    const void *images; /* [batch][height][width][3], uint8 or float */
-    long batch, height, width, as_float;
+    const void *images; /* rows of [width][3] each, uint8 or float */
+    long batch, height, width, as_float; /* the largest height and width */
     long count, size;
+    const int64_t *starts, *widths; /* [batch]: where an image's values begin, and its width */
     const float *geometry; /* [count][10]: start, length, low and high of y, then of x, flip, sigma */
     const float *colour;   /* [count][18]: the matrix, and what the view's mean colour adds, 3x3 each */
     const float *range;    /* offset, lowest and highest value, 3 each */
@@ -109,22 +110,26 @@ static void across(const Room *room, long left, long columns, float *to) {
 
 static void resize(const Views *v, long image, Room *room) {
     const Taps *y = &room->y, *x = &room->x;
-    long left = v->width, right = 0, stride = v->width * 3;
+    long left = v->width, right = 0, stride = v->widths[image] * 3;
     for (long o = 0; o < v->size; o++) {
         left = x->first[o] < left ? x->first[o] : left;
         right = x->first[o] + x->count[o] > right ? x->first[o] + x->count[o] : right;
     }
+    int same = right - left == v->size; /* columns, unless they are mirrored: nothing is left to do across */
+    for (long o = 0; o < v->size; o++)
+        same &= x->count[o] == 1 && x->first[o] == left + o;
     for (long top = 0; top < v->size; top += ROWS) {
         for (long r = 0; r < ROWS && top + r < v->size; r++) {
-            long o = top + r, at = (image * v->height + y->first[o]) * stride + left * 3, count = (right - left) * 3;
+            long o = top + r, at = v->starts[image] + y->first[o] * stride + left * 3, count = (right - left) * 3;
             const float *weight = y->weight + o * y->most;
-            float *line = room->lines + r * room->line;
+            float *line = same ? room->view + o * room->row : room->lines + r * room->line;
             if (v->as_float)
                 line_of_floats((const float *)v->images + at, stride, y->count[o], weight, count, line);
             else
                 line_of_bytes((const uint8_t *)v->images + at, stride, y->count[o], weight, count, line);
         }
-        across(room, left, v->size, room->view + top * room->row);
+        if (!same)
+            across(room, left, v->size, room->view + top * room->row);
     }
 }
 
@@ -174,6 +179,11 @@ static void blur(float sigma, long size, Room *room) {
     }
 }
 
+static inline float within(float low, float high, float value) {
+    value = value < low ? low : value;
+    return value > high ? high : value;
+}
+
 /* A pixel's three values lie beside one another, so a 3x3 matrix is five products with shifted rows. */
 static void colours(const float *colour, const float *range, long size, Room *room, float *to) {
     long count = size * 3;
@@ -201,15 +211,19 @@ static void colours(const float *colour, const float *range, long size, Room *ro
             offset[i] = own, low[i] = range[3 + k], high[i] = range[6 + k];
         }
     }
+    int mixes = 0;
+    for (long k = 0; k < 9; k++)
+        mixes |= k % 4 && colour[k] != 0;
     for (long y = 0; y < size; y++) {
         const float *row = room->view + y * room->row;
         float *restrict out = to + y * count;
-        for (long i = 0; i < count; i++) {
-            float value = offset[i] + a[i] * row[i - 2] + b[i] * row[i - 1] + c[i] * row[i] + d[i] * row[i + 1]
-                + e[i] * row[i + 2];
-            value = value < low[i] ? low[i] : value;
-            out[i] = value > high[i] ? high[i] : value;
-        }
+        if (mixes)
+            for (long i = 0; i < count; i++)
+                out[i] = within(low[i], high[i], offset[i] + a[i] * row[i - 2] + b[i] * row[i - 1] + c[i] * row[i]
+                    + d[i] * row[i + 1] + e[i] * row[i + 2]);
+        else
+            for (long i = 0; i < count; i++)
+                out[i] = within(low[i], high[i], offset[i] + c[i] * row[i]);
     }
 }
 
@@ -246,8 +260,9 @@ static void draw(void *given) {
 
 /* 0, or 1 where memory has run out. */
 int views(Parallel parallel, long threads, const void *images, long as_float, long batch, long height, long width,
-          long count, long size, const float *geometry, const float *colour, const float *range, float *views) {
-    Views v = {images, batch, height, width, as_float, count, size, geometry, colour, range, views, 0, 0};
+          long count, long size, const int64_t *starts, const int64_t *widths, const float *geometry, const float *colour,
+          const float *range, float *views) {
+    Views v = {images, batch, height, width, as_float, count, size, starts, widths, geometry, colour, range, views, 0, 0};
     parallel(draw, &v, (unsigned)(threads < count ? threads : count), 0);
     return (int)v.failed;
 }

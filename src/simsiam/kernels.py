@@ -16,11 +16,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -34,16 +37,52 @@ _off = False
 _building = threading.Lock()
 
 
-def usable(x: Tensor) -> bool:
+@dataclass(frozen=True)
+class Packed:
+    """Images of several sizes where they lie in a memory map: `views` reads them there, without a copy."""
+
+    pixels: NDArray[np.uint8]
+    """[n]: each image [H,W,3], one somewhere after the other."""
+    starts: NDArray[np.int64]
+    """[B]: where each begins."""
+    sizes: NDArray[np.int32]
+    """[B,2]: (height, width)."""
+
+    device: ClassVar[torch.device] = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, part: slice) -> Packed:
+        return Packed(self.pixels, self.starts[part], self.sizes[part])
+
+    def to(self, device: torch.device) -> Tensor | Packed:
+        """These where there are kernels for the device, else `padded` on it."""
+        return self if device.type == "cpu" and usable(self) else self.padded().to(device)
+
+    def padded(self) -> Tensor:
+        """Copies: uint8 [B,3,H,W] in channels_last, zero at the bottom and right up to the largest height and width."""
+        (height, width), (least_height, least_width) = self.sizes.max(0).tolist(), self.sizes.min(0).tolist()
+        if (height, width) == (least_height, least_width):
+            whole = np.lib.stride_tricks.sliding_window_view(self.pixels, 3 * height * width)
+            images = whole[self.starts].reshape(-1, height, width, 3)
+        else:
+            images = np.zeros((len(self), height, width, 3), dtype=np.uint8)
+            for image, start, (h, w) in zip(images, self.starts.tolist(), self.sizes.tolist(), strict=True):
+                image[:h, :w] = self.pixels[start : start + 3 * h * w].reshape(h, w, 3)
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def usable(x: Tensor | Packed) -> bool:
     """Whether what is to be computed lies on a CPU that the kernels could be compiled for."""
     return x.device.type == "cpu" and compiled() is not None
 
 
-def views(images: Tensor, geometry: Tensor, colour: Tensor, bounds: Tensor, size: int) -> Tensor:
+def views(images: Tensor | Packed, geometry: Tensor, colour: Tensor, bounds: Tensor, size: int) -> Tensor:
     """Crop, antialiased resize, flip, blur and colours of every view, in one go.
 
     Args:
-        images: uint8 or float [B,3,H,W] on the CPU.
+        images: B images: uint8 or float [B,3,H,W] on the CPU, or packed.
         geometry: [n B,10], in pixels: of the height, start and length of the crop and between which limits it may look; the
             same of the width; 1 to flip; sigma of the blur, 0 for none. View i is one of image i modulo B.
         colour: [n B,2,3,3]: a matrix for the pixels, and one for the view's mean, which is added.
@@ -51,13 +90,18 @@ def views(images: Tensor, geometry: Tensor, colour: Tensor, bounds: Tensor, size
     Returns:
         float32 [n B,3,size,size] in channels_last.
     """
-    images = images if images.dtype == torch.uint8 else images.float()
-    images = images.contiguous(memory_format=torch.channels_last)
-    batch, _, height, width = images.shape
+    if isinstance(images, Packed):
+        address, real, (height, width) = images.pixels.ctypes.data, False, images.sizes.max(0).tolist()
+        starts, widths = torch.from_numpy(images.starts), torch.from_numpy(images.sizes[:, 1].astype(np.int64))
+    else:
+        images = images if images.dtype == torch.uint8 else images.float()
+        images = images.contiguous(memory_format=torch.channels_last)
+        address, real, (height, width) = images.data_ptr(), images.is_floating_point(), images.shape[-2:]
+        starts, widths = torch.arange(len(images)) * (3 * height * width), torch.full((len(images),), width)
     given = [each.to(torch.float32).contiguous() for each in (geometry, colour, bounds)]
     made = torch.empty(len(geometry), 3, size, size, memory_format=torch.channels_last)
-    sides = (images.is_floating_point(), batch, height, width, len(geometry), size)
-    _call("views", images.data_ptr(), *sides, *_places(*given, made))
+    sides = (real, len(images), height, width, len(geometry), size)
+    _call("views", address, *sides, *_places(starts, widths, *given, made))
     return made
 
 
@@ -220,7 +264,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         told = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
         return None, f"{compiler} failed ({(told or [str(error)])[0][:100]})"
     number, address, real = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
-    library.views.argtypes = [address, number, address, *[number] * 6, *[address] * 4]
+    library.views.argtypes = [address, number, address, *[number] * 6, *[address] * 6]
     library.reduced.argtypes = [address, *[number] * 4, address]
     library.norm_forward.argtypes = [address, *[number] * 5, *[address] * 7, real, real, address]
     library.norm_in_use.argtypes = [address, *[number] * 5, *[address] * 7, real]

@@ -87,8 +87,8 @@ class Monitor:
         features: list[list[Tensor]] = [[], []]
         projections: list[list[Tensor]] = [[], []]
         for start in range(0, len(self.sample), _VIEW_BATCH):
-            images, sizes = self.cache.batch(self.sample[start : start + _VIEW_BATCH])
-            images, sizes = images.to(self.compute.device), sizes.to(self.compute.device)
+            packed, sizes = self.cache.packed(self.sample[start : start + _VIEW_BATCH])
+            images, sizes = packed.to(self.compute.device), sizes.to(self.compute.device)
             for side in range(2):
                 x = random_view(images, self.views, draws, sizes)
                 with torch.inference_mode(), self.compute.autocast():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simsiam import ranks
 from simsiam.compute import Compute, out_of_memory, seed_of
 from simsiam.data.loader import Batch
-from simsiam.data.views import ViewSettings, random_views
+from simsiam.data.views import Images, ViewSettings, random_views
 from simsiam.encoders import Encoder
 
 _WARM = 3
@@ -71,11 +71,12 @@ class Step:
     def views(self, batch: Batch, *key: int) -> tuple[Tensor, ...]:
         """float32 [B,3,size,size] for every setting, normalised."""
         self._draws.manual_seed(seed_of(*key, *ranks.own_key()))
-        if batch.sizes is None and self._drawn is not None and self._drawn.takes(batch.images):
-            return self._drawn(batch.images)
-        return self._draw(batch.images, batch.sizes)
+        images, whole = batch.images, batch.sizes is None
+        if whole and isinstance(images, Tensor) and self._drawn is not None and self._drawn.takes(images):
+            return self._drawn(images)
+        return self._draw(images, batch.sizes)
 
-    def _draw(self, images: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+    def _draw(self, images: Images, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
         return random_views(images, self._settings, self._draws, sizes)
 
     def _differentiate(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:

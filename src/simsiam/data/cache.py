@@ -25,6 +25,7 @@ from torch import Tensor
 from simsiam.config import UserError, counted, show_bytes
 from simsiam.data.decode import MAX_ASPECT, VERSION, DecodeError, decode, default_workers, in_order, open_image
 from simsiam.data.imageset import ImageSet
+from simsiam.kernels import Packed
 from simsiam.runs import cache_folder, write_json
 
 FORMAT = 6
@@ -146,21 +147,25 @@ class Cache:
         Returns uint8 [B, 3, H, W] in channels_last, zero-padded at the bottom and right to the batch's largest height
         and width, and int32 [B, 2] with each image's own (height, width).
         """
+        packed, sizes = self.packed(rows)
+        return packed.padded(), sizes
+
+    def packed(self, rows: np.ndarray) -> tuple[Packed, Tensor]:
+        """As `batch`, but nothing is copied: for views to be drawn from the memory map."""
         rows = np.asarray(rows, dtype=np.int64)
         able = self.usable(rows)
         assert able.all(), "a bad image has no pixels: ask usable() which are not"
-        heights, widths, starts = self.heights[rows], self.widths[rows], self._offsets[rows]
-        sizes = torch.from_numpy(np.stack([heights, widths], axis=1))
-        pixels = self._map()
-        if (heights == heights[0]).all() and (widths == widths[0]).all():
-            shape = int(heights[0]), int(widths[0]), 3
-            whole = np.lib.stride_tricks.sliding_window_view(pixels, int(np.prod(shape)))
-            images = whole[starts].reshape(-1, *shape)
-        else:
-            images = np.zeros((len(rows), heights.max(), widths.max(), 3), dtype=np.uint8)
-            for image, start, h, w in zip(images, starts.tolist(), heights.tolist(), widths.tolist(), strict=True):
-                image[:h, :w] = pixels[start : start + 3 * h * w].reshape(h, w, 3)
-        return torch.from_numpy(images).permute(0, 3, 1, 2), sizes
+        sizes = np.stack([self.heights[rows], self.widths[rows]], axis=1)
+        return Packed(self._map(), self._offsets[rows], sizes), torch.from_numpy(sizes)
+
+    def expect(self, rows: np.ndarray) -> None:
+        """Has the system read the pixels of those of the rows, int64 [B], that are decoded, if memory does not hold them."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with open(self.directory / PIXELS, "rb") as file:
+            for row in self.decoded(rows).tolist():
+                size = 3 * int(self.heights[row]) * int(self.widths[row])
+                os.posix_fadvise(file.fileno(), int(self._offsets[row]), size, os.POSIX_FADV_WILLNEED)
 
     # --- the files ---
 

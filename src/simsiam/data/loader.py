@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsiam import ranks
+from simsiam import kernels, ranks
 from simsiam.config import UserError, counted
 from simsiam.data.cache import Cache
+from simsiam.kernels import Packed
 
 _RESIDENT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 _AHEAD = 3
@@ -24,8 +25,8 @@ _AHEAD = 3
 class Batch:
     """The images of one step, or this process's part of them."""
 
-    images: Tensor
-    """uint8 [B,3,H,W] on the device, padded at the bottom and right where sizes differ."""
+    images: Tensor | Packed
+    """uint8 [B,3,H,W] on the device, padded at the bottom and right where sizes differ; or, on a CPU, where they lie."""
     sizes: Tensor | None
     """int32 [B,2] (height, width) on the device; None where every image fills the batch."""
     index: Tensor
@@ -72,7 +73,7 @@ class Loader:
         elif self._reads_ahead():
             yield from self._read_ahead(chunks)
         else:
-            yield from map(self._load, chunks)
+            yield from map(self._load, chunks if self._decodes() else self._expected(chunks))
 
     def _chunks(self, epoch: int) -> Iterator[np.ndarray]:
         """For each step the positions of its batch, int64 [B], of all ranks."""
@@ -117,13 +118,28 @@ class Loader:
         self._images = images.to(self.device)
 
     def _reads_ahead(self) -> bool:
-        """Not while images are decoded for a step on the CPU: each would wait for the other's cores, and take longer."""
-        return self.device.type != "cpu" or not len(self.cache.missing(self.rows))
+        """Not on a CPU where images are decoded for a step, because each would wait for the other's cores, and take longer;
+        nor where nothing is copied."""
+        return self.device.type != "cpu" or not (self._decodes() or kernels.compiled())
+
+    def _decodes(self) -> bool:
+        return len(self.cache.missing(self.rows)) > 0
+
+    def _expected(self, chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The same, while the system reads the pixels of the next."""
+        for chunk, following in itertools.pairwise(itertools.chain(chunks, [None])):
+            assert chunk is not None
+            if following is not None:
+                self.cache.expect(self.rows[following])
+            yield chunk
 
     def _load(self, chunk: np.ndarray) -> Batch:
-        images, sizes = self.cache.batch(self.rows[chunk])
+        rows, index = self.rows[chunk], torch.from_numpy(chunk)
+        packed, sizes = self.cache.packed(rows)
+        if self.device.type == "cpu" and kernels.usable(packed):
+            return Batch(packed, sizes, index)
+        images = packed.padded()
         uniform = bool((sizes == torch.tensor(images.shape[-2:], dtype=sizes.dtype)).all())
-        index = torch.from_numpy(chunk)
         return Batch(self._sent(images), None if uniform else self._sent(sizes), self._sent(index))
 
     def _sent(self, values: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from simsiam import kernels
+from simsiam.kernels import Packed
 
 LUMA = (0.299, 0.587, 0.114)
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to a central crop
@@ -38,6 +39,7 @@ _RADIUS = 11  # of the blur: 23 taps, as SimCLR's at 224 pixels
 _PIECE = 200_000  # pixels that a CPU takes from one operation to the next, so that they stay in its caches; measured
 
 Box = tuple[Tensor, Tensor, Tensor, Tensor]
+Images = Tensor | Packed
 """top, left, height and width in whole pixels, float32 [B] each."""
 
 
@@ -106,7 +108,7 @@ class ViewSettings:
 
 
 def random_views(
-    images: Tensor, settings: Sequence[ViewSettings], generator: torch.Generator, sizes: Tensor | None = None
+    images: Images, settings: Sequence[ViewSettings], generator: torch.Generator, sizes: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """A `random_view` of every image for each of the settings.
 
@@ -121,14 +123,14 @@ def random_views(
 
 
 def random_view(
-    images: Tensor, settings: ViewSettings, generator: torch.Generator, sizes: Tensor | None = None
+    images: Images, settings: ViewSettings, generator: torch.Generator, sizes: Tensor | None = None
 ) -> Tensor:
     """One random view of every image.
 
     Args:
         images: uint8 or float32 [B,3,H,W] with values 0..255, on the device, in channels_last for speed; padded at the
-            bottom and right where `sizes` is given.
-        sizes: int [B,2], each image's own (height, width); None where all fill the batch.
+            bottom and right where `sizes` is given. Or packed.
+        sizes: int [B,2], each image's own (height, width); None where all fill the batch, or are packed.
     Returns:
         float32 [B,3,size,size] in channels_last, normalised by mean and std.
     """
@@ -136,10 +138,10 @@ def random_view(
 
 
 def _drawn(
-    images: Tensor, settings: ViewSettings, generator: torch.Generator, sizes: Tensor | None, count: int
+    images: Images, settings: ViewSettings, generator: torch.Generator, sizes: Tensor | None, count: int
 ) -> Tensor:
     """`count` views of every image, float32 [count B,3,size,size]: one of each, then the second of each, ..."""
-    sizes = (_whole(images) if sizes is None else sizes).repeat(count, 1)
+    sizes = (_sides(images) if sizes is None else sizes).repeat(count, 1)
     box, flip, sigma = draw_geometry(sizes, settings, generator)
     top, left, height, width = box
     matrix, pull = colour_matrix(len(sizes), settings, generator)
@@ -151,6 +153,7 @@ def _drawn(
         geometry, colour = torch.stack([*sides, flip, sigma], 1), torch.stack([matrix, pull], 1)
         view = kernels.views(images, geometry, colour, torch.stack([offset, low, high]), settings.size)
     else:
+        images = _padded(images)
         w_y = resampling(top, height, settings.size, images.shape[2])
         w_x = resampling(left, width, settings.size, images.shape[3], flip)
         if settings.blur_p > 0:
@@ -175,9 +178,15 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def _whole(images: Tensor) -> Tensor:
-    """(height, width) of every image of a batch without padding, int64 [B,2]."""
+def _sides(images: Images) -> Tensor:
+    """(height, width) of every image, packed or of a batch without padding, int [B,2]."""
+    if isinstance(images, Packed):
+        return torch.from_numpy(images.sizes)
     return torch.stack([torch.full((len(images),), side, device=images.device) for side in images.shape[-2:]], 1)
+
+
+def _padded(images: Images) -> Tensor:
+    return images.padded() if isinstance(images, Packed) else images
 
 
 def solarize(view: Tensor, settings: ViewSettings) -> Tensor:
@@ -188,7 +197,7 @@ def solarize(view: Tensor, settings: ViewSettings) -> Tensor:
 
 
 def plain_view(
-    images: Tensor,
+    images: Images,
     size: int,
     share: float,
     mean: tuple[float, ...],
@@ -204,21 +213,22 @@ def plain_view(
     return normalise(plain_pixels(images, size, share, sizes), mean, std)
 
 
-def plain_pixels(images: Tensor, size: int, share: float, sizes: Tensor | None = None) -> Tensor:
+def plain_pixels(images: Images, size: int, share: float, sizes: Tensor | None = None) -> Tensor:
     """As `plain_view`, before normalisation: float32 [B,3,size,size] with values 0..255."""
-    if sizes is None and tuple(images.shape[-2:]) == (size, size) and share == 1:
+    if sizes is None and isinstance(images, Tensor) and tuple(images.shape[-2:]) == (size, size) and share == 1:
         return images.float()
     if kernels.usable(images):
         return _plain(images, size, share, sizes, torch.ones(3), torch.zeros(3))
-    start, length, full = _central(_whole(images) if sizes is None else sizes, size, share)
+    images, sizes = _padded(images), _sides(images) if sizes is None else sizes
+    start, length, full = _central(sizes, size, share)
     w_y = resampling(start[:, 0], length[:, 0], size, images.shape[2], edge=full[:, 0])
     w_x = resampling(start[:, 1], length[:, 1], size, images.shape[3], edge=full[:, 1])
     return resample(images, w_y, w_x).clamp_(0, 255)
 
 
-def _plain(images: Tensor, size: int, share: float, sizes: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+def _plain(images: Images, size: int, share: float, sizes: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
     """scale [3] . pixels + shift [3], by the kernels."""
-    start, length, full = _central(_whole(images) if sizes is None else sizes, size, share)
+    start, length, full = _central(_sides(images) if sizes is None else sizes, size, share)
     zero = torch.zeros_like(full)
     geometry = torch.cat([torch.stack([start, length, zero, full], 2).flatten(1), zero], 1)
     colour = torch.stack([scale.diag(), torch.zeros(3, 3)]).expand(len(images), 2, 3, 3)

@@ -58,6 +58,7 @@ from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings, random_view
 from simsiam.embed import embed_rows, preprocessing
 from simsiam.embeddings import embed_to
+from simsiam.encoders import in_use
 from simsiam.neighbours import top_k
 
 Work = Callable[[], Any]
@@ -363,9 +364,9 @@ def embed_contenders(bench: Bench, size: int) -> Contenders:
     pixels, sizes = cache.batch(rows[:256])
     x = prepare(pixels.to(compute.device), sizes.to(compute.device))
 
-    def bare() -> None:
+    def bare(network: Callable[[torch.Tensor], torch.Tensor]) -> None:
         with torch.inference_mode(), compute.autocast():
-            encoder(x)
+            network(x)
 
     def command() -> None:
         shutil.rmtree(out, ignore_errors=True)
@@ -374,8 +375,11 @@ def embed_contenders(bench: Bench, size: int) -> Contenders:
     return {
         "simsiam": partial(repeated, bench, partial(embed_rows, encoder, prepare, cache, rows, compute), len(rows)),
         "simsiam embed (with files and probe)": partial(repeated, bench, command, len(rows)),
-        "bare forward (limit)": partial(repeated, bench, bare, len(x)),
-        "bare forward, torch's operations alone": partial(by_torch_alone, partial(repeated, bench, bare, len(x))),
+        "bare forward, BN folded (limit)": partial(repeated, bench, partial(bare, in_use(encoder, compute)), len(x)),
+        "bare forward": partial(repeated, bench, partial(bare, encoder), len(x)),
+        "bare forward, torch's operations alone": partial(
+            by_torch_alone, partial(repeated, bench, partial(bare, encoder), len(x))
+        ),
     }
 
 

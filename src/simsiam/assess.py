@@ -22,7 +22,7 @@ from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
 from simsiam.data.views import Images, ViewSettings, plain_pixels, random_view
 from simsiam.embed import BN_IMAGES, Preprocessing, compute_of, embed_rows, pixel_rows, read_encoder, untrained
-from simsiam.embeddings import digest, origin, write_embedding
+from simsiam.embeddings import digests, origin, write_embedding
 from simsiam.encoders import Encoder
 from simsiam.evaluate import Features
 from simsiam.evaluate.linear import sgd_probe
@@ -224,7 +224,7 @@ def keep_samples(run: Path, subject: Subject, views: ViewSettings, train: Rows, 
     vectors, untrained_vectors = (subject.embed(network, some).numpy() for network in (subject.encoder, subject.before))
     about = read_json(run / f"{ENCODER}.json")
     made = origin(run, about, about["data"], cache)
-    write_embedding(folder / "embedding", vectors, cache, some, made, [digest(cache, row) for row in some])
+    write_embedding(folder / "embedding", vectors, cache, some, made, digests(cache, some))
     _save(folder / "untrained.npy", untrained_vectors)
     side = min(96, max(subject.prepare.size, 32))
     chunks = (cache.packed(some[start : start + 64]) for start in range(0, len(some), 64))

@@ -54,17 +54,17 @@ def embed_to(
             out.rmdir()  # where it is empty
         raise
     rows = cache.decoded(np.arange(len(cache)))
-    digests = [digest(cache, row) for row in rows]
-    new = np.array([i for i, each in enumerate(digests) if each not in known], dtype=np.int64)
+    hashes = digests(cache, rows)
+    new = np.array([i for i, each in enumerate(hashes) if each not in known], dtype=np.int64)
     vectors = np.empty((len(rows), encoder.dim), np.float32)
-    for i, each in enumerate(digests):
+    for i, each in enumerate(hashes):
         if each in known:
             vectors[i] = known[each]
     done, network = 0, (encoder.encoder_, encoder.preprocessing_)
     for found in embed_batches(*network, cache, rows[new], encoder.compute_, progress):
         vectors[new[done : done + len(found)]] = found.numpy()
         done += len(found)
-    write_embedding(out, vectors, cache, rows, origin(run, encoder.meta_, data, cache), digests)
+    write_embedding(out, vectors, cache, rows, origin(run, encoder.meta_, data, cache), hashes)
     bad = [{"path": path, "reason": reason} for path, reason in cache.bad]
     return {"vectors": len(vectors), "dim": encoder.dim, "new": len(new), "bad_files": bad}
 
@@ -88,7 +88,7 @@ def write_embedding(
     cache: Cache,
     rows: NDArray[np.int64],
     meta: dict[str, Any],
-    digests: Sequence[str],
+    hashes: Sequence[str],
 ) -> None:
     """The three files of an embedding; `items.parquet` has a row for every vector: id, label, class, pixels' hash, key."""
     import pyarrow as pa
@@ -102,7 +102,7 @@ def write_embedding(
             [None if labels is None or label < 0 else label for label in labels or [-1] * len(rows)], pa.int64()
         ),
         "class": pa.array([names[label] if label >= 0 else None for label in labels or [-1] * len(rows)], pa.string()),
-        "pixels": pa.array(digests, pa.string()),
+        "pixels": pa.array(hashes, pa.string()),
         "key": pa.array(cache.images.keys[rows], pa.uint64()),
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -234,8 +234,14 @@ def _unfinished(out: Path) -> set[Path]:
     return {path for name in (VECTORS, ITEMS, META) for path in left_by_a_kill(out, name)}
 
 
-def digest(cache: Cache, row: int) -> str:
-    """Hash of an image's decoded pixels and their shape."""
-    images, _ = cache.batch(np.array([row]))
-    shape = f"{tuple(images.shape)}".encode()
-    return hashlib.blake2b(images.numpy().tobytes() + shape, digest_size=16).hexdigest()
+def digests(cache: Cache, rows: NDArray[np.int64]) -> list[str]:
+    """A hash of each image's decoded pixels and their shape."""
+    packed, sizes = cache.packed(rows)
+    found = []
+    for start, (h, w) in zip(packed.starts.tolist(), sizes.tolist(), strict=True):
+        told = hashlib.sha256(
+            packed.pixels[start : start + 3 * h * w]
+        )  # twice as fast as blake2b, by the processor's own
+        told.update(f"{h}x{w}".encode())
+        found.append(told.hexdigest()[:32])
+    return found

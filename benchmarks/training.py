@@ -4,7 +4,8 @@
 
 Both alternate in one process. End to end is `simsiam.train` itself (loader, views, step, figures, guard; looks at held-out
 images and checkpoints are left out, as in `images_per_second`). The limit is forward, loss, backward and optimiser step on
-one batch.
+one batch. Where a machine's speed changes from one window to the next, the share is steadier: how much of the time of
+`simsiam.train` is forward, loss, backward and optimiser step (CPU only: a GPU runs beside the clock).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings
 from simsiam.embed import preprocessing
 from simsiam.recipe import read
-from simsiam.runs import read_metrics
+from simsiam.runs import read_json, read_metrics
 from simsiam.step import Step
 from simsiam.train import build_method, optimizer
 
@@ -50,18 +51,35 @@ def photo_folder(folder: Path, count: int = 2000) -> Path:
     return folder
 
 
-def end_to_end(data: str, run: Path, size: int, seconds: float, device: str, overrides: list[str]) -> float:
-    """images/s of `simsiam.train` for so many seconds, from the third line of figures on: as for the limit, the first steps
-    only warm up."""
+def end_to_end(
+    data: str, run: Path, size: int, seconds: float, device: str, overrides: list[str]
+) -> tuple[float, float]:
+    """images/s of `simsiam.train` for so many seconds and the step's share of the time, from the third line of figures on:
+    as for the limit, the first steps only warm up."""
     build_cache(open_images(data), preprocessing(size, ViewSettings.mean, ViewSettings.std).short_side)
-    simsiam.train(
-        data, run, size=size, budget=f"{seconds:g}s", device=device, on_collapse="continue", overrides=overrides
-    )
+    taken: list[float] = []
+
+    def timed(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = update(*arguments)
+        taken.append(time.perf_counter() - start)
+        return result
+
+    update, Step.update = Step.update, timed  # type: ignore[method-assign]
+    try:
+        simsiam.train(
+            data, run, size=size, budget=f"{seconds:g}s", device=device, on_collapse="continue", overrides=overrides
+        )
+    finally:
+        Step.update = update  # type: ignore[method-assign]
+    assert len(taken) == read_json(run / "summary.json")["steps"]
+    batch = read(read_recipe(run / "config.toml")).train.batch_size
     lines = [line for line in read_metrics(run) if line["kind"] == "train"][1:]
     assert len(lines) > 2, "too short a run: raise --seconds"
     steps = [after["step"] - before["step"] for before, after in itertools.pairwise(lines)]
-    times = [n / line["images_per_second"] for n, line in zip(steps, lines[1:], strict=True)]
-    return sum(steps) / sum(times)
+    times = [batch * n / line["images_per_second"] for n, line in zip(steps, lines[1:], strict=True)]
+    share = sum(taken[lines[0]["step"] : lines[-1]["step"]]) / sum(times)
+    return batch * sum(steps) / sum(times), share
 
 
 def limit(run: Path, seconds: float, device: str) -> float:
@@ -108,18 +126,21 @@ def main() -> None:
             if arguments.data is None and size > 32 and not any(folder.iterdir()):
                 photo_folder(folder)
             data = arguments.data or ("demo" if size <= 32 else str(folder))
-            ours, bare = [], []
+            ours, bare, shares = [], [], []
             for repeat in range(arguments.repeats):
                 run = Path(place) / f"{size}-{repeat}"
-                ours.append(end_to_end(data, run, size, arguments.seconds, arguments.device, arguments.settings))
+                rate, share = end_to_end(data, run, size, arguments.seconds, arguments.device, arguments.settings)
+                ours.append(rate)
+                shares.append(share)
                 bare.append(limit(run, arguments.seconds, arguments.device))
-                shown = f"end to end {ours[-1]:7.0f} images/s   bare step {bare[-1]:7.0f}   {ours[-1] / bare[-1]:.3f}"
-                print(f"{size} px  {shown}", flush=True)
+                shown = f"end to end {rate:7.0f} images/s   bare step {bare[-1]:7.0f}   {rate / bare[-1]:.3f}"
+                print(f"{size} px  {shown}   the step's share {share:.3f}", flush=True)
             ratios = [a / b for a, b in zip(ours, bare, strict=True)]
-            spread = statistics.stdev(ratios) if len(ratios) > 1 else 0.0
-            shown = f"ratio {statistics.median(ratios):.3f} (median of {len(ratios)}, std {spread:.3f})"
-            print(f"{size} px  {shown}", flush=True)
-            results["sizes"][str(size)] = {"end_to_end": ours, "bare": bare, "ratio": ratios}
+            for name, values in (("ratio", ratios), ("share", shares)):
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                shown = f"{name} {statistics.median(values):.3f} (median of {len(values)}, std {spread:.3f})"
+                print(f"{size} px  {shown}", flush=True)
+            results["sizes"][str(size)] = {"end_to_end": ours, "bare": bare, "ratio": ratios, "share": shares}
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 

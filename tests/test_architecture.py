@@ -15,7 +15,7 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 ROOMS = {
-    0: ("config", "runs", "compute", "console", "ranks", "kernels"),
+    0: ("config", "runs", "compute", "console", "ranks", "kernels", "convolutions"),
     1: ("data", "encoders", "heads", "optim", "neighbours", "collapse", "recipes"),
     2: ("methods", "embed", "embeddings"),
     3: ("search", "explore"),

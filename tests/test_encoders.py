@@ -11,7 +11,8 @@ from torchvision import models
 
 from simsiam.compute import Compute, computes_bf16
 from simsiam.config import UserError
-from simsiam.encoders import BasicBlock, Encoder, EncoderSpec, build, in_use, names, on_matrix_units, to_table
+from simsiam.convolutions import on_matrix_units
+from simsiam.encoders import BasicBlock, Encoder, EncoderSpec, build, in_use, names, to_table
 
 
 def images(size: int, batch: int = 2) -> Tensor:

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam.compute import Compute, computes_bf16
 from simsiam.config import UserError, did_you_mean
+from simsiam.convolutions import Folded, on_matrix_units, taught
 from simsiam.kernels import norm
 
 _BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
@@ -82,7 +82,7 @@ def build(spec: EncoderSpec, seed: int) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         backbone, dim = _ours(spec) if spec.name in _OURS else _foreign(spec)
-    return Encoder(spec, backbone, dim)
+    return Encoder(spec, taught(backbone), dim)
 
 
 def names() -> list[str]:
@@ -249,18 +249,6 @@ def _conv(conv: nn.Module, x: Tensor) -> Tensor:
     return on_matrix_units(conv, x) if x.is_cuda else conv(x)
 
 
-def on_matrix_units(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(x), without bias, in a form that cuDNN has kernels on a GPU's matrix units for: an image gets five channels of
-    zeros more, and a 1x1 kernel with a stride gets its pixels picked beforehand. The sums are the same ones."""
-    weight, stride = conv.weight, conv.stride
-    if conv.in_channels == 3:
-        room = (0, 0, 0, 0, 0, 5)
-        x, weight = F.pad(x, room), F.pad(weight, room)
-    elif conv.kernel_size == (1, 1):
-        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
-    return F.conv2d(x, weight, None, stride, conv.padding)
-
-
 # --- in use on a CPU ------------------------------------------------------------------------------------------------
 
 
@@ -273,19 +261,15 @@ def in_use(encoder: Callable[[Tensor], Tensor], compute: Compute) -> Callable[[T
     """
     if not isinstance(encoder, Encoder) or not _folds(encoder.backbone, compute):
         return encoder
-    return _Folded(encoder.backbone, torch.bfloat16 if compute.precision == "bf16" else torch.float32)
+    return _InUse(encoder.backbone, torch.bfloat16 if compute.precision == "bf16" else torch.float32)
 
 
 def _folds(net: nn.Module, compute: Compute) -> bool:
     if not isinstance(net, ResNet) and type(net).__module__ != "torchvision.models.resnet":
         return False
-    try:
-        _ = torch.ops.mkldnn._convolution_pointwise.default, torch.ops.mkldnn._convolution_pointwise_.binary
-    except AttributeError:  # internal names of torch
-        return False
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     return (
-        torch.backends.mkldnn.is_available()
+        Folded.possible()
         and all(type(bn) is nn.BatchNorm2d and bn.affine and bn.track_running_stats for bn in norms)
         and not any(bn.training for bn in norms)
         and all(each.device.type == "cpu" and each.dtype == torch.float32 for each in net.parameters())
@@ -293,17 +277,17 @@ def _folds(net: nn.Module, compute: Compute) -> bool:
     )
 
 
-class _Folded:
-    """A ResNet by fused convolutions: float [B,3,h,w] -> features [B,dim]."""
+class _InUse:
+    """A ResNet by `Folded` convolutions: float [B,3,h,w] -> features [B,dim]."""
 
     def __init__(self, net: Any, dtype: torch.dtype) -> None:
         self.dtype, self.maxpool = dtype, net.maxpool
-        self.stem = _Fused(net.conv1, net.bn1, dtype)
-        self.blocks: list[tuple[_Fused | None, list[_Fused]]] = []
+        self.stem = Folded(net.conv1, net.bn1, dtype)
+        self.blocks: list[tuple[Folded | None, list[Folded]]] = []
         for block in (*net.layer1, *net.layer2, *net.layer3, *net.layer4):
             numbers = [number for number in (1, 2, 3) if hasattr(block, f"conv{number}")]
-            convs = [_Fused(getattr(block, f"conv{n}"), getattr(block, f"bn{n}"), dtype) for n in numbers]
-            shortcut = None if block.downsample is None else _Fused(block.downsample[0], block.downsample[1], dtype)
+            convs = [Folded(getattr(block, f"conv{n}"), getattr(block, f"bn{n}"), dtype) for n in numbers]
+            shortcut = None if block.downsample is None else Folded(block.downsample[0], block.downsample[1], dtype)
             self.blocks.append((shortcut, convs))
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -314,26 +298,3 @@ class _Folded:
                 x = conv(x)
             x = last.onto(y, x)
         return x.mean((2, 3))
-
-
-class _Fused:
-    """A convolution with the BN that follows it."""
-
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
-        assert conv.bias is None and bn.running_mean is not None and bn.running_var is not None
-        with torch.no_grad():
-            scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
-            weight = (conv.weight * scale[:, None, None, None]).to(dtype, memory_format=torch.channels_last)
-            bias = (bn.bias - bn.running_mean * scale).to(dtype)
-        self.given = weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups
-
-    def __call__(self, x: Tensor, relu: bool = True) -> Tensor:
-        """relu(bn(conv(x)))."""
-        y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, *self.given, "relu" if relu else "none", [], "")
-        return y
-
-    def onto(self, y: Tensor, x: Tensor) -> Tensor:
-        """relu(bn(conv(x)) + y), in y's place."""
-        fused = torch.ops.mkldnn._convolution_pointwise_.binary
-        y = fused(y, x, *self.given, "add", 1.0, "relu", [], "")
-        return y

@@ -1,0 +1,164 @@
+"""Convolutions, in forms that the libraries have fast kernels for. The sums are the same ones, in another order."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_DEEP = 128
+"""Channels from which on the weight gradient of a 1x1 convolution is faster as a matrix product, however large the image."""
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d, whose gradients on a CPU are matrix products where oneDNN takes several times as long for them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _trains(self, x):
+            return super().forward(x)
+        casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
+        by_product = _of_image_by_product(self), _of_weight_by_product(self, x, dtype)
+        if not any(by_product):
+            return super().forward(x)
+        y: Tensor = _Convolution.apply(x.to(dtype), self.weight.to(dtype), self.stride[0], self.padding[0], by_product)
+        return y
+
+
+def taught(net: nn.Module) -> nn.Module:
+    """The same network: every nn.Conv2d in it is a `Conv2d` now."""
+    for module in net.modules():
+        if type(module) is nn.Conv2d:
+            module.__class__ = Conv2d
+    return net
+
+
+def _trains(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether it is a convolution that `_Convolution` is made for, and gradients are wanted."""
+    (k, k2), (stride, stride2) = conv.kernel_size, conv.stride
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and conv.weight.requires_grad
+        and conv.bias is None
+        and (k, stride) == (k2, stride2)
+        and conv.padding in ((0, 0), (k // 2, k // 2))
+        and (conv.groups, conv.dilation, conv.padding_mode) == (1, (1, 1), "zeros")
+        and x.ndim == 4
+    )
+
+
+# Measured on a processor with AMX (docs/log.md). A rule, not a measurement at the start: a run that is resumed has to find
+# the same sums.
+
+
+def _of_image_by_product(conv: nn.Conv2d) -> bool:
+    """oneDNN takes 2 to 4 times as long, where a kernel of one pixel steps over others, in float32 too."""
+    return conv.kernel_size[0] == 1 and conv.stride[0] > 1 and conv.padding[0] == 0
+
+
+def _of_weight_by_product(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> bool:
+    """oneDNN takes 2 to 10 times as long in bf16, the longer the smaller the image and the more channels."""
+    k, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+    height, width = ((side + 2 * padding - k) // stride + 1 for side in x.shape[2:])
+    small = height * width <= conv.out_channels or (k == 1 and conv.in_channels >= _DEEP)
+    return small and dtype == torch.bfloat16 and _has_amx()
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, by_product: tuple[bool, bool]
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.given = stride, padding, by_product
+        return F.conv2d(x, weight, None, stride, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (stride, padding, by_product) = ctx.saved_tensors, ctx.given
+        y = gradients[0].contiguous(memory_format=torch.channels_last)
+        outer, inner, k, _ = weight.shape
+        wanted = ctx.needs_input_grad[:2]
+        of_x = of_weight = None
+        left = [want and not product for want, product in zip(wanted, by_product, strict=True)]
+        if any(left):
+            shape = (None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1)
+            of_x, of_weight, _ = torch.ops.aten.convolution_backward(y, x, weight, *shape, [*left, False])
+        rows = y.permute(0, 2, 3, 1).reshape(-1, outer)
+        if wanted[0] and by_product[0]:
+            of_x = torch.zeros_like(x)
+            values = (rows @ weight.view(outer, inner)).view(len(x), *y.shape[2:], inner)
+            of_x[:, :, ::stride, ::stride] = values.permute(0, 3, 1, 2)
+        if wanted[1] and by_product[1]:
+            of_weight = (rows.mT @ patches(x, k, stride, padding)).view(outer, k, k, inner).permute(0, 3, 1, 2)
+        return of_x, of_weight, None, None, None
+
+
+def patches(x: Tensor, k: int, stride: int, padding: int) -> Tensor:
+    """What a convolution multiplies at each of its places: [B,C,H,W], fast in channels_last -> [B h w, k k C]."""
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding)).contiguous()
+    batch, height, width, channels = x.shape
+    rows, columns = ((side - k) // stride + 1 for side in (height, width))
+    image, row, pixel, channel = x.stride()
+    cut = x.as_strided((batch, rows, columns, k, k * channels), (image, stride * row, stride * pixel, row, channel))
+    return cut.reshape(-1, k * k * channels)
+
+
+@functools.cache
+def _has_amx() -> bool:
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # an internal name of torch
+    return supported is not None and bool(supported())
+
+
+def on_matrix_units(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x), without bias, in a form that cuDNN has kernels on a GPU's matrix units for: an image gets five channels of
+    zeros more, and a 1x1 kernel with a stride gets its pixels picked beforehand."""
+    weight, stride = conv.weight, conv.stride
+    if conv.in_channels == 3:
+        room = (0, 0, 0, 0, 0, 5)
+        x, weight = F.pad(x, room), F.pad(weight, room)
+    elif conv.kernel_size == (1, 1):
+        x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
+    return F.conv2d(x, weight, None, stride, conv.padding)
+
+
+class Folded:
+    """A convolution with the BN that follows it folded in, by oneDNN, which adds shortcut and ReLU to its sums: for use on a
+    CPU, in float32 or bfloat16. Its weights are a copy."""
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
+        assert conv.bias is None and bn.running_mean is not None and bn.running_var is not None
+        with torch.no_grad():
+            scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+            weight = (conv.weight * scale[:, None, None, None]).to(dtype, memory_format=torch.channels_last)
+            bias = (bn.bias - bn.running_mean * scale).to(dtype)
+        self.given = weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups
+
+    def __call__(self, x: Tensor, relu: bool = True) -> Tensor:
+        """relu(bn(conv(x)))."""
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, *self.given, "relu" if relu else "none", [], "")
+        return y
+
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        """relu(bn(conv(x)) + y), in y's place."""
+        fused = torch.ops.mkldnn._convolution_pointwise_.binary
+        y = fused(y, x, *self.given, "add", 1.0, "relu", [], "")
+        return y
+
+    @staticmethod
+    def possible() -> bool:
+        """Whether this torch has them."""
+        try:
+            _ = torch.ops.mkldnn._convolution_pointwise.default, torch.ops.mkldnn._convolution_pointwise_.binary
+        except AttributeError:  # internal names of torch
+            return False
+        return torch.backends.mkldnn.is_available()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsiam import convolutions
+from simsiam import convolutions, kernels
 from simsiam.compute import computes_bf16
 from simsiam.convolutions import Conv2d, patches, taught
 from simsiam.encoders import EncoderSpec, build
@@ -119,6 +119,8 @@ def test_only_what_it_is_made_for_is_taken(products: list[tuple[bool, bool]]) ->
         run(**other)
     run(grad=False)
     run(frozen=True)
+    with kernels.off():
+        run()
     assert len(products) == 1
 
 

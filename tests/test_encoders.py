@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from simsiam import kernels
 from simsiam.compute import Compute, computes_bf16
 from simsiam.config import UserError
 from simsiam.convolutions import on_matrix_units
@@ -293,6 +294,8 @@ def test_what_cannot_be_folded_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) ->
     others = [ours.double(), measuring, trained("mobilenet_v2", 32), trained("timm/resnet18", 32), lambda x: x]
     assert all(in_use(each, cpu) is each for each in others)
     assert in_use(ours.float(), cpu) is not ours
+    with kernels.off():
+        assert in_use(ours, cpu) is ours
     monkeypatch.setattr("simsiam.encoders.computes_bf16", lambda _: False)
     assert in_use(ours, Compute(cpu.device, "bf16")) is ours and in_use(ours, cpu) is not ours
 

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from simsiam import kernels
+
 _DEEP = 128
 """Channels from which on the weight gradient of a 1x1 convolution is faster as a matrix product, however large the image."""
 
@@ -41,7 +43,8 @@ def _trains(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether it is a convolution that `_Convolution` is made for, and gradients are wanted."""
     (k, k2), (stride, stride2) = conv.kernel_size, conv.stride
     return (
-        torch.is_grad_enabled()
+        kernels.wanted()
+        and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and type(x) is Tensor
@@ -73,6 +76,8 @@ def _of_weight_by_product(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> boo
 
 
 class _Convolution(torch.autograd.Function):
+    """conv(x); by_product: the gradients, of x and of the weight, that are matrix products."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, by_product: tuple[bool, bool]
@@ -156,9 +161,9 @@ class Folded:
 
     @staticmethod
     def possible() -> bool:
-        """Whether this torch has them."""
+        """Whether this torch has them, and they are wanted."""
         try:
             _ = torch.ops.mkldnn._convolution_pointwise.default, torch.ops.mkldnn._convolution_pointwise_.binary
         except AttributeError:  # internal names of torch
             return False
-        return torch.backends.mkldnn.is_available()
+        return kernels.wanted() and torch.backends.mkldnn.is_available()

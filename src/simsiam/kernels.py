@@ -227,14 +227,19 @@ def _parallel() -> int | None:
     return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
+def wanted() -> bool:
+    """Whether anything may take another way than torch's: not with SIMSIAM_KERNELS=0, nor within `off`."""
+    return not _off and os.environ.get("SIMSIAM_KERNELS") != "0"
+
+
 def compiled() -> ctypes.CDLL | None:
     """The library, from the cache or made now, which takes a second; None where that cannot be done."""
-    return None if _off else _found()[0]
+    return _found()[0] if wanted() else None
 
 
 def lacking() -> str:
     """Why there is none, for the user; empty where there is one, or where nobody expects it."""
-    return "" if compiled() is not None else _found()[1]
+    return _found()[1] if wanted() else ""
 
 
 @contextlib.contextmanager
@@ -250,7 +255,7 @@ def off() -> Iterator[None]:
 
 @functools.cache
 def _found() -> tuple[ctypes.CDLL | None, str]:
-    if sys.platform != "linux" or os.environ.get("SIMSIAM_KERNELS") == "0":
+    if sys.platform != "linux":
         return None, ""
     names = (os.environ.get("CC", "cc"), "gcc", "clang")
     compiler = next((found for found in map(shutil.which, names) if found), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,8 +20,9 @@ from torch import Tensor
 from simsiam.compute import Compute, computes_bf16, out_of_memory, pick_device, probe_encoder, set_threads
 from simsiam.config import UserError, fill, read_recipe
 from simsiam.data.decode import DecodeError, decode
-from simsiam.data.views import Images, ViewSettings, plain_view
+from simsiam.data.views import ViewSettings, plain_view
 from simsiam.encoders import Encoder, EncoderSpec, build, in_use, to_table
+from simsiam.kernels import Images, padded
 from simsiam.runs import ENCODER, ENVIRONMENT, RECIPE, read_json, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -335,16 +336,6 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _embed(self, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
         return _features(self._in_use, self.preprocessing_, *padded(images), self.compute_).numpy()
-
-
-def padded(images: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:
-    """Images uint8 [h,w,3] of any sizes as a batch, zero at the bottom and right: uint8 [B,3,H,W], and int64 [B,2] with
-    each one's (height, width)."""
-    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    batch = np.zeros((len(images), height, width, 3), np.uint8)
-    for row, image in zip(batch, images, strict=True):
-        row[: image.shape[0], : image.shape[1]] = image
-    return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.tensor([image.shape[:2] for image in images])
 
 
 def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from simsiam.compute import set_threads
 from simsiam.config import UserError, counted
-from simsiam.data.views import Images, plain_pixels
-from simsiam.embed import padded
+from simsiam.data.views import plain_pixels
 from simsiam.embeddings import Embeddings, read_embeddings
+from simsiam.kernels import Images, padded
 from simsiam.neighbours import top_k, unit_rows
 from simsiam.runs import atomic, keep
 from simsiam.search import Vectors, make_index, nearest, open_index

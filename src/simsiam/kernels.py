@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -56,7 +56,7 @@ class Packed:
     def __getitem__(self, part: slice) -> Packed:
         return Packed(self.pixels, self.starts[part], self.sizes[part])
 
-    def to(self, device: torch.device) -> Tensor | Packed:
+    def to(self, device: torch.device) -> Images:
         """These where there are kernels for the device, else `padded` on it."""
         return self if device.type == "cpu" and usable(self) else self.padded().to(device)
 
@@ -66,19 +66,30 @@ class Packed:
         if (height, width) == (least_height, least_width):
             whole = np.lib.stride_tricks.sliding_window_view(self.pixels, 3 * height * width)
             images = whole[self.starts].reshape(-1, height, width, 3)
-        else:
-            images = np.zeros((len(self), height, width, 3), dtype=np.uint8)
-            for image, start, (h, w) in zip(images, self.starts.tolist(), self.sizes.tolist(), strict=True):
-                image[:h, :w] = self.pixels[start : start + 3 * h * w].reshape(h, w, 3)
-        return torch.from_numpy(images).permute(0, 3, 1, 2)
+            return torch.from_numpy(images).permute(0, 3, 1, 2)
+        sides = zip(self.starts.tolist(), self.sizes.tolist(), strict=True)
+        return padded([self.pixels[start : start + 3 * h * w].reshape(h, w, 3) for start, (h, w) in sides])[0]
 
 
-def usable(x: Tensor | Packed) -> bool:
+Images = Tensor | Packed
+
+
+def padded(images: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:
+    """Images uint8 [h,w,3] of any sizes as a batch, zero at the bottom and right: uint8 [B,3,H,W] in channels_last, and
+    int64 [B,2] with each one's (height, width)."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
+    batch = np.zeros((len(images), height, width, 3), np.uint8)
+    for row, image in zip(batch, images, strict=True):
+        row[: image.shape[0], : image.shape[1]] = image
+    return torch.from_numpy(batch).permute(0, 3, 1, 2), torch.tensor([image.shape[:2] for image in images])
+
+
+def usable(x: Images) -> bool:
     """Whether what is to be computed lies on a CPU that the kernels could be compiled for."""
     return x.device.type == "cpu" and compiled() is not None
 
 
-def views(images: Tensor | Packed, geometry: Tensor, colour: Tensor, bounds: Tensor, size: int) -> Tensor:
+def views(images: Images, geometry: Tensor, colour: Tensor, bounds: Tensor, size: int) -> Tensor:
     """Crop, antialiased resize, flip, blur and colours of every view, in one go.
 
     Args:

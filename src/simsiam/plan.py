@@ -18,7 +18,7 @@ from simsiam.data.decode import DecodeError, decode, in_order
 from simsiam.data.loader import Batch
 from simsiam.data.sources import ImageSet, open_images
 from simsiam.data.views import random_views
-from simsiam.embed import padded
+from simsiam.kernels import padded
 from simsiam.methods import param_groups
 from simsiam.recipe import Recipe, check_settings, default_epochs, gather, look_at, resolve
 from simsiam.step import Step

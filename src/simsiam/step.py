@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from simsiam import ranks
 from simsiam.compute import Compute, out_of_memory, seed_of
 from simsiam.data.loader import Batch
-from simsiam.data.views import Images, ViewSettings, random_views
+from simsiam.data.views import ViewSettings, random_views
 from simsiam.encoders import Encoder
+from simsiam.kernels import Images
 
 _WARM = 3
 """Calls before a capture: libraries set themselves up, and constants are sent to the device."""

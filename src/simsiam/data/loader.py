@@ -15,7 +15,7 @@ from torch import Tensor
 from simsiam import kernels, ranks
 from simsiam.config import UserError, counted
 from simsiam.data.cache import Cache
-from simsiam.kernels import Packed
+from simsiam.kernels import Images, Packed
 
 _RESIDENT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 _AHEAD = 3
@@ -25,7 +25,7 @@ _AHEAD = 3
 class Batch:
     """The images of one step, or this process's part of them."""
 
-    images: Tensor | Packed
+    images: Images
     """uint8 [B,3,H,W] on the device, padded at the bottom and right where sizes differ; or, on a CPU, where they lie."""
     sizes: Tensor | None
     """int32 [B,2] (height, width) on the device; None where every image fills the batch."""
@@ -136,9 +136,9 @@ class Loader:
     def _load(self, chunk: np.ndarray) -> Batch:
         rows, index = self.rows[chunk], torch.from_numpy(chunk)
         packed, sizes = self.cache.packed(rows)
-        if self.device.type == "cpu" and kernels.usable(packed):
-            return Batch(packed, sizes, index)
-        images = packed.padded()
+        images = packed.padded() if self.device.type == "cuda" else packed.to(self.device)
+        if isinstance(images, Packed):
+            return Batch(images, sizes, index)
         uniform = bool((sizes == torch.tensor(images.shape[-2:], dtype=sizes.dtype)).all())
         return Batch(self._sent(images), None if uniform else self._sent(sizes), self._sent(index))
 

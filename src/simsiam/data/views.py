@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from simsiam import kernels
-from simsiam.kernels import Packed
+from simsiam.kernels import Images, Packed
 
 LUMA = (0.299, 0.587, 0.114)
 _ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to a central crop
@@ -39,7 +39,6 @@ _RADIUS = 11  # of the blur: 23 taps, as SimCLR's at 224 pixels
 _PIECE = 200_000  # pixels that a CPU takes from one operation to the next, so that they stay in its caches; measured
 
 Box = tuple[Tensor, Tensor, Tensor, Tensor]
-Images = Tensor | Packed
 """top, left, height and width in whole pixels, float32 [B] each."""
 
 

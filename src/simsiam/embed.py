@@ -21,7 +21,7 @@ from simsiam.compute import Compute, computes_bf16, out_of_memory, pick_device, 
 from simsiam.config import UserError, fill, read_recipe
 from simsiam.data.decode import DecodeError, decode
 from simsiam.data.views import ViewSettings, plain_view
-from simsiam.encoders import Encoder, EncoderSpec, build, in_use, to_table
+from simsiam.encoders import Encoder, EncoderSpec, InUse, build, in_use, to_table
 from simsiam.kernels import Images, padded
 from simsiam.runs import ENCODER, ENVIRONMENT, RECIPE, read_json, read_tensors, write_json, write_tensors
 
@@ -56,9 +56,9 @@ class Preprocessing:
         """Random crops of such a share of the area, and flips, as a classifier is trained on; no colour, no blur."""
         return ViewSettings(self.size, scale, jitter_p=0, gray_p=0, blur_p=0, mean=self.mean, std=self.std)
 
-    def __call__(self, images: Images, sizes: Tensor | None = None) -> Tensor:
-        """uint8 [B,3,H,W], or packed, and each image's (height, width) -> float32 [B,3,size,size]."""
-        return plain_view(images, self.size, self.share, self.mean, self.std, sizes)
+    def __call__(self, images: Images, sizes: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """uint8 [B,3,H,W], or packed, and each image's (height, width) -> [B,3,size,size], float32 or bfloat16."""
+        return plain_view(images, self.size, self.share, self.mean, self.std, sizes, dtype)
 
 
 def preprocessing(size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Preprocessing:
@@ -98,7 +98,11 @@ def _features(
     Raises UserError where it is too small for a single image.
     """
     try:
-        x = prepare(images.to(compute.device), sizes.to(compute.device))
+        given = images.to(compute.device), sizes.to(compute.device)
+        if isinstance(prepare, Preprocessing) and isinstance(encoder, InUse):
+            x = prepare(*given, encoder.dtype)
+        else:
+            x = prepare(*given)
         with torch.inference_mode(), compute.autocast():
             return encoder(x).float().cpu()
     except (RuntimeError, MemoryError) as error:

@@ -261,7 +261,7 @@ def in_use(encoder: Callable[[Tensor], Tensor], compute: Compute) -> Callable[[T
     """
     if not isinstance(encoder, Encoder) or not _folds(encoder.backbone, compute):
         return encoder
-    return _InUse(encoder.backbone, torch.bfloat16 if compute.precision == "bf16" else torch.float32)
+    return InUse(encoder.backbone, torch.bfloat16 if compute.precision == "bf16" else torch.float32)
 
 
 def _folds(net: nn.Module, compute: Compute) -> bool:
@@ -277,8 +277,8 @@ def _folds(net: nn.Module, compute: Compute) -> bool:
     )
 
 
-class _InUse:
-    """A ResNet by `Folded` convolutions: float [B,3,h,w] -> features [B,dim]."""
+class InUse:
+    """A ResNet by `Folded` convolutions: float [B,3,h,w], at best of its dtype already -> features [B,dim]."""
 
     def __init__(self, net: Any, dtype: torch.dtype) -> None:
         self.dtype, self.maxpool = dtype, net.maxpool

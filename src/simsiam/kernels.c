@@ -17,19 +17,41 @@ typedef float v4 __attribute__((vector_size(16)));
 #define RADIUS 11 /* of the widest blur */
 #define SPARE 4   /* values after a row's last that may be read and written; before the first one lie those of another */
 
+#define ALWAYS static inline __attribute__((always_inline))
+
 static inline v4 load4(const float *from) { v4 v; memcpy(&v, from, sizeof v); return v; }
+
+/* Values are float or bfloat16. */
+ALWAYS float get(const void *values, long i, long as_float) {
+    if (as_float)
+        return ((const float *)values)[i];
+    uint32_t bits = (uint32_t)((const uint16_t *)values)[i] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+ALWAYS void put(void *values, long i, float value, long as_float) {
+    if (as_float) {
+        ((float *)values)[i] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    ((uint16_t *)values)[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to the nearest, ties to even */
+}
 
 /* --- views ------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
     const void *images; /* rows of [width][3] each, uint8 or float */
     long batch, height, width, as_float; /* the largest height and width */
-    long count, size;
+    long count, size, to_float;
     const int64_t *starts, *widths; /* [batch]: where an image's values begin, and its width */
     const float *geometry; /* [count][10]: start, length, low and high of y, then of x, flip, sigma */
     const float *colour;   /* [count][18]: the matrix, and what the view's mean colour adds, 3x3 each */
     const float *range;    /* offset, lowest and highest value, 3 each */
-    float *views;          /* [count][size][size][3] */
+    void *views;           /* [count][size][size][3] */
     long next, failed;
 } Views;
 
@@ -41,9 +63,17 @@ typedef struct {
 
 typedef struct {
     Taps y, x;
-    float *lines, *view, *other, *padded, *sums, *coefficients;
+    float *lines, *view, *other, *padded, *sums;
     long line, row;
 } Room;
+
+#define PERIOD 48 /* values, after which the channel and the place in a vector recur together */
+
+/* A pixel's three values lie beside one another, so a 3x3 matrix is five products with shifted rows. */
+typedef struct {
+    float weight[5][PERIOD], offset[PERIOD], low[PERIOD], high[PERIOD];
+    int mixes;
+} Colours;
 
 static long most_taps(long source, long size, int cubic) {
     return 2 * (long)ceilf((cubic ? 2 : 1) * (source > size ? (float)source / size : 1.0f)) + 1;
@@ -108,9 +138,60 @@ static void across(const Room *room, long left, long columns, float *to) {
     }
 }
 
-static void resize(const Views *v, long image, Room *room) {
+static inline float within(float low, float high, float value) {
+    value = value < low ? low : value;
+    return value > high ? high : value;
+}
+
+/* mean: of the view's colours. */
+static Colours colours_of(const Views *v, long view, const double *mean) {
+    Colours c = {.mixes = 0};
+    for (long k = 0; k < 3; k++) {
+        const float *m = v->colour + 18 * view + 3 * k, *pull = m + 9;
+        float shifted[5] = {k > 1 ? m[k - 2] : 0, k > 0 ? m[k - 1] : 0, m[k], k < 2 ? m[k + 1] : 0, k < 1 ? m[k + 2] : 0};
+        float own = v->range[k] + (float)(pull[0] * mean[0] + pull[1] * mean[1] + pull[2] * mean[2]);
+        for (long i = k; i < PERIOD; i += 3) {
+            for (long t = 0; t < 5; t++)
+                c.weight[t][i] = shifted[t];
+            c.offset[i] = own, c.low[i] = v->range[3 + k], c.high[i] = v->range[6 + k];
+        }
+        for (long t = 0; t < 5; t++)
+            c.mixes |= t != 2 && shifted[t] != 0;
+    }
+    return c;
+}
+
+ALWAYS void colour_some(const Colours *c, const float *restrict from, long count, void *restrict to, long at,
+                        long to_float, long mixes) {
+    const float(*w)[PERIOD] = c->weight;
+    for (long i = 0; i < count; i++) {
+        float value = c->offset[i] + w[2][i] * from[i];
+        if (mixes)
+            value += w[0][i] * from[i - 2] + w[1][i] * from[i - 1] + w[3][i] * from[i + 1] + w[4][i] * from[i + 2];
+        put(to, at + i, within(c->low[i], c->high[i], value), to_float);
+    }
+}
+
+/* Rows of a view from `top` on get their colours and go where they belong. */
+static void colour(const Views *v, long view, const Colours *c, const Room *room, const float *rows, long top, long end) {
+    long count = v->size * 3;
+    for (long y = top; y < end; y++, rows += room->row) {
+        long at = (view * v->size + y) * count, i = 0;
+#define COLOUR(count)                                                                                                  \
+    if (v->to_float) { if (c->mixes) colour_some(c, rows + i, count, v->views, at + i, 1, 1);                          \
+        else colour_some(c, rows + i, count, v->views, at + i, 1, 0); }                                                \
+    else { if (c->mixes) colour_some(c, rows + i, count, v->views, at + i, 0, 1);                                      \
+        else colour_some(c, rows + i, count, v->views, at + i, 0, 0); }
+        for (; i + PERIOD <= count; i += PERIOD)
+            COLOUR(PERIOD)
+        COLOUR(count - i)
+    }
+}
+
+/* A view's pixels, into the room; or with their colours where they belong, if these are known. */
+static void resize(const Views *v, long view, const Colours *colours, Room *room) {
     const Taps *y = &room->y, *x = &room->x;
-    long left = v->width, right = 0, stride = v->widths[image] * 3;
+    long image = view % v->batch, left = v->width, right = 0, stride = v->widths[image] * 3;
     for (long o = 0; o < v->size; o++) {
         left = x->first[o] < left ? x->first[o] : left;
         right = x->first[o] + x->count[o] > right ? x->first[o] + x->count[o] : right;
@@ -119,17 +200,21 @@ static void resize(const Views *v, long image, Room *room) {
     for (long o = 0; o < v->size; o++)
         same &= x->count[o] == 1 && x->first[o] == left + o;
     for (long top = 0; top < v->size; top += ROWS) {
-        for (long r = 0; r < ROWS && top + r < v->size; r++) {
+        long some = v->size - top < ROWS ? v->size - top : ROWS;
+        float *rows = room->view + (colours ? 0 : top * room->row);
+        for (long r = 0; r < some; r++) {
             long o = top + r, at = v->starts[image] + y->first[o] * stride + left * 3, count = (right - left) * 3;
             const float *weight = y->weight + o * y->most;
-            float *line = same ? room->view + o * room->row : room->lines + r * room->line;
+            float *line = same ? rows + r * room->row : room->lines + r * room->line;
             if (v->as_float)
                 line_of_floats((const float *)v->images + at, stride, y->count[o], weight, count, line);
             else
                 line_of_bytes((const uint8_t *)v->images + at, stride, y->count[o], weight, count, line);
         }
         if (!same)
-            across(room, left, v->size, room->view + top * room->row);
+            across(room, left, v->size, rows);
+        if (colours)
+            colour(v, view, colours, room, rows, top, top + some);
     }
 }
 
@@ -179,59 +264,21 @@ static void blur(float sigma, long size, Room *room) {
     }
 }
 
-static inline float within(float low, float high, float value) {
-    value = value < low ? low : value;
-    return value > high ? high : value;
-}
-
-/* A pixel's three values lie beside one another, so a 3x3 matrix is five products with shifted rows. */
-static void colours(const float *colour, const float *range, long size, Room *room, float *to) {
+static void mean_of(const Room *room, long size, double *mean) {
     long count = size * 3;
-    double mean[3] = {0};
-    int pulls = 0;
-    for (long k = 9; k < 18; k++)
-        pulls |= colour[k] != 0;
-    if (pulls) {
-        memset(room->sums, 0, room->row * sizeof *room->sums);
-        for (long y = 0; y < size; y++)
-            for (long i = 0; i < count; i++)
-                room->sums[i] += room->view[y * room->row + i];
+    memset(room->sums, 0, room->row * sizeof *room->sums);
+    for (long y = 0; y < size; y++)
         for (long i = 0; i < count; i++)
-            mean[i % 3] += room->sums[i] / ((double)size * size);
-    }
-    float *restrict a = room->coefficients, *b = a + count, *c = b + count, *d = c + count, *e = d + count;
-    float *offset = e + count, *low = offset + count, *high = low + count;
-    for (long k = 0; k < 3; k++) {
-        const float *m = colour + 3 * k, *pull = colour + 9 + 3 * k;
-        float shifted[5] = {k > 1 ? m[k - 2] : 0, k > 0 ? m[k - 1] : 0, m[k], k < 2 ? m[k + 1] : 0, k < 1 ? m[k + 2] : 0};
-        float own = range[k] + (float)(pull[0] * mean[0] + pull[1] * mean[1] + pull[2] * mean[2]);
-        for (long i = k; i < count; i += 3) {
-            for (long t = 0; t < 5; t++)
-                a[t * count + i] = shifted[t];
-            offset[i] = own, low[i] = range[3 + k], high[i] = range[6 + k];
-        }
-    }
-    int mixes = 0;
-    for (long k = 0; k < 9; k++)
-        mixes |= k % 4 && colour[k] != 0;
-    for (long y = 0; y < size; y++) {
-        const float *row = room->view + y * room->row;
-        float *restrict out = to + y * count;
-        if (mixes)
-            for (long i = 0; i < count; i++)
-                out[i] = within(low[i], high[i], offset[i] + a[i] * row[i - 2] + b[i] * row[i - 1] + c[i] * row[i]
-                    + d[i] * row[i + 1] + e[i] * row[i + 2]);
-        else
-            for (long i = 0; i < count; i++)
-                out[i] = within(low[i], high[i], offset[i] + c[i] * row[i]);
-    }
+            room->sums[i] += room->view[y * room->row + i];
+    for (long i = 0; i < count; i++)
+        mean[i % 3] += room->sums[i] / ((double)size * size);
 }
 
 static void draw(void *given) {
     Views *v = given;
     long size = v->size, row = size * 3 + SPARE, line = v->width * 3 + SPARE, rows = size + ROWS;
     long y_taps = most_taps(v->height, size, 0), x_taps = most_taps(v->width, size, 0);
-    long floats = SPARE + ROWS * line + 2 * rows * row + (size + 2 * RADIUS) * 3 + SPARE + row + 8 * size * 3
+    long floats = SPARE + ROWS * line + 2 * rows * row + (size + 2 * RADIUS) * 3 + SPARE + row
         + size * (y_taps + x_taps);
     float *memory = calloc(floats, sizeof *memory);
     long *places = calloc(4 * size, sizeof *places);
@@ -241,17 +288,26 @@ static void draw(void *given) {
         Room room = {.line = line, .row = row, .lines = memory + SPARE};
         room.view = room.lines + ROWS * line, room.other = room.view + rows * row;
         room.padded = room.other + rows * row, room.sums = room.padded + (size + 2 * RADIUS) * 3 + SPARE;
-        room.coefficients = room.sums + row;
-        room.y = (Taps){places, places + size, room.coefficients + 8 * size * 3, y_taps};
+        room.y = (Taps){places, places + size, room.sums + row, y_taps};
         room.x = (Taps){places + 2 * size, places + 3 * size, room.y.weight + size * y_taps, x_taps};
         for (long i; (i = __atomic_fetch_add(&v->next, 1, __ATOMIC_RELAXED)) < v->count;) {
             const float *geometry = v->geometry + 10 * i;
             resampling(&room.y, size, geometry, 0, 0);
             resampling(&room.x, size, geometry + 4, geometry[8] != 0, 0);
-            resize(v, i % v->batch, &room);
-            if (geometry[9] > 0)
+            int blurs = geometry[9] > 0, pulls = 0;
+            for (long k = 9; k < 18; k++)
+                pulls |= v->colour[18 * i + k] != 0;
+            double mean[3] = {0};
+            Colours colours = colours_of(v, i, mean);
+            resize(v, i, blurs || pulls ? NULL : &colours, &room);
+            if (blurs)
                 blur(geometry[9], size, &room);
-            colours(v->colour + 18 * i, v->range, size, &room, v->views + i * size * size * 3);
+            if (pulls) {
+                mean_of(&room, size, mean);
+                colours = colours_of(v, i, mean);
+            }
+            if (blurs || pulls)
+                colour(v, i, &colours, &room, room.view, 0, size);
         }
     }
     free(memory);
@@ -260,9 +316,10 @@ static void draw(void *given) {
 
 /* 0, or 1 where memory has run out. */
 int views(Parallel parallel, long threads, const void *images, long as_float, long batch, long height, long width,
-          long count, long size, const int64_t *starts, const int64_t *widths, const float *geometry, const float *colour,
-          const float *range, float *views) {
-    Views v = {images, batch, height, width, as_float, count, size, starts, widths, geometry, colour, range, views, 0, 0};
+          long count, long size, long to_float, const int64_t *starts, const int64_t *widths, const float *geometry,
+          const float *colour, const float *range, void *views) {
+    Views v = {images, batch, height, width, as_float, count, size, to_float, starts, widths, geometry, colour, range, views,
+               0, 0};
     parallel(draw, &v, (unsigned)(threads < count ? threads : count), 0);
     return (int)v.failed;
 }
@@ -315,60 +372,41 @@ int reduced(const uint8_t *image, long height, long width, long rows, long colum
    Values lie in [rows][channels], bfloat16 or float. Rows are cut into chunks, whose sums are added in their order, so the
    result does not depend on the number of threads. Narrow rows are taken several at a time, as one of `width` values. */
 
-#define CHUNKS 64
-#define WIDTH 4096 /* at most */
+#define CHUNKS 64 /* at most */
+#define CHUNK 8192 /* values of one, at least, where there are several */
+#define COLUMNS 64 /* summed up together */
 enum { MEAN, SCALE, SHIFT, SLOPE, BASE, VECTORS };
 #define BLOCK 64   /* rows summed up in float before double takes over */
-#define ALWAYS static inline __attribute__((always_inline))
 
 typedef struct Norm {
-    long as_float, rows, channels, width, relu, threads;
+    long as_float, rows, channels, width, chunks, relu, threads;
     Parallel parallel;
     const void *x, *added, *y, *y_gradient; /* `added` is NULL where nothing is */
     void *to, *to_added;                    /* y; or the gradients of x and of what was added */
     float *of[VECTORS];                     /* what belongs to a channel, [width] each */
-    double *sums;                           /* [CHUNKS][2][width], then the two totals */
+    double *sums;                           /* [chunks][2][width], then the two totals */
     void (*work)(const struct Norm *, long, long, double *);
     long next;
 } Norm;
 
-ALWAYS float get(const void *values, long i, long as_float) {
-    if (as_float)
-        return ((const float *)values)[i];
-    uint32_t bits = (uint32_t)((const uint16_t *)values)[i] << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-ALWAYS void put(void *values, long i, float value, long as_float) {
-    if (as_float) {
-        ((float *)values)[i] = value;
-        return;
-    }
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    ((uint16_t *)values)[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to the nearest, ties to even */
-}
-
 /* What each phase does of rows [from, to); the arguments that are constants where it is called make versions of their own. */
 
-ALWAYS void sums_of(const Norm *n, long from, long to, double *sums, long as_float) {
+/* `count` columns from `at` on: a constant where it is called, so that the sums stay in registers. */
+ALWAYS void sums_of(const Norm *n, long from, long to, double *sums, long at, long count, long as_float) {
     const void *restrict x = n->x;
-    const float *restrict near = n->of[MEAN]; /* a value of each channel: squares of differences lose no digits */
-    long width = n->width;
-    float sum[WIDTH], square[WIDTH];
+    const float *near = n->of[MEAN] + at; /* a value of each channel: squares of differences lose no digits */
+    float sum[COLUMNS], square[COLUMNS];
     for (long start = from; start < to; start += BLOCK) {
-        memset(sum, 0, width * sizeof *sum);
-        memset(square, 0, width * sizeof *square);
+        for (long i = 0; i < count; i++)
+            sum[i] = square[i] = 0;
         for (long row = start; row < to && row < start + BLOCK; row++)
-            for (long i = 0; i < width; i++) {
-                float value = get(x, row * width + i, as_float) - near[i];
+            for (long i = 0; i < count; i++) {
+                float value = get(x, row * n->width + at + i, as_float) - near[i];
                 sum[i] += value;
                 square[i] += value * value;
             }
-        for (long i = 0; i < width; i++)
-            sums[i] += sum[i], sums[width + i] += square[i];
+        for (long i = 0; i < count; i++)
+            sums[at + i] += sum[i], sums[n->width + at + i] += square[i];
     }
 }
 
@@ -388,28 +426,28 @@ ALWAYS void apply_to(const Norm *n, long from, long to, long as_float, long relu
         }
 }
 
-ALWAYS void gradient_sums_of(const Norm *n, long from, long to, double *sums, long as_float, long relu, long adds) {
+ALWAYS void gradient_sums_of(const Norm *n, long from, long to, double *sums, long at, long count, long as_float,
+                             long relu, long adds) {
     const void *restrict x = n->x, *restrict y = n->y, *restrict gradient = n->y_gradient;
     void *restrict to_added = n->to_added;
-    const float *restrict mean = n->of[MEAN], *restrict scale = n->of[SCALE], *restrict shift = n->of[SHIFT];
-    long width = n->width;
-    float sum[WIDTH], product[WIDTH];
+    const float *mean = n->of[MEAN] + at, *scale = n->of[SCALE] + at, *shift = n->of[SHIFT] + at;
+    float sum[COLUMNS], product[COLUMNS];
     for (long start = from; start < to; start += BLOCK) {
-        memset(sum, 0, width * sizeof *sum);
-        memset(product, 0, width * sizeof *product);
+        for (long i = 0; i < count; i++)
+            sum[i] = product[i] = 0;
         for (long row = start; row < to && row < start + BLOCK; row++)
-            for (long i = 0; i < width; i++) {
-                long at = row * width + i;
-                float value = get(x, at, as_float), g = get(gradient, at, as_float);
+            for (long i = 0; i < count; i++) {
+                long place = row * n->width + at + i;
+                float value = get(x, place, as_float), g = get(gradient, place, as_float);
                 if (relu)
-                    g = (adds ? get(y, at, as_float) : value * scale[i] + shift[i]) > 0 ? g : 0;
+                    g = (adds ? get(y, place, as_float) : value * scale[i] + shift[i]) > 0 ? g : 0;
                 if (adds)
-                    put(to_added, at, g, as_float);
+                    put(to_added, place, g, as_float);
                 sum[i] += g;
                 product[i] += g * (value - mean[i]);
             }
-        for (long i = 0; i < width; i++)
-            sums[i] += sum[i], sums[width + i] += product[i];
+        for (long i = 0; i < count; i++)
+            sums[at + i] += sum[i], sums[n->width + at + i] += product[i];
     }
 }
 
@@ -432,18 +470,24 @@ ALWAYS void gradient_of(const Norm *n, long from, long to, long as_float, long r
 
 #define VERSIONS(call)                                                                                                 \
     if (n->as_float) {                                                                                                 \
-        if (n->added) { if (n->relu) call(1, 1, 1); else call(1, 0, 1); }                                              \
-        else { if (n->relu) call(1, 1, 0); else call(1, 0, 0); }                                                       \
+        if (n->added) { if (n->relu) { call(1, 1, 1); } else { call(1, 0, 1); } }                                      \
+        else { if (n->relu) { call(1, 1, 0); } else { call(1, 0, 0); } }                                               \
     } else {                                                                                                           \
-        if (n->added) { if (n->relu) call(0, 1, 1); else call(0, 0, 1); }                                              \
-        else { if (n->relu) call(0, 1, 0); else call(0, 0, 0); }                                                       \
+        if (n->added) { if (n->relu) { call(0, 1, 1); } else { call(0, 0, 1); } }                                      \
+        else { if (n->relu) { call(0, 1, 0); } else { call(0, 0, 0); } }                                               \
     }
 
 static void sum_up(const Norm *n, long from, long to, double *sums) {
-    if (n->as_float)
-        sums_of(n, from, to, sums, 1);
-    else
-        sums_of(n, from, to, sums, 0);
+    memset(sums, 0, 2 * n->width * sizeof *sums);
+    for (long at = 0; at < n->width; at += COLUMNS) {
+        long left = n->width - at;
+        if (n->as_float)
+            sums_of(n, from, to, sums, at, left < COLUMNS ? left : COLUMNS, 1);
+        else if (left < COLUMNS)
+            sums_of(n, from, to, sums, at, left, 0);
+        else
+            sums_of(n, from, to, sums, at, COLUMNS, 0);
+    }
 }
 
 static void apply(const Norm *n, long from, long to, double *sums) {
@@ -453,8 +497,14 @@ static void apply(const Norm *n, long from, long to, double *sums) {
 }
 
 static void sum_gradients(const Norm *n, long from, long to, double *sums) {
-#define SUM(as_float, relu, adds) gradient_sums_of(n, from, to, sums, as_float, relu, adds)
-    VERSIONS(SUM)
+    memset(sums, 0, 2 * n->width * sizeof *sums);
+    for (long at = 0; at < n->width; at += COLUMNS) {
+        long left = n->width - at;
+#define SUM(as_float, relu, adds)                                                                                      \
+    if (left < COLUMNS) gradient_sums_of(n, from, to, sums, at, left, as_float, relu, adds);                           \
+    else gradient_sums_of(n, from, to, sums, at, COLUMNS, as_float, relu, adds)
+        VERSIONS(SUM)
+    }
 }
 
 static void differentiate(const Norm *n, long from, long to, double *sums) {
@@ -465,16 +515,13 @@ static void differentiate(const Norm *n, long from, long to, double *sums) {
 
 static void chunks(void *given) {
     Norm *n = given;
-    for (long i; (i = __atomic_fetch_add(&n->next, 1, __ATOMIC_RELAXED)) < CHUNKS;) {
-        double *sums = n->sums + i * 2 * n->width;
-        memset(sums, 0, 2 * n->width * sizeof *sums);
-        n->work(n, i * n->rows / CHUNKS, (i + 1) * n->rows / CHUNKS, sums);
-    }
+    for (long i; (i = __atomic_fetch_add(&n->next, 1, __ATOMIC_RELAXED)) < n->chunks;)
+        n->work(n, i * n->rows / n->chunks, (i + 1) * n->rows / n->chunks, n->sums + i * 2 * n->width);
 }
 
 static void run(Norm *n, void (*work)(const Norm *, long, long, double *)) {
     n->work = work, n->next = 0;
-    n->parallel(chunks, n, (unsigned)n->threads, 0);
+    n->parallel(chunks, n, (unsigned)(n->threads < n->chunks ? n->threads : n->chunks), 0);
 }
 
 /* Makes room; rows of fewer than 64 values are taken by two, four or eight where that comes out even. False where memory has
@@ -483,9 +530,10 @@ static int begin(Norm *n) {
     long times = 1;
     while (times < 8 && times * n->channels < 64 && n->rows % (2 * times) == 0)
         times *= 2;
-    n->rows /= times, n->width = times * n->channels;
+    n->rows /= times, n->width = times * n->channels, n->chunks = n->rows * n->width / CHUNK;
+    n->chunks = n->chunks < 1 ? 1 : n->chunks > CHUNKS ? CHUNKS : n->chunks;
     float *wide = malloc(VECTORS * n->width * sizeof *wide);
-    n->sums = malloc((CHUNKS + 1) * 2 * n->width * sizeof *n->sums);
+    n->sums = malloc((n->chunks + 1) * 2 * n->width * sizeof *n->sums);
     for (long k = 0; k < VECTORS; k++)
         n->of[k] = wide ? wide + k * n->width : NULL;
     return wide && n->sums;
@@ -499,18 +547,27 @@ static int end(Norm *n) {
     return failed;
 }
 
-static void repeat(const Norm *n, const float *values, long vector) {
-    for (long i = 0; i < n->width; i++)
-        n->of[vector][i] = values[i % n->channels];
+/* What belongs to the channels, for every row that is taken as one. */
+static void repeat(const Norm *n, long vector) {
+    for (long i = n->channels; i < n->width; i++)
+        n->of[vector][i] = n->of[vector][i - n->channels];
+}
+
+static void fill(const Norm *n, const float *values, long vector) {
+    memcpy(n->of[vector], values, n->channels * sizeof *values);
+    repeat(n, vector);
 }
 
 /* [channels]: of the first or the second of the sums. */
 static const double *total(const Norm *n, long which) {
-    double *to = n->sums + (2 * CHUNKS + which) * n->width;
+    double *restrict to = n->sums + (2 * n->chunks + which) * n->width;
     memset(to, 0, n->channels * sizeof *to);
-    for (long chunk = 0; chunk < CHUNKS; chunk++)
-        for (long i = 0; i < n->width; i++)
-            to[i % n->channels] += n->sums[(2 * chunk + which) * n->width + i];
+    for (long chunk = 0; chunk < n->chunks; chunk++) {
+        const double *from = n->sums + (2 * chunk + which) * n->width;
+        for (long end = n->width; end > 0; end -= n->channels, from += n->channels)
+            for (long c = 0; c < n->channels; c++)
+                to[c] += from[c];
+    }
     return to;
 }
 
@@ -522,8 +579,9 @@ int norm_forward(Parallel parallel, long threads, long as_float, long rows, long
     Norm n = {.as_float = as_float, .rows = rows, .channels = channels, .relu = relu, .threads = threads,
               .parallel = parallel, .x = x, .added = added, .to = y};
     if (begin(&n)) {
-        for (long i = 0; i < n.width; i++)
-            n.of[MEAN][i] = get(x, i % channels, as_float);
+        for (long c = 0; c < channels; c++)
+            n.of[MEAN][c] = get(x, c, as_float);
+        repeat(&n, MEAN);
         run(&n, sum_up);
         const double *sum = total(&n, 0), *square = total(&n, 1);
         float *mean = saved, *scale = saved + channels, *shift = scale + channels, *inverse = shift + channels;
@@ -536,8 +594,8 @@ int norm_forward(Parallel parallel, long threads, long as_float, long rows, long
             running_mean[c] += (float)(momentum * (middle - running_mean[c]));
             running_var[c] += (float)(momentum * (variance * rows / (rows - 1) - running_var[c]));
         }
-        repeat(&n, scale, SCALE);
-        repeat(&n, shift, SHIFT);
+        fill(&n, scale, SCALE);
+        fill(&n, shift, SHIFT);
         run(&n, apply);
     }
     return end(&n);
@@ -550,11 +608,12 @@ int norm_in_use(Parallel parallel, long threads, long as_float, long rows, long 
     Norm n = {.as_float = as_float, .rows = rows, .channels = channels, .relu = relu, .threads = threads,
               .parallel = parallel, .x = x, .added = added, .to = y};
     if (begin(&n)) {
-        for (long i = 0; i < n.width; i++) {
-            long c = i % channels;
+        for (long c = 0; c < channels; c++) {
             double scale = weight[c] / sqrt(variance[c] + eps);
-            n.of[SCALE][i] = (float)scale, n.of[SHIFT][i] = (float)(bias[c] - scale * mean[c]);
+            n.of[SCALE][c] = (float)scale, n.of[SHIFT][c] = (float)(bias[c] - scale * mean[c]);
         }
+        repeat(&n, SCALE);
+        repeat(&n, SHIFT);
         run(&n, apply);
     }
     return end(&n);
@@ -570,18 +629,17 @@ int norm_backward(Parallel parallel, long threads, long as_float, long rows, lon
     if (begin(&n)) {
         const float *scale = saved + channels, *inverse = saved + 3 * channels;
         for (long vector = MEAN; vector <= SHIFT; vector++)
-            repeat(&n, saved + vector * channels, vector);
+            fill(&n, saved + vector * channels, vector);
         run(&n, sum_gradients);
         const double *sum = total(&n, 0), *product = total(&n, 1);
         for (long c = 0; c < channels; c++) {
             weight_gradient[c] = (float)(product[c] * inverse[c]);
             bias_gradient[c] = (float)sum[c];
+            n.of[SLOPE][c] = (float)(-scale[c] * inverse[c] * inverse[c] * product[c] / rows);
+            n.of[BASE][c] = (float)(-scale[c] * sum[c] / rows);
         }
-        for (long i = 0; i < n.width; i++) {
-            long c = i % channels;
-            n.of[SLOPE][i] = (float)(-scale[c] * inverse[c] * inverse[c] * product[c] / rows);
-            n.of[BASE][i] = (float)(-scale[c] * sum[c] / rows);
-        }
+        repeat(&n, SLOPE);
+        repeat(&n, BASE);
         run(&n, differentiate);
     }
     return end(&n);

@@ -32,7 +32,6 @@ from simsiam.runs import atomic, cache_folder
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-_MOST_CHANNELS = 4096
 _off = False
 _building = threading.Lock()
 
@@ -89,7 +88,14 @@ def usable(x: Images) -> bool:
     return x.device.type == "cpu" and compiled() is not None
 
 
-def views(images: Images, geometry: Tensor, colour: Tensor, bounds: Tensor, size: int) -> Tensor:
+def views(
+    images: Images,
+    geometry: Tensor,
+    colour: Tensor,
+    bounds: Tensor,
+    size: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Crop, antialiased resize, flip, blur and colours of every view, in one go.
 
     Args:
@@ -98,9 +104,11 @@ def views(images: Images, geometry: Tensor, colour: Tensor, bounds: Tensor, size
             same of the width; 1 to flip; sigma of the blur, 0 for none. View i is one of image i modulo B.
         colour: [n B,2,3,3]: a matrix for the pixels, and one for the view's mean, which is added.
         bounds: [3,3]: what else is added to each channel, its lowest and its highest value.
+        dtype: float32 or bfloat16.
     Returns:
-        float32 [n B,3,size,size] in channels_last.
+        [n B,3,size,size] of that dtype in channels_last.
     """
+    assert dtype in (torch.float32, torch.bfloat16)
     if isinstance(images, Packed):
         address, real, (height, width) = images.pixels.ctypes.data, False, images.sizes.max(0).tolist()
         starts, widths = torch.from_numpy(images.starts), torch.from_numpy(images.sizes[:, 1].astype(np.int64))
@@ -110,8 +118,8 @@ def views(images: Images, geometry: Tensor, colour: Tensor, bounds: Tensor, size
         address, real, (height, width) = images.data_ptr(), images.is_floating_point(), images.shape[-2:]
         starts, widths = torch.arange(len(images)) * (3 * height * width), torch.full((len(images),), width)
     given = [each.to(torch.float32).contiguous() for each in (geometry, colour, bounds)]
-    made = torch.empty(len(geometry), 3, size, size, memory_format=torch.channels_last)
-    sides = (real, len(images), height, width, len(geometry), size)
+    made = torch.empty(len(geometry), 3, size, size, dtype=dtype, memory_format=torch.channels_last)
+    sides = (real, len(images), height, width, len(geometry), size, dtype == torch.float32)
     _call("views", address, *sides, *_places(starts, widths, *given, made))
     return made
 
@@ -164,7 +172,6 @@ def _normalises(bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None) -> bool:
         and bn.weight.dtype == torch.float32
         and bn.track_running_stats
         and x.numel() > bn.training * x.shape[1]  # or torch says that one value has no variance
-        and x.shape[1] <= _MOST_CHANNELS
     )
 
 
@@ -280,7 +287,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         told = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
         return None, f"{compiler} failed ({(told or [str(error)])[0][:100]})"
     number, address, real = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
-    library.views.argtypes = [address, number, address, *[number] * 6, *[address] * 6]
+    library.views.argtypes = [address, number, address, *[number] * 7, *[address] * 6]
     library.reduced.argtypes = [address, *[number] * 4, address]
     library.norm_forward.argtypes = [address, *[number] * 5, *[address] * 7, real, real, address]
     library.norm_in_use.argtypes = [address, *[number] * 5, *[address] * 7, real]

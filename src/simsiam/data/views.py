@@ -202,14 +202,16 @@ def plain_view(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     sizes: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The view for evaluation: the short side resized to size / share, the central square cut out, normalised.
 
-    Shapes and ranges are those of `random_view`. share 0.875 is the usual 'resize to 256, crop 224'.
+    Shapes and ranges are those of `random_view`. share 0.875 is the usual 'resize to 256, crop 224'. dtype: float32 or
+    bfloat16, to which the same values are rounded.
     """
     if kernels.usable(images):
-        return _plain(images, size, share, sizes, *_scale_and_shift(mean, std, images.device))
-    return normalise(plain_pixels(images, size, share, sizes), mean, std)
+        return _plain(images, size, share, sizes, *_scale_and_shift(mean, std, images.device), dtype)
+    return normalise(plain_pixels(images, size, share, sizes), mean, std).to(dtype)
 
 
 def plain_pixels(images: Images, size: int, share: float, sizes: Tensor | None = None) -> Tensor:
@@ -225,13 +227,21 @@ def plain_pixels(images: Images, size: int, share: float, sizes: Tensor | None =
     return resample(images, w_y, w_x).clamp_(0, 255)
 
 
-def _plain(images: Images, size: int, share: float, sizes: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
+def _plain(
+    images: Images,
+    size: int,
+    share: float,
+    sizes: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """scale [3] . pixels + shift [3], by the kernels."""
     start, length, full = _central(_sides(images) if sizes is None else sizes, size, share)
     zero = torch.zeros_like(full)
     geometry = torch.cat([torch.stack([start, length, zero, full], 2).flatten(1), zero], 1)
     colour = torch.stack([scale.diag(), torch.zeros(3, 3)]).expand(len(images), 2, 3, 3)
-    return kernels.views(images, geometry, colour, torch.stack([shift, shift, 255 * scale + shift]), size)
+    return kernels.views(images, geometry, colour, torch.stack([shift, shift, 255 * scale + shift]), size, dtype)
 
 
 def _central(sizes: Tensor, size: int, share: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ from simsiam import kernels
 from simsiam.compute import Compute, computes_bf16
 from simsiam.config import UserError
 from simsiam.convolutions import on_matrix_units
-from simsiam.encoders import BasicBlock, Encoder, EncoderSpec, build, in_use, names, to_table
+from simsiam.encoders import BasicBlock, Encoder, EncoderSpec, ResNet, build, in_use, names, to_table
 
 
 def images(size: int, batch: int = 2) -> Tensor:
@@ -47,6 +47,30 @@ def test_stages_are_torchvisions(depth: str, training: bool) -> None:
         sum(p.numel() for p in ours.parameters())
         == sum(p.numel() for name, p in theirs.named_parameters() if not name.startswith(("conv1", "fc"))) + 64 * 3 * 9
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
+def test_torchvisions_resnets_run_as_ours_and_stay_theirs(name: str, dtype: torch.dtype) -> None:
+    """Features, gradients and BN's memory; the float32 network is as far from float64 as theirs is."""
+
+    def run(model: nn.Module, kind: torch.dtype) -> list[Tensor]:
+        model = copy.deepcopy(model).to(kind, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        features = model(images(64, batch=8).to(kind))
+        features.square().sum().backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return [features.detach(), *gradients, *(each for each in model.buffers() if each.is_floating_point())]
+
+    ours = build(EncoderSpec(name, 64, zero_init_residual=False), 0)
+    assert isinstance(ours.backbone, ResNet)
+    theirs = models.get_model(name, weights=None)
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict(ours.backbone.state_dict(), strict=True)
+    found, plain, exact = run(ours, dtype), run(theirs, dtype), run(theirs, torch.float64)
+    assert len(found) == len(exact)
+    for one, other, right in zip(found, plain, exact, strict=True):
+        own, rounding = ((each.double() - right).norm() / right.norm() for each in (one, other))
+        assert own < (1e-9 if dtype == torch.float64 else 1e-6 + 3 * rounding)
 
 
 def test_features_of_ours_are_the_spatial_mean_of_the_last_stage() -> None:
@@ -195,11 +219,17 @@ def test_the_table_builds_the_same_encoder() -> None:
     assert EncoderSpec(**to_table(spec)) == spec and None not in to_table(spec).values()
 
 
-@pytest.mark.parametrize("name", ["cifar-resnet18", "thin-resnet18"])
-@pytest.mark.parametrize("stem", [1, 2])
-def test_the_convolutions_of_a_gpu_are_the_same(name: str, stem: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(EncoderSpec(name, 33, width=8, stem=stem) for name in ("cifar-resnet18", "thin-resnet18") for stem in (1, 2)),
+        EncoderSpec("resnet50", 33, zero_init_residual=False),
+    ],
+    ids=str,
+)
+def test_the_convolutions_of_a_gpu_are_the_same(spec: EncoderSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features and gradients, on sides that are no multiple of the stride too."""
-    encoder = build(EncoderSpec(name, 33, width=8, stem=stem), 0).double().train()
+    encoder = build(spec, 0).double().train()
     found = []
     for gpu in (False, True):
         if gpu:
@@ -212,11 +242,12 @@ def test_the_convolutions_of_a_gpu_are_the_same(name: str, stem: int, monkeypatc
         torch.testing.assert_close(one, other)
 
 
-def test_views_in_one_pass_are_views_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("spec", [EncoderSpec("thin-resnet18", 16, width=8), EncoderSpec("resnet50", 40)], ids=str)
+def test_views_in_one_pass_are_views_one_by_one(spec: EncoderSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features, gradients and BN's memory, of views of two sizes; as they are compiled, but not compiled."""
-    one_by_one = build(EncoderSpec("thin-resnet18", 16, width=8), 0).double()
-    together = copy.deepcopy(one_by_one)
-    views = [images(16, batch=3).double() for _ in range(2)] + [images(8, batch=3).double() for _ in range(5)]
+    one_by_one = build(spec, 0).double()
+    together, side = copy.deepcopy(one_by_one), spec.size
+    views = [images(side, batch=3).double() for _ in range(2)] + [images(side - 8, batch=3).double() for _ in range(5)]
     passes: list[int] = []
     together.backbone.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
     alone = one_by_one.each(views)

@@ -85,35 +85,52 @@ def off(a: Tensor, b: Tensor) -> float:
     return float(((a - b).norm() / b.norm()).detach())
 
 
-def errors(arch: str, **changes: Any) -> dict[str, float]:
-    """How far p, z, the loss and each parameter's gradient are off the released model's, in training mode."""
-    theirs = released(arch)
-    method = ours(theirs, arch)
-    method.settings = dataclasses.replace(method.settings, **changes)
-    projections, predictions = outputs(method.projector), outputs(method.predictor)
-    x = views(1)
-    loss, _ = method(x, torch.arange(len(x[0])))
-    p1, p2, z1, z2 = theirs(*x)
-    expected = released_loss(p1, p2, z1, z2)
+def of_theirs(arch: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """p, z, the loss and every gradient under our names, in training mode."""
+    theirs = released(arch).to(dtype)
+    p1, p2, z1, z2 = theirs(*(view.to(dtype) for view in views(1)))
+    loss = released_loss(p1, p2, z1, z2)
     loss.backward()
-    expected.backward()
     named = {f"encoder.backbone.{k}": v for k, v in theirs.encoder.named_parameters() if not k.startswith("fc.")}
     named |= {f"projector.{k}": v for k, v in theirs.encoder.fc.named_parameters() if v.requires_grad}
     named |= {f"predictor.{k}": v for k, v in theirs.predictor.named_parameters()}
-    assert named.keys() == dict(method.named_parameters()).keys() and theirs.encoder.fc[6].bias.grad is None
-    pairs = zip([*predictions, *projections, loss], [p1, p2, z1, z2, expected], strict=True)
-    found = {name: off(*pair) for name, pair in zip(("p1", "p2", "z1", "z2", "loss"), pairs, strict=True)}
-    return found | {name: off(p.grad, named[name].grad) for name, p in method.named_parameters()}
+    assert theirs.encoder.fc[6].bias.grad is None
+    return {"p1": p1, "p2": p2, "z1": z1, "z2": z2, "loss": loss} | _gradients(named)
 
 
+def of_ours(arch: str, dtype: torch.dtype, **changes: Any) -> dict[str, Tensor]:
+    method = ours(released(arch), arch).to(dtype)
+    method.settings = dataclasses.replace(method.settings, **changes)
+    projections, predictions = outputs(method.projector), outputs(method.predictor)
+    x = [view.to(dtype) for view in views(1)]
+    loss, _ = method(x, torch.arange(len(x[0])))
+    loss.backward()
+    found = zip(("p1", "p2", "z1", "z2", "loss"), [*predictions, *projections, loss], strict=True)
+    return dict(found) | _gradients(dict(method.named_parameters()))
+
+
+def _gradients(named: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
+
+
+def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    assert found.keys() == exact.keys()
+    return {name: off(found[name].double(), exact[name]) for name in exact}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_outputs_loss_and_every_gradient_are_the_released_ones(arch: str) -> None:
-    wrong = {name: error for name, error in errors(arch).items() if not error < 1e-5}
-    assert not wrong
+def test_outputs_loss_and_every_gradient_are_the_released_ones(arch: str, dtype: torch.dtype) -> None:
+    """In float32 no further off than rounding takes the released model itself: 4 % for a ResNet-50's gradients here."""
+    exact = of_theirs(arch, torch.float64)
+    rounding = errors(of_theirs(arch, dtype), exact)
+    found = errors(of_ours(arch, dtype), exact)
+    assert not {name: error for name, error in found.items() if not error < 1e-9 + 3 * rounding[name]}
 
 
 def test_a_gradient_that_flows_where_theirs_stops_is_seen() -> None:
     """The comparison can fail: without our stop-gradient the outputs are the same, and all encoder gradients are not."""
-    found = errors("resnet18", stop_gradient=False)
-    assert max(found[name] for name in ("p1", "p2", "z1", "z2", "loss")) < 1e-5
+    exact = of_theirs("resnet18", torch.float64)
+    found = errors(of_ours("resnet18", torch.float64, stop_gradient=False), exact)
+    assert max(found[name] for name in ("p1", "p2", "z1", "z2", "loss")) < 1e-9
     assert min(error for name, error in found.items() if name.startswith(("encoder", "projector"))) > 1e-2

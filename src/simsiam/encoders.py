@@ -25,7 +25,7 @@ from simsiam.kernels import norm
 _BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 _TOGETHER = 4
 """Views that go through a compiled network in one pass, at most: each adds its BN to what has to be compiled."""
-_OURS = [f"{family}-{depth}" for family in ("thin", "cifar") for depth in _BLOCKS]
+OURS = [f"{family}-{depth}" for family in ("thin", "cifar") for depth in _BLOCKS]
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def build(spec: EncoderSpec, seed: int) -> Encoder:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        backbone, dim = _ours(spec) if spec.name in _OURS else _foreign(spec)
+        backbone, dim = _ours(spec) if spec.name in OURS else _foreign(spec)
     return Encoder(spec, taught(backbone), dim)
 
 
 def names() -> list[str]:
     """Ours and torchvision's by name; timm's are too many to list, `timm.list_models()` does."""
-    return _OURS + _torchvision_names()
+    return OURS + _torchvision_names()
 
 
 def to_table(spec: EncoderSpec) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _foreign(spec: EncoderSpec) -> tuple[nn.Module, int]:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{spec.name} cannot take {spec.size}-pixel views ({reason}). Choose another --size.") from None
     if spec.width is not None or spec.stem is not None:
-        raise UserError(f"encoder.width and encoder.stem are for {', '.join(_OURS)}; {spec.name} has no such settings.")
+        raise UserError(f"encoder.width and encoder.stem are for {', '.join(OURS)}; {spec.name} has no such settings.")
     if not isinstance(features, Tensor) or features.ndim != 2:
         raise UserError(f"{spec.name} is no encoder of images: it does not give one vector for each.")
     return model.train(), features.shape[1]
@@ -138,7 +138,8 @@ def _from_torchvision(spec: EncoderSpec) -> nn.Module:
     from torchvision import models
 
     name, options = spec.name, dict[str, Any]()
-    if models.get_model_builder(name).__module__ == "torchvision.models.resnet":
+    residual = models.get_model_builder(name).__module__ == models.resnet.__name__
+    if residual:
         options["zero_init_residual"] = spec.zero_init_residual is not False
     elif spec.zero_init_residual is not None:
         raise _no_zero_init(spec)
@@ -149,6 +150,8 @@ def _from_torchvision(spec: EncoderSpec) -> nn.Module:
     elif name in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": True}
     model = models.get_model(name, weights=None, **options)
+    if residual:
+        _run_as_ours(model)
     heads = {attribute: getattr(model, attribute, None) for attribute in ("fc", "classifier", "head", "heads")}
     attribute, head = next((key, head) for key, head in heads.items() if head is not None)
     if isinstance(head, nn.Sequential):  # dropout, norms and hidden layers stay, the last layer goes
@@ -157,6 +160,15 @@ def _from_torchvision(spec: EncoderSpec) -> nn.Module:
     else:
         setattr(model, attribute, nn.Identity())
     return model
+
+
+def _run_as_ours(model: nn.Module) -> None:
+    """torchvision's ResNet gets our forward pass; its modules, their names and their weights stay."""
+    from torchvision.models import resnet
+
+    ours = {resnet.ResNet: ResNet, resnet.BasicBlock: BasicBlock, resnet.Bottleneck: Bottleneck, nn.Sequential: _Stage}
+    for module in (model, *model.children(), *(block for stage in model.children() for block in stage.children())):
+        module.__class__ = ours.get(type(module), type(module))
 
 
 def _from_timm(spec: EncoderSpec) -> nn.Module:
@@ -200,12 +212,34 @@ class BasicBlock(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(inner, outer, 1, stride, bias=False), nn.BatchNorm2d(outer))
 
     def forward(self, x: Tensor, views: int = 1) -> Tensor:
-        shortcut = x
-        if self.downsample is not None:
-            conv, bn = self.downsample
-            shortcut = norm(bn, _conv(conv, x), relu=False, views=views)
+        shortcut = _shortcut(self.downsample, x, views)
         x = norm(self.bn1, self.conv1(x), views=views)
         return norm(self.bn2, self.conv2(x), shortcut, views=views)
+
+
+class Bottleneck(nn.Module):
+    """Three convolutions with a shortcut: torchvision's, whose names it has."""
+
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    conv3: nn.Conv2d
+    bn1: nn.Module
+    bn2: nn.Module
+    bn3: nn.Module
+    downsample: nn.Sequential | None
+
+    def forward(self, x: Tensor, views: int = 1) -> Tensor:
+        shortcut = _shortcut(self.downsample, x, views)
+        x = norm(self.bn1, self.conv1(x), views=views)
+        x = norm(self.bn2, self.conv2(x), views=views)
+        return norm(self.bn3, self.conv3(x), shortcut, views=views)
+
+
+def _shortcut(downsample: nn.Sequential | None, x: Tensor, views: int) -> Tensor:
+    if downsample is None:
+        return x
+    conv, bn = downsample
+    return norm(bn, _conv(conv, x), relu=False, views=views)
 
 
 class _Stage(nn.Sequential):
@@ -219,7 +253,10 @@ class _Stage(nn.Sequential):
 
 
 class ResNet(nn.Module):
-    """Basic-block ResNet of any width with a stem of stride 1 (CIFAR), 2 or 4. Features: average pool, 8 x width."""
+    """Basic-block ResNet of any width with a stem of stride 1 (CIFAR), 2 or 4. Features: average pool, 8 x width.
+
+    torchvision's run by the same forward pass.
+    """
 
     def __init__(self, blocks: tuple[int, ...], width: int, stem: int, zero_init_residual: bool) -> None:
         super().__init__()
@@ -265,7 +302,7 @@ def in_use(encoder: Callable[[Tensor], Tensor], compute: Compute) -> Callable[[T
 
 
 def _folds(net: nn.Module, compute: Compute) -> bool:
-    if not isinstance(net, ResNet) and type(net).__module__ != "torchvision.models.resnet":
+    if not isinstance(net, ResNet):
         return False
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     return (

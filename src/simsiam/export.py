@@ -21,7 +21,7 @@ from simsiam.config import UserError, did_you_mean
 from simsiam.data.decode import MAX_ASPECT
 from simsiam.data.views import normalise
 from simsiam.embed import Preprocessing, read_encoder
-from simsiam.encoders import Encoder, ResNet, build
+from simsiam.encoders import OURS, Encoder, ResNet, build
 from simsiam.runs import ENCODER, atomic, read_tensors, write_tensors
 
 TARGETS = ("torchvision", "timm", "onnx", "safetensors")
@@ -151,7 +151,8 @@ def _state_dict(library: str, encoder: Encoder, prepare: Preprocessing) -> _Targ
 def _counterpart(library: str, encoder: Encoder) -> tuple[nn.Module, str]:
     """The library's own model of the encoder's name, and the code that makes it. Raises UserError."""
     spec, backbone = encoder.spec, encoder.backbone
-    name = spec.name.partition("-")[2] if isinstance(backbone, ResNet) else spec.name.removeprefix("timm/")
+    ours = spec.name in OURS
+    name = spec.name.partition("-")[2] if ours else spec.name.removeprefix("timm/")
     options: dict[str, Any] = {}
     try:
         if library == "torchvision":
@@ -170,7 +171,8 @@ def _counterpart(library: str, encoder: Encoder) -> tuple[nn.Module, str]:
             make = f"model = timm.create_model({_arguments(options, repr(name), 'num_classes=0')})"
     except (ValueError, RuntimeError, TypeError):
         raise UserError(f"{library} has no {name} like the encoder {spec.name}. {_ELSE}") from None
-    if isinstance(backbone, ResNet):
+    if ours:
+        assert isinstance(backbone, ResNet)
         # From the stem on, at width 64, ours is the same network under the same names.
         stem = backbone.conv1
         model.conv1 = nn.Conv2d(3, stem.out_channels, 3, stem.stride, 1, bias=False)  # type: ignore[arg-type]

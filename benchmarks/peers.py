@@ -58,7 +58,7 @@ from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings, random_view
 from simsiam.embed import embed_rows, preprocessing
 from simsiam.embeddings import embed_to
-from simsiam.encoders import in_use
+from simsiam.encoders import InUse, in_use
 from simsiam.neighbours import top_k
 
 Work = Callable[[], Any]
@@ -364,7 +364,10 @@ def embed_contenders(bench: Bench, size: int) -> Contenders:
     pixels, sizes = cache.batch(rows[:256])
     x = prepare(pixels.to(compute.device), sizes.to(compute.device))
 
-    def bare(network: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    folded = in_use(encoder, compute)
+    fitting = x.to(folded.dtype) if isinstance(folded, InUse) else x
+
+    def bare(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor = x) -> None:
         with torch.inference_mode(), compute.autocast():
             network(x)
 
@@ -375,7 +378,7 @@ def embed_contenders(bench: Bench, size: int) -> Contenders:
     return {
         "simsiam": partial(repeated, bench, partial(embed_rows, encoder, prepare, cache, rows, compute), len(rows)),
         "simsiam embed (with files and probe)": partial(repeated, bench, command, len(rows)),
-        "bare forward, BN folded (limit)": partial(repeated, bench, partial(bare, in_use(encoder, compute)), len(x)),
+        "bare forward, BN folded (limit)": partial(repeated, bench, partial(bare, folded, fitting), len(x)),
         "bare forward": partial(repeated, bench, partial(bare, encoder), len(x)),
         "bare forward, torch's operations alone": partial(
             by_torch_alone, partial(repeated, bench, partial(bare, encoder), len(x))

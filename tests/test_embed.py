@@ -23,13 +23,13 @@ from sklearn.utils.validation import check_is_fitted
 
 import simsiam
 from simsiam.assess import evaluate_run
-from simsiam.compute import Compute
+from simsiam.compute import Compute, computes_bf16
 from simsiam.config import UserError
 from simsiam.data.cache import build_cache
 from simsiam.data.sources import open_images
 from simsiam.embed import ImageEncoder, Preprocessing, preprocessing, read_encoder, untrained
 from simsiam.embeddings import embed_to, read_embeddings, write_embedding
-from simsiam.encoders import EncoderSpec
+from simsiam.encoders import EncoderSpec, InUse, in_use
 from test_train import SMALL
 
 
@@ -154,6 +154,26 @@ def test_where_the_memory_is_short_a_batch_is_embedded_in_parts(
         UserError, match=r"Not even one image at a time fits into (this machine's memory|the memory of cuda)"
     ):
         encoder.embed(paths[:1])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_views_come_in_the_precision_that_the_encoder_takes(
+    run: Path, copy: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if precision == "bf16" and not computes_bf16(torch.device("cpu")):
+        pytest.skip("this processor would have to emulate bf16")
+    encoder, paths, seen = simsiam.load(run, "cpu", precision), sorted(copy.iterdir()), []
+    real = InUse.__call__
+
+    def watched(folded: InUse, x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.dtype)
+        return real(folded, x)
+
+    monkeypatch.setattr(InUse, "__call__", watched)
+    found = encoder.embed(paths)
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32]
+    monkeypatch.setattr(encoder, "_in_use", lambda x: real(in_use(encoder.encoder_, encoder.compute_), x))
+    assert np.array_equal(found, encoder.embed(paths)), "float32 views, rounded by the encoder, give the same"
 
 
 def test_a_set_without_a_usable_image_leaves_no_folder(run: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def by_torch(bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None, relu: bool) ->
 
 
 @pytest.mark.parametrize(("adds", "relu"), [(False, True), (True, True), (False, False), (True, False)])
-@pytest.mark.parametrize("channels", [8, 16, 24, 64, 100, 512])
+@pytest.mark.parametrize("channels", [8, 16, 24, 64, 100, 512, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_norm_is_torchs(

@@ -290,6 +290,20 @@ def test_the_plain_view_is_resize_and_centre_crop(height: int, width: int, size:
     assert (plain_pixels(padded, size, share, sizes) - expected).abs().max() < 0.01
 
 
+@pytest.mark.parametrize("by", ["kernels", "torch"])
+@pytest.mark.parametrize(
+    ("height", "width", "size", "share"), [(40, 50, 40, 1.0), (37, 61, 24, 0.875), (20, 30, 33, 0.9)]
+)
+def test_the_plain_view_in_bfloat16_is_that_in_float32_rounded(
+    height: int, width: int, size: int, share: float, by: str
+) -> None:
+    """Of whole pixels, reduced and enlarged."""
+    images, colours = noise(5, height, width), (ViewSettings.mean, ViewSettings.std)
+    with kernels.off() if by == "torch" else contextlib.nullcontext():
+        exact, rounded = (plain_view(images, size, share, *colours, dtype=d) for d in (torch.float32, torch.bfloat16))
+    assert torch.equal(rounded, exact.bfloat16()) and rounded.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_the_plain_view_of_an_image_of_its_size_is_the_image() -> None:
     images = noise(2, 32, 32)
     sizes = torch.tensor([[32, 32]] * 2)

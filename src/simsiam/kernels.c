@@ -278,8 +278,7 @@ static void draw(void *given) {
     Views *v = given;
     long size = v->size, row = size * 3 + SPARE, line = v->width * 3 + SPARE, rows = size + ROWS;
     long y_taps = most_taps(v->height, size, 0), x_taps = most_taps(v->width, size, 0);
-    long floats = SPARE + ROWS * line + 2 * rows * row + (size + 2 * RADIUS) * 3 + SPARE + row
-        + size * (y_taps + x_taps);
+    long floats = SPARE + ROWS * line + 2 * rows * row + (size + 2 * RADIUS) * 3 + SPARE + row + size * (y_taps + x_taps);
     float *memory = calloc(floats, sizeof *memory);
     long *places = calloc(4 * size, sizeof *places);
     if (!memory || !places) {
@@ -389,9 +388,9 @@ typedef struct Norm {
     long next;
 } Norm;
 
-/* What each phase does of rows [from, to); the arguments that are constants where it is called make versions of their own. */
+/* What each phase does of rows [from, to), or of `count` columns from `at` on; arguments that are constants where it is called
+   make versions of their own. Of COLUMNS columns the sums stay in registers. */
 
-/* `count` columns from `at` on: a constant where it is called, so that the sums stay in registers. */
 ALWAYS void sums_of(const Norm *n, long from, long to, double *sums, long at, long count, long as_float) {
     const void *restrict x = n->x;
     const float *near = n->of[MEAN] + at; /* a value of each channel: squares of differences lose no digits */

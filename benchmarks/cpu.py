@@ -24,7 +24,7 @@ from simsiam.compute import Compute, computes_bf16, describe, set_threads
 from simsiam.config import merge
 from simsiam.data.loader import Batch
 from simsiam.embed import preprocessing
-from simsiam.encoders import EncoderSpec, InUse, build, in_use
+from simsiam.encoders import EncoderSpec, build, in_use, view_dtype
 from simsiam.kernels import Packed
 from simsiam.recipe import preset, read
 from simsiam.step import Step
@@ -72,8 +72,7 @@ def using(name: str, size: int, batch_size: int, compute: Compute) -> Ways:
     images = packed(batch_size, prepare.short_side)
     given, sizes = images.to(compute.device), torch.from_numpy(images.sizes)
     folded = in_use(encoder, compute)
-    dtype = folded.dtype if isinstance(folded, InUse) else torch.float32
-    x, fitting = prepare(given, sizes), prepare(given, sizes, dtype)
+    x, fitting = prepare(given, sizes), prepare(given, sizes, view_dtype(folded))
 
     def features(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode(), compute.autocast():
@@ -87,7 +86,7 @@ def using(name: str, size: int, batch_size: int, compute: Compute) -> Ways:
         "by torch's operations": by_torch,
         "ours, as it trains": lambda: features(encoder, x),
         "ours": lambda: features(folded, fitting),
-        "ours, its views too": lambda: features(folded, prepare(given, sizes, dtype)),
+        "ours, its views too": lambda: features(folded, prepare(given, sizes, view_dtype(folded))),
     }
 
 

@@ -58,7 +58,7 @@ from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings, random_view
 from simsiam.embed import embed_rows, preprocessing
 from simsiam.embeddings import embed_to
-from simsiam.encoders import InUse, in_use
+from simsiam.encoders import in_use, view_dtype
 from simsiam.neighbours import top_k
 
 Work = Callable[[], Any]
@@ -365,7 +365,7 @@ def embed_contenders(bench: Bench, size: int) -> Contenders:
     x = prepare(pixels.to(compute.device), sizes.to(compute.device))
 
     folded = in_use(encoder, compute)
-    fitting = x.to(folded.dtype) if isinstance(folded, InUse) else x
+    fitting = x.to(view_dtype(folded))
 
     def bare(network: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor = x) -> None:
         with torch.inference_mode(), compute.autocast():

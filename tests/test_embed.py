@@ -10,6 +10,7 @@ import shutil
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -29,7 +30,7 @@ from simsiam.data.cache import build_cache
 from simsiam.data.sources import open_images
 from simsiam.embed import ImageEncoder, Preprocessing, preprocessing, read_encoder, untrained
 from simsiam.embeddings import embed_to, read_embeddings, write_embedding
-from simsiam.encoders import EncoderSpec, InUse, in_use
+from simsiam.encoders import EncoderSpec, _InUse, in_use
 from test_train import SMALL
 
 
@@ -163,16 +164,17 @@ def test_views_come_in_the_precision_that_the_encoder_takes(
     if precision == "bf16" and not computes_bf16(torch.device("cpu")):
         pytest.skip("this processor would have to emulate bf16")
     encoder, paths, seen = simsiam.load(run, "cpu", precision), sorted(copy.iterdir()), []
-    real = InUse.__call__
+    real = _InUse.__call__
 
-    def watched(folded: InUse, x: torch.Tensor) -> torch.Tensor:
+    def watched(folded: _InUse, x: torch.Tensor) -> torch.Tensor:
         seen.append(x.dtype)
         return real(folded, x)
 
-    monkeypatch.setattr(InUse, "__call__", watched)
+    monkeypatch.setattr(_InUse, "__call__", watched)
     found = encoder.embed(paths)
     assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32]
-    monkeypatch.setattr(encoder, "_in_use", lambda x: real(in_use(encoder.encoder_, encoder.compute_), x))
+    folded: Any = in_use(encoder.encoder_, encoder.compute_)
+    monkeypatch.setattr(encoder, "_in_use", lambda x: real(folded, x))
     assert np.array_equal(found, encoder.embed(paths)), "float32 views, rounded by the encoder, give the same"
 
 

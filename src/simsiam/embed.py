@@ -21,7 +21,7 @@ from simsiam.compute import Compute, computes_bf16, out_of_memory, pick_device, 
 from simsiam.config import UserError, fill, read_recipe
 from simsiam.data.decode import DecodeError, decode
 from simsiam.data.views import ViewSettings, plain_view
-from simsiam.encoders import Encoder, EncoderSpec, InUse, build, in_use, to_table
+from simsiam.encoders import Encoder, EncoderSpec, build, in_use, to_table, view_dtype
 from simsiam.kernels import Images, padded
 from simsiam.runs import ENCODER, ENVIRONMENT, RECIPE, read_json, read_tensors, write_json, write_tensors
 
@@ -99,10 +99,7 @@ def _features(
     """
     try:
         given = images.to(compute.device), sizes.to(compute.device)
-        if isinstance(prepare, Preprocessing) and isinstance(encoder, InUse):
-            x = prepare(*given, encoder.dtype)
-        else:
-            x = prepare(*given)
+        x = prepare(*given, view_dtype(encoder)) if isinstance(prepare, Preprocessing) else prepare(*given)
         with torch.inference_mode(), compute.autocast():
             return encoder(x).float().cpu()
     except (RuntimeError, MemoryError) as error:

@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         return [h for run in runs for h in self.together(run)]
 
     def together(self, views: list[Tensor]) -> Sequence[Tensor]:
-        """`each` of views of one size. Compiled, they go through a network of ours in one pass: fewer and larger kernels."""
+        """`each` of views of one size. Compiled, they go through a `ResNet` in one pass: fewer and larger kernels."""
         if torch.compiler.is_compiling() and isinstance(self.backbone, ResNet):
             return self.backbone(torch.cat(views), len(views)).chunk(len(views))
         return [self(x) for x in views]
@@ -298,7 +298,12 @@ def in_use(encoder: Callable[[Tensor], Tensor], compute: Compute) -> Callable[[T
     """
     if not isinstance(encoder, Encoder) or not _folds(encoder.backbone, compute):
         return encoder
-    return InUse(encoder.backbone, torch.bfloat16 if compute.precision == "bf16" else torch.float32)
+    return _InUse(encoder.backbone, torch.bfloat16 if compute.precision == "bf16" else torch.float32)
+
+
+def view_dtype(network: Callable[[Tensor], Tensor]) -> torch.dtype:
+    """The precision in which a network that `in_use` returned takes its views without converting them."""
+    return network.dtype if isinstance(network, _InUse) else torch.float32
 
 
 def _folds(net: nn.Module, compute: Compute) -> bool:
@@ -314,7 +319,7 @@ def _folds(net: nn.Module, compute: Compute) -> bool:
     )
 
 
-class InUse:
+class _InUse:
     """A ResNet by `Folded` convolutions: float [B,3,h,w], at best of its dtype already -> features [B,dim]."""
 
     def __init__(self, net: Any, dtype: torch.dtype) -> None:

@@ -297,16 +297,18 @@ static void draw(void *given) {
             for (long k = 9; k < 18; k++)
                 pulls |= v->colour[18 * i + k] != 0;
             double mean[3] = {0};
-            Colours colours = colours_of(v, i, mean);
-            resize(v, i, blurs || pulls ? NULL : &colours, &room);
+            if (!blurs && !pulls) {
+                Colours colours = colours_of(v, i, mean);
+                resize(v, i, &colours, &room);
+                continue;
+            }
+            resize(v, i, NULL, &room);
             if (blurs)
                 blur(geometry[9], size, &room);
-            if (pulls) {
+            if (pulls)
                 mean_of(&room, size, mean);
-                colours = colours_of(v, i, mean);
-            }
-            if (blurs || pulls)
-                colour(v, i, &colours, &room, room.view, 0, size);
+            Colours colours = colours_of(v, i, mean);
+            colour(v, i, &colours, &room, room.view, 0, size);
         }
     }
     free(memory);
@@ -480,10 +482,10 @@ static void sum_up(const Norm *n, long from, long to, double *sums) {
     memset(sums, 0, 2 * n->width * sizeof *sums);
     for (long at = 0; at < n->width; at += COLUMNS) {
         long left = n->width - at;
-        if (n->as_float)
-            sums_of(n, from, to, sums, at, left < COLUMNS ? left : COLUMNS, 1);
-        else if (left < COLUMNS)
-            sums_of(n, from, to, sums, at, left, 0);
+        if (left < COLUMNS)
+            sums_of(n, from, to, sums, at, left, n->as_float);
+        else if (n->as_float)
+            sums_of(n, from, to, sums, at, COLUMNS, 1);
         else
             sums_of(n, from, to, sums, at, COLUMNS, 0);
     }

@@ -177,6 +177,14 @@ def test_an_evaluation_that_the_page_does_not_know_is_shown(tmp_path: Path) -> N
     assert "New parts" in text and "61.2" in text and "pieces = 7" in text
 
 
+def test_bars_say_what_the_table_says() -> None:
+    """75.25 is 75.2 in Python, and would be 75.3 in the page's own formatting."""
+    import vl_convert
+
+    svg = vl_convert.vegalite_to_svg(charts.results({"kNN": {"pixels": 48.65, "trained": 75.25}}) | {"width": 400})
+    assert f">{75.25:.1f}<" in svg and f">{48.65:.1f}<" in svg and svg.count(">75.") == 1
+
+
 def test_labels_of_lines_that_nearly_meet_are_one() -> None:
     apart = charts._apart({"raw pixels": 94.9, "untrained": 94.8, "chance": 50.0}, 2.0)
     assert apart == [{"y": 94.9, "label": "raw pixels, untrained"}, {"y": 50.0, "label": "chance"}]

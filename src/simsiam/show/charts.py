@@ -71,10 +71,10 @@ def curve(
 def results(figures: Mapping[str, Mapping[str, float | None]]) -> Spec:
     """Bars: measure -> representation -> percent, the three representations side by side."""
     values = [
-        {"measure": measure, "of": name, "percent": row[key]}
+        {"measure": measure, "of": name, "percent": round(percent, 1)}  # not in the page, which rounds 75.25 up
         for measure, row in figures.items()
         for key, name in REPRESENTATIONS.items()
-        if row.get(key) is not None
+        if (percent := row.get(key)) is not None
     ]
     order = list(REPRESENTATIONS.values())
     base = alt.Chart(alt.Data(values=values)).encode(

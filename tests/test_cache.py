@@ -451,6 +451,21 @@ def test_small_files_are_decoded_by_one_thread(side: int, threads: int, tmp_path
     assert len({by[row] for row in range(4, 60)}) == threads
 
 
+def test_a_few_small_files_do_not_speak_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Icons that come first by name leave the photographs behind them to several threads."""
+    monkeypatch.setattr(cache_module, "_TOGETHER", 8)
+    small, large = encode(scene(8, 8)), encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    by: dict[int, str] = {}
+
+    def read(row: int) -> bytes:
+        by[row] = threading.current_thread().name
+        time.sleep(0.01)
+        return small if row < 4 else large
+
+    build_cache(dataclasses.replace(mixed_set(), read=read), 16, tmp_path, workers=3)
+    assert len({by[row] for row in range(4, 12)}) == 1 and len({by[row] for row in range(12, 60)}) == 3
+
+
 def test_threads_fill_it_together(tmp_path: Path) -> None:
     images = mixed_set()
     cache = open_cache(images, None, tmp_path, workers=2)
@@ -473,6 +488,17 @@ def test_an_image_that_cannot_be_read_is_bad_until_the_next_run(tmp_path: Path) 
     gone.remove(3)
     assert not cache.usable(np.array([3])).any()  # the same for all of a run
     assert build_cache(images, 8, tmp_path).bad == [("4.png", "cannot be read: no answer")]
+
+
+def test_too_little_memory_is_no_fault_of_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither Pillow's nor torch's: the next run, which may have more, decodes it."""
+    errors = iter([MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ...")])
+    with monkeypatch.context() as patch:
+        patch.setattr("simsiam.data.decode.orientation", lambda _: (_ for _ in ()).throw(next(errors)))
+        cache = open_cache(flat_set(), 8, tmp_path, workers=1)
+        assert not cache.usable(np.arange(2)).any()
+    assert cache.bad == [(f"{i}.png", "cannot be read: there is too little memory to decode it") for i in (0, 1)]
+    assert open_cache(flat_set(), 8, tmp_path).usable(np.arange(2)).all()
 
 
 def test_nothing_decodable(tmp_path: Path) -> None:

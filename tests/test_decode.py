@@ -164,7 +164,7 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
 def test_32_bit_and_float_images_are_scaled() -> None:
     unit = np.linspace(0, 1, 256, dtype=np.float32).reshape(4, 64)
     assert np.array_equal(decode(encode(unit, "TIFF"))[..., 0].ravel(), np.arange(256))
-    for stretched in (unit * 4000 - 2000, (unit * 2**24).astype(np.int32)):
+    for stretched in (unit * 4000 - 2000, unit * 1.02, unit * 102, (unit * 2**24).astype(np.int32)):
         out = decode(encode(stretched, "TIFF"))[..., 0].ravel()
         assert difference(out, np.arange(256)) < 0.01
     with_nan = unit.copy()

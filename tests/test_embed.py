@@ -386,6 +386,16 @@ def test_one_image_is_no_list_of_images(run: Path, one: object) -> None:
         simsiam.load(run).embed(one)
 
 
+def test_what_is_nearly_a_list_of_images_is_told_how(run: Path, photos: Path) -> None:
+    paths = np.array([str(path) for path in sorted(photos.rglob("*.png"))[:4]])
+    gray = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    encoder = simsiam.load(run)
+    for wrong, hint, right in ((paths[:, None], r"column\.ravel\(\)", paths), (gray, r"list\(array\)", list(gray))):
+        with pytest.raises(UserError, match=hint):
+            encoder.embed(wrong)
+        assert len(encoder.embed(right)) == len(right)
+
+
 def test_a_damaged_description_is_one_line(run: Path, tmp_path: Path) -> None:
     for text in ("{}", "[1]", '{"encoder": {"name": "thin-resnet18", "size": 16}}'):
         shutil.copytree(run, tmp_path / "run", dirs_exist_ok=True)

@@ -21,6 +21,7 @@ from PIL import Image, ImageFilter
 import simsiam
 from simsiam import explore
 from simsiam.config import UserError
+from simsiam.data.cache import Cache
 from simsiam.embeddings import embed_to, read_embeddings
 from simsiam.explore import clusters, find_clusters, find_duplicates, near_duplicates
 from simsiam.search import nearest
@@ -139,6 +140,21 @@ def test_changed_images_are_refused_and_new_ones_are_not(planted: Path, tmp_path
         near_duplicates(tmp_path / "vectors")
     embed_to(planted.parent / "run", images, tmp_path / "vectors")
     assert near_duplicates(tmp_path / "vectors")["images"] == count
+
+
+def test_an_image_that_cannot_be_read_any_more_is_named(
+    planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is gone, and the disk gives one file back no more, whose name, size and time are what they were."""
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
+    load = Cache._load
+
+    def failing(cache: Cache, row: int) -> np.ndarray | Exception:
+        return load(cache, row) if row != 3 else OSError("Input/output error")
+
+    monkeypatch.setattr(Cache, "_load", failing)
+    with pytest.raises(UserError, match=r"png cannot be read any more \(cannot be read: Input.*simsiam embed"):
+        near_duplicates(planted)
 
 
 def test_groups_are_those_of_a_literal_search() -> None:

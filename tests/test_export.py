@@ -111,6 +111,13 @@ def test_a_cifar_net_is_theirs_but_for_the_stem(tmp_path: Path, library: str) ->
         assert off(model(images(32)), features(run, images(32))) < 1e-5
 
 
+def test_torchvision_is_told_what_the_run_told_it(tmp_path: Path) -> None:
+    """GoogLeNet has no second classifiers."""
+    result = export(make_run(tmp_path / "run", "googlenet", 64), "torchvision")
+    assert result["max_error"] < 1e-5
+    assert by_the_line_it_prints(result["use"])(images(64)).shape == (3, 10)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "to"),
     [
@@ -210,6 +217,22 @@ def test_with_preprocessing_raw_pixels_go_in(run: Path, photographs: list[np.nda
         batch = np.stack([photograph, photograph[::-1]])
         found = session.run(None, {"pixels": batch})[0]
         assert off(torch.from_numpy(found), torch.from_numpy(ours.embed(batch))) < 1e-3, photograph.shape
+
+
+@pytest.mark.parametrize("side", [98, 130, 154, 102])
+def test_a_side_that_ends_in_a_half_pixel_is_rounded_as_in_use(tmp_path: Path, side: int) -> None:
+    """24 of 96 pixels and a quarter of 98, 130 and 154 leave half a pixel, which Python rounds to even."""
+    run = make_run(tmp_path / "run", "thin-resnet18", 24, width=8)
+    ours = simsiam.load(run, "cpu", "fp32")
+    rng = np.random.default_rng(0)
+    for shape in ((96, side), (side, 96)):
+        image = np.asarray(Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(shape[::-1]))
+        with torch.inference_mode():
+            found = FromPixels(ours.encoder_, ours.preprocessing_)(torch.from_numpy(image.copy())[None])
+        assert off(found, torch.from_numpy(ours.embed([image]))) < 1e-2
+    result = export(run, "onnx", tmp_path / "net.onnx", with_preprocessing=True)
+    found = onnxruntime.InferenceSession(result["path"]).run(None, {"pixels": image[None]})[0]
+    assert off(torch.from_numpy(found), torch.from_numpy(ours.embed([image]))) < 1e-2
 
 
 def test_enlarging_is_exact_and_reducing_is_pillows(run: Path, photographs: list[np.ndarray]) -> None:

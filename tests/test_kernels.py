@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -250,6 +251,14 @@ def test_a_compiler_that_fails_is_done_without(tmp_path: Path, monkeypatch: pyte
         monkeypatch.delenv("SIMSIAM_KERNELS")
         monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path))
         assert found() and [each.suffix for each in tmp_path.iterdir()] == [".so"]
+        (library,) = tmp_path.iterdir()
+        damaged = tmp_path / "damaged" / library.name
+        damaged.parent.mkdir()
+        damaged.write_bytes(bytes(1000))
+        monkeypatch.setenv("SIMSIAM_CACHE", str(damaged.parent))
+        assert found() and damaged.stat().st_size == library.stat().st_size, "it is made anew"
+        shutil.rmtree(damaged.parent)
+        monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path))
         false = tmp_path / "false"
         false.write_text("#!/bin/sh\nexit 1\n")
         false.chmod(0o755)

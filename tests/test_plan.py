@@ -9,21 +9,25 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from torch import Tensor
 
 import simsiam
 from simsiam.config import UserError, read_recipe
+from simsiam.data.cache import open_cache
 from simsiam.data.sources import open_images
 from simsiam.plan import _decode, plan
 from simsiam.recipe import Recipe
-from test_train import SMALL
+from test_train import SMALL, TINY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_figures_fit_together(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
     start = time.perf_counter()
     found = plan(photos, seconds=3, epochs=4.0, **SMALL)
     assert time.perf_counter() - start < 60 and not list(tmp_path.iterdir()), "it writes nothing"
@@ -48,7 +52,7 @@ def test_a_budget_is_for_decoding_and_training_together(photos: Path) -> None:
 def test_a_batch_that_does_not_fit_is_measured_in_parts(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
 
-    def measure(recipe: Recipe, batch: Tensor, *_: object) -> tuple[str, float, float, dict[str, int]]:
+    def measure(recipe: Recipe, images: int, batch: Tensor, *_: object) -> tuple[str, float, float, dict[str, int]]:
         measured.append(len(batch))
         if len(batch) > 4:
             raise MemoryError
@@ -69,6 +73,43 @@ def test_bad_files_take_time_too(photos: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys.modules["simsiam.plan"], "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     found, rate = _decode(open_images(tmp_path), 16, 1, 100.0)
     assert len(found) == 6 and rate == 12 / 13
+
+
+def test_what_is_decoded_already_takes_no_time(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
+    images = open_images(photos)
+    decoded = [np.zeros((16, 16, 3), np.uint8)]
+    monkeypatch.setattr(sys.modules["simsiam.plan"], "_decode", lambda *_: (decoded, 10.0))  # images a second
+    assert plan(photos, seconds=0.2, **SMALL)["decode_seconds"] == 9.7 and not list(tmp_path.iterdir())
+    cache = open_cache(images, 16)
+    cache.usable(np.arange(40))
+    before = sorted(tmp_path.rglob("*"))
+    assert plan(photos, seconds=0.2, **SMALL)["decode_seconds"] == 5.7
+    cache.usable(np.arange(97))
+    assert plan(photos, seconds=0.2, **SMALL)["decode_seconds"] == 0
+    assert sorted(tmp_path.rglob("*")) == before, "it writes nothing"
+
+
+def test_what_a_method_remembers_of_each_image_takes_memory(tmp_path: Path) -> None:
+    """DeepCluster keeps the projections of all images' views."""
+    sizes, overrides = {}, [text for text in TINY if "predictor" not in text]
+    for count in (40, 400):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for i in range(count):
+            Image.fromarray(np.full((20, 20, 3), i % 256, np.uint8)).save(folder / f"{i}.png")
+        sizes[count] = plan(folder, seconds=0.2, method="deepcluster", batch_size=16, overrides=overrides)[
+            "memory_bytes"
+        ]
+    trained = [len(open_images(tmp_path / str(count)).split()[0]) for count in (40, 400)]
+    assert sizes[400] - sizes[40] >= 2 * 4 * 32 * (trained[1] - trained[0])
+
+
+def test_threads_that_are_asked_for_are_measured(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(sys.modules["simsiam.plan"], "set_threads", lambda threads=None: asked.append(threads))
+    plan(photos, seconds=0.2, threads=1, **SMALL)
+    assert asked == [None, 1]
 
 
 def test_memory_grows_with_the_batch_and_the_views(photos: Path) -> None:

@@ -84,6 +84,18 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path) -> None:
         assert len((folder / "index.usearch").read_bytes()) == len(content)
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e5])
+def test_the_index_finds_vectors_of_any_length(tmp_path: Path, scale: float) -> None:
+    """It holds float16, which ends at 65,504."""
+    folder = made(tmp_path / "vectors", scale * np.random.default_rng(0).normal(size=(3000, 32)))
+    assert open_index(read_embeddings(folder))[1]["recall_at_10"] >= RECALL
+    for near, exact in zip(
+        *(search(folder, ["image-3", "image-9"], k=1, index=way) for way in (True, False)), strict=True
+    ):
+        assert near["neighbours"][0]["id"] == exact["neighbours"][0]["id"]
+        assert near["neighbours"][0]["score"] == pytest.approx(exact["neighbours"][0]["score"], abs=2e-3)
+
+
 def test_copies_do_not_hide_the_others_from_the_index(tmp_path: Path) -> None:
     """An index leads from one of many equal vectors to these alone: what it leaves open is no neighbour."""
     vectors = np.random.default_rng(0).normal(size=(1500, 16))

@@ -14,6 +14,7 @@ import sys
 import time
 import tomllib
 import types
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -36,6 +37,7 @@ from simsiam.data.sources import open_images
 from simsiam.data.views import random_views
 from simsiam.embeddings import read_embeddings
 from simsiam.optim import LARS
+from simsiam.plan import plan
 from simsiam.recipe import Facts, default_epochs, gather, look_at, preset, read, resolve
 from simsiam.runs import Checkpoints, claim, made, read_json, read_metrics
 from simsiam.session import method_tensors
@@ -396,8 +398,12 @@ def test_resume_refuses_other_images_and_says_what_it_ignores(
         simsiam.train(mine, run, epochs=9, listener=Stop(signal.SIGINT, 3), **SMALL)
     listener = Recorder()
     (mine / "new.png").write_bytes(next(photos.rglob("*.png")).read_bytes())
-    with pytest.raises(UserError, match="have changed"):
+    with pytest.raises(UserError, match="have changed") as kept:  # as a notebook keeps its last error, and what it met
         simsiam.train(photos, run, resume=True, epochs=3, listener=listener)
+    (mine / "new.png").unlink()
+    with pytest.raises(Interrupted):
+        simsiam.train(out=run, resume=True, listener=Stop(signal.SIGINT, 5))
+    assert kept.value is not None
     assert any("ignored" in line for line in listener.lines)
     assert read_recipe(run / "config.toml")["data"] == str(mine)
     for path in list(mine.iterdir())[:38]:
@@ -1046,6 +1052,33 @@ def test_another_method_takes_the_optimiser_where_it_belongs(tmp_path: Path) -> 
     assert back["method"] == theirs["method"] and "momentum" not in back["method"]
     assert all(back["train"][key] == theirs["train"][key] for key in ("lr", "weight_decay"))
     assert "optimizer" not in back["train"] and back["train"]["epochs"] == 5.0
+
+
+def test_init_leaves_behind_what_was_measured_on_another_machine(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    there = {"precision": "bf16", "compile": True, "threads": 3}
+    told = resolve(gather("x", "cifar", ["train.lr=0.07"], there), Facts(50_000, 32, "cuda"))[0]
+    (run / "config.toml").write_text(write_recipe(told.table()))
+    here = gather("x", None, [], {"init": str(run)})
+    assert not here["train"].keys() & there.keys() and here["train"]["lr"] == 0.07
+    assert gather("x", None, [], {"init": str(run), "precision": "fp32"})["train"]["precision"] == "fp32"
+
+
+def test_a_damaged_member_of_an_archive_stops_nothing(photos: Path, tmp_path: Path) -> None:
+    """zipfile has an error of its own for it."""
+    paths = sorted(photos.rglob("*.png"))[:40]
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in paths:
+            archive.write(path, path.name)
+        header = archive.infolist()[5].header_offset
+    content = bytearray((tmp_path / "images.zip").read_bytes())
+    content[header + 200] ^= 0xFF
+    (tmp_path / "images.zip").write_bytes(content)
+    assert plan(tmp_path / "images.zip", seconds=0.2, **SMALL)["images"] == 40
+    summary = simsiam.train(tmp_path / "images.zip", tmp_path / "run", epochs=1, **SMALL)
+    (bad,) = summary["bad_files"]
+    assert bad["reason"] == f"cannot be read: Bad CRC-32 for file '{paths[5].name}'"
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -323,7 +323,7 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             )
         one = getattr(images, "ndim", None) in (2, 3) or (isinstance(images, np.ndarray) and images.ndim < 2)
         if one or isinstance(images, str | bytes | os.PathLike | Image.Image):
-            raise UserError("embed() takes a list of images: put the one image into a list, [image].")
+            raise UserError(f"embed() takes a list of images: {_as_list(images)}.")
         if not isinstance(images, Iterable):
             raise UserError(f"embed() takes a list of images, not {type(images).__name__}.")
         rest, rows = iter(images), []
@@ -337,6 +337,16 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _embed(self, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
         return _features(self._in_use, self.preprocessing_, *padded(images), self.compute_).numpy()
+
+
+def _as_list(images: Any) -> str:
+    """What to give in place of something that is no list of images."""
+    shape: tuple[int, ...] = images.shape if isinstance(images, np.ndarray) else ()
+    if len(shape) == 2 and images.dtype.kind in "OUS":
+        return "of a column of paths give column.ravel()"
+    if len(shape) == 3 and shape[2] not in (1, 3, 4):
+        return "of gray images in one array give list(array)"
+    return "put the one image into a list, [image]"
 
 
 def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:

@@ -94,14 +94,12 @@ def write_embedding(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    labels = None if cache.labels is None else [int(label) for label in cache.labels[rows]]
+    labels = np.full(len(rows), -1) if cache.labels is None else cache.labels[rows]
     names = cache.classes or ()
     columns = {
         "id": pa.array([cache.ids[row] for row in rows], pa.string()),
-        "label": pa.array(
-            [None if labels is None or label < 0 else label for label in labels or [-1] * len(rows)], pa.int64()
-        ),
-        "class": pa.array([names[label] if label >= 0 else None for label in labels or [-1] * len(rows)], pa.string()),
+        "label": pa.array(labels, pa.int64(), mask=labels < 0),
+        "class": pa.array([names[label] if label >= 0 else None for label in labels.tolist()], pa.string()),
         "pixels": pa.array(hashes, pa.string()),
         "key": pa.array(cache.images.keys[rows], pa.uint64()),
     }

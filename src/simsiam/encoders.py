@@ -2,7 +2,7 @@
 
 An encoder maps float [B,3,h,w] to pooled features [B,dim]; its classifier is gone. Names:
 
-    thin-resnet18          ours for the CPU: width 16, stem by view size
+    thin-resnet18 | 34     ours for the CPU: width 16, stem by view size
     cifar-resnet18 | 34    3x3 stem of stride 1, no max-pool (the paper's appendix D)
     resnet50, ...          torchvision
     timm/NAME              timm; a plain NAME works where torchvision has none of that name
@@ -143,13 +143,7 @@ def _from_torchvision(spec: EncoderSpec) -> nn.Module:
         options["zero_init_residual"] = spec.zero_init_residual is not False
     elif spec.zero_init_residual is not None:
         raise _no_zero_init(spec)
-    if name.startswith("vit_"):
-        options["image_size"] = spec.size
-    elif name.startswith("maxvit_"):
-        options["input_size"] = (spec.size, spec.size)
-    elif name in ("googlenet", "inception_v3"):
-        options |= {"aux_logits": False, "init_weights": True}
-    model = models.get_model(name, weights=None, **options)
+    model = models.get_model(name, weights=None, **options, **torchvision_options(name, spec.size))
     if residual:
         _run_as_ours(model)
     heads = {attribute: getattr(model, attribute, None) for attribute in ("fc", "classifier", "head", "heads")}
@@ -160,6 +154,23 @@ def _from_torchvision(spec: EncoderSpec) -> nn.Module:
     else:
         setattr(model, attribute, nn.Identity())
     return model
+
+
+def torchvision_options(name: str, size: int) -> dict[str, Any]:
+    """What torchvision's model of this name is told besides, for views of `size` pixels."""
+    if name.startswith("vit_"):
+        return {"image_size": size}
+    if name.startswith("maxvit_"):
+        return {"input_size": (size, size)}
+    return {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+
+
+def timm_options(name: str, size: int) -> dict[str, Any]:
+    """What timm's model of this name is told besides, for views of `size` pixels."""
+    import timm
+
+    fixed = timm.is_model(name) and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
+    return {"img_size": size} if fixed else {}
 
 
 def _run_as_ours(model: nn.Module) -> None:
@@ -181,9 +192,7 @@ def _from_timm(spec: EncoderSpec) -> nn.Module:
         hint = did_you_mean(spec.name, known)
         hint = hint if len(hint) < 100 else " `simsiam list` names what there is."  # the list of all 1400 helps nobody
         raise UserError(f"Unknown encoder {spec.name!r}.{hint}")
-    options: dict[str, Any] = {}
-    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
-        options["img_size"] = spec.size
+    options = timm_options(name, spec.size)
     if spec.zero_init_residual is not None:
         options["zero_init_last"] = spec.zero_init_residual
     try:

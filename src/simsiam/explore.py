@@ -233,6 +233,9 @@ def _pictures(stored: Embeddings, rows: Rows, device: str, tell: Tell) -> tuple[
         raise UserError(f"{error} Or say how alike duplicates are: --threshold 0.95.") from None
     tell(f"Measuring how alike copies of an image are, on {counted(min(_SAMPLE, len(rows)), 'image')} ...")
     cached = cached[rows]
+    if not cache.usable(cached).all():
+        path, reason = cache.bad[0]
+        raise UserError(f"{path} cannot be read any more ({reason}): run `simsiam embed` again.")
     pictures = _Pictures(len(rows), (cache.packed(cached[start : start + 1024]) for start in range(0, len(rows), 1024)))
     bank = pictures.small()
     shaped = np.flatnonzero(pictures.looks.flatten(1).any(1).numpy())

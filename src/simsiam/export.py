@@ -21,7 +21,7 @@ from simsiam.config import UserError, did_you_mean
 from simsiam.data.decode import MAX_ASPECT
 from simsiam.data.views import normalise
 from simsiam.embed import Preprocessing, read_encoder
-from simsiam.encoders import OURS, Encoder, ResNet, build
+from simsiam.encoders import OURS, Encoder, ResNet, build, timm_options, torchvision_options
 from simsiam.runs import ENCODER, atomic, read_tensors, write_tensors
 
 TARGETS = ("torchvision", "timm", "onnx", "safetensors")
@@ -153,20 +153,17 @@ def _counterpart(library: str, encoder: Encoder) -> tuple[nn.Module, str]:
     spec, backbone = encoder.spec, encoder.backbone
     ours = spec.name in OURS
     name = spec.name.partition("-")[2] if ours else spec.name.removeprefix("timm/")
-    options: dict[str, Any] = {}
     try:
         if library == "torchvision":
             from torchvision import models
 
-            if name.startswith("vit_"):
-                options["image_size"] = spec.size
+            options = torchvision_options(name, spec.size)
             model = models.get_model(name, weights=None, **options)
             make = f"model = torchvision.models.{name}({_arguments(options, 'num_classes=10')})"
         else:
             import timm
 
-            if timm.is_model(name) and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
-                options["img_size"] = spec.size
+            options = timm_options(name, spec.size)
             model = timm.create_model(name, pretrained=False, num_classes=0, **options)
             make = f"model = timm.create_model({_arguments(options, repr(name), 'num_classes=0')})"
     except (ValueError, RuntimeError, TypeError):
@@ -238,9 +235,8 @@ class FromPixels(nn.Module):
         size, side = self.prepare.size, self.prepare.short_side
         reduce = short > side
         box = torch.minimum(length, MAX_ASPECT * short)
-        to_nearest = torch.div(2 * box * side + short, 2 * short, rounding_mode="floor")
-        down = torch.div(box * side, short, rounding_mode="floor")
-        resized = torch.where(reduce, to_nearest, down).float()
+        exact = box.double() * side / short
+        resized = torch.where(reduce, exact.round(), exact.floor()).float()  # halves to even, as `decode` rounds
         step = box / resized
         start = ((resized - size) / 2).round() + torch.arange(size, device=source.device) + 0.5
         centre = torch.div(length - box, 2, rounding_mode="floor") + start * step

@@ -703,9 +703,8 @@ static void find_largest(void *given) {
         largest_of(l->values + i * l->columns, l->columns, l->k, l->best + i * l->k, l->which + i * l->k);
 }
 
-int largest(Parallel parallel, long threads, const float *values, long rows, long columns, long k, float *best,
+void largest(Parallel parallel, long threads, const float *values, long rows, long columns, long k, float *best,
             int64_t *which) {
     Largest l = {values, rows, columns, k, best, which, 0};
     parallel(find_largest, &l, (unsigned)(threads < rows ? threads : rows), 0);
-    return 0;
 }

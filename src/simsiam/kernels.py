@@ -192,8 +192,9 @@ class _Norm(torch.autograd.Function):
         y, saved = torch.empty_like(x), weight.new_empty(4, len(weight))
         places = _places(x, added, y, weight, bias, running_mean, running_var)
         _call("norm_forward", *_kind(x), relu, *places, momentum, eps, saved.data_ptr())
-        ctx.save_for_backward(x, y, saved)
         ctx.relu, ctx.adds = relu, added is not None
+        # Where nothing was added, x tells what ReLU let pass.
+        ctx.save_for_backward(x, y if relu and ctx.adds else None, saved)
         return y
 
     @staticmethod
@@ -201,7 +202,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, y, saved = ctx.saved_tensors
         gradient = gradients[0].contiguous(memory_format=torch.channels_last)
-        assert gradient.dtype == y.dtype
+        assert gradient.dtype == x.dtype
         of_x, of_added = torch.empty_like(x), torch.empty_like(x) if ctx.adds else None
         of_weight, of_bias = torch.empty_like(saved[:2]).unbind()
         places = _places(x, y, gradient, saved, of_x, of_added, of_weight, of_bias)
@@ -282,7 +283,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
     if _parallel() is None:
         return None, "torch has other threads than GNU's"
     try:
-        library = ctypes.CDLL(str(_build(compiler)))
+        library = _loaded(compiler)
     except (OSError, subprocess.SubprocessError, UserError, RuntimeError) as error:  # the last: nobody's home folder
         told = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
         return None, f"{compiler} failed ({(told or [str(error)])[0][:100]})"
@@ -293,7 +294,17 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
     library.norm_in_use.argtypes = [address, *[number] * 5, *[address] * 7, real]
     library.norm_backward.argtypes = [address, *[number] * 5, *[address] * 8]
     library.largest.argtypes = [address, number, address, *[number] * 3, address, address]
+    library.largest.restype = None
     return library, ""
+
+
+def _loaded(compiler: str) -> ctypes.CDLL:
+    built = _build(compiler)
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError:  # it was damaged since
+        built.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_build(compiler)))
 
 
 def _build(compiler: str) -> Path:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from simsiam.compute import Compute, generator, out_of_memory, pick_device, probe_precision, set_threads, wait
 from simsiam.config import UserError, counted
-from simsiam.data.decode import DecodeError, decode, in_order
+from simsiam.data.cache import known_cache
+from simsiam.data.decode import decode, in_order
 from simsiam.data.loader import Batch
 from simsiam.data.sources import ImageSet, open_images
 from simsiam.data.views import random_views
@@ -57,13 +58,16 @@ def plan(
     rows, _ = images.split()
     facts = look_at(images, rows, where.type)
     wanted, _ = resolve(asked, facts, size)
+    set_threads(wanted.train.threads)
     pixels, decode_rate = _decode(images, wanted.short_side, workers, seconds / 3)
     batch, sizes = padded(list(itertools.islice(itertools.cycle(pixels), wanted.train.batch_size)))
     batch, sizes = batch.to(where), sizes.to(where)
     available = _available(where)  # now: later torch itself holds what a step took
     while True:
         try:
-            precision, views_seconds, step_seconds, memory = _measure(wanted, batch, sizes, where, seconds / 6)
+            precision, views_seconds, step_seconds, memory = _measure(
+                wanted, len(rows), batch, sizes, where, seconds / 6
+            )
             break
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
@@ -80,7 +84,9 @@ def plan(
     epochs, _ = default_epochs(facts, epoch_seconds)
     if wanted.train.epochs is not None:
         epochs = wanted.train.epochs
-    decode_seconds = len(images) / decode_rate
+    cache = known_cache(images, wanted.short_side)
+    waiting = len(images) if cache is None else len(cache.missing(np.arange(len(images))))
+    decode_seconds = waiting / decode_rate
     if wanted.train.seconds is not None:  # the budget's clock runs while the first epoch decodes
         epochs = round(max(0.0, wanted.train.seconds - decode_seconds) / epoch_seconds, 1)
     parts = {"decoding": decode_seconds, "views": epochs * per_epoch * views_seconds}
@@ -126,7 +132,7 @@ def _decode(images: ImageSet, short_side: int, workers: int | None, seconds: flo
     def load(i: int) -> np.ndarray | None:
         try:
             return decode(images.read(order[i]), short_side)
-        except (DecodeError, OSError, ValueError):
+        except Exception:  # as the cache does: archives and plug-ins raise what they like
             return None
 
     start, count = time.perf_counter(), 0
@@ -148,10 +154,13 @@ def _decode(images: ImageSet, short_side: int, workers: int | None, seconds: flo
 
 
 def _measure(
-    recipe: Recipe, batch: Tensor, sizes: Tensor, device: torch.device, seconds: float
+    recipe: Recipe, images: int, batch: Tensor, sizes: Tensor, device: torch.device, seconds: float
 ) -> tuple[str, float, float, dict[str, int]]:
-    """Precision, seconds for the views and for the rest of a step, and bytes: fixed, and for each image of a batch."""
-    method = build_method(recipe, len(batch))
+    """Precision, seconds for the views and for the rest of a step, and bytes: fixed, and for each image of a batch.
+
+    images: how many the run trains on.
+    """
+    method = build_method(recipe, max(images, len(batch)))
     whole = bool((sizes == torch.tensor(batch.shape[-2:], device=device)).all())
     given = Batch(batch, None if whole else sizes, torch.arange(len(batch), device=device))
     made = random_views(batch, recipe.views.each(), generator(device, 0), given.sizes)

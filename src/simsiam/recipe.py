@@ -27,7 +27,7 @@ from simsiam.config import (
     read_recipe,
     show_duration,
 )
-from simsiam.data.decode import DecodeError, open_image
+from simsiam.data.decode import open_image
 from simsiam.data.sources import ImageSet, absolute
 from simsiam.data.views import ViewSettings
 from simsiam.embed import Preprocessing, preprocessing
@@ -219,6 +219,8 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
         raise UserError(f"{init} is no run to start from: it has no {RECIPE}.")
     if init is not None and recipe is None:
         table = read_recipe(Path(init) / RECIPE)
+        measured = ("precision", "compile", "threads")  # on the machine of that run; this one is measured anew
+        table["train"] = {key: value for key, value in table.get("train", {}).items() if key not in measured}
         family = str(table["encoder"]["name"]).partition("-")[0]
         table = as_method(table, family if family in ("thin", "cifar") else "imagenet", method)
     elif recipe is not None or data is None:
@@ -309,8 +311,8 @@ def look_at(images: ImageSet, rows: np.ndarray, device: str, sample: int = 200) 
     for i in np.unique(np.linspace(0, len(images) - 1, min(sample, len(images))).astype(int)).tolist():
         try:
             sides.append(min(open_image(images.read(i)).size))
-        except (DecodeError, OSError, ValueError):
-            continue  # counted and named when the set is decoded
+        except Exception:  # archives and plug-ins raise what they like; counted and named when the set is decoded
+            continue
     return Facts(len(rows), int(np.median(sides)) if sides else 32, device)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from simsiam.compute import pick_device, set_threads
 from simsiam.config import UserError
 from simsiam.embeddings import Embeddings, read_embeddings
-from simsiam.neighbours import top_k
+from simsiam.neighbours import top_k, unit_rows
 from simsiam.runs import atomic, keep, read_json, write_json
 
 EXACT = 1_000_000
@@ -26,6 +26,8 @@ RECALL = 0.95
 """Of the true 10 nearest, the share that the index must find, measured on stored vectors."""
 
 INDEX, INDEX_META = "index.usearch", "index.json"
+_FORMAT = 2
+"""Of what an index holds: since 2, vectors of length 1; float16 has no room for others of any scale."""
 _PROBES = 256
 _QUERIES = 4096
 _WIDEST = 4096
@@ -148,7 +150,7 @@ def _through(
     index: Any, vectors: Vectors, queries: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The k nearest of each query that the index of the vectors finds: cosine similarities and rows, [Q,k] each."""
-    found = index.search(queries, k, threads=torch.get_num_threads())
+    found = index.search(unit_rows(queries).numpy(), k, threads=torch.get_num_threads())
     counts = getattr(found, "counts", [len(found.keys)])  # the result of a single query has no dimension for it
     if min(counts) < k:  # among many equal vectors the index loses its way; what it has not filled is garbage
         scores, which = top_k(queries, vectors, k)
@@ -160,13 +162,13 @@ def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None
     """The usearch index (HNSW, cosine, float16) of the embeddings, made and kept beside them where there is none yet.
 
     Its search is widened until `RECALL` is reached on stored vectors, compared with the exact neighbours. Returns it with
-    {"vectors", "encoder", "fingerprint", "expansion", "recall_at_10"}.
+    {"format", "vectors", "encoder", "fingerprint", "expansion", "recall_at_10"}.
     """
     from usearch.index import Index
 
     tell = progress or (lambda text: None)
     path, description = stored.folder / INDEX, stored.folder / INDEX_META
-    key = {name: stored.meta.get(name) for name in ("vectors", "encoder", "fingerprint")}
+    key = {"format": _FORMAT} | {name: stored.meta.get(name) for name in ("vectors", "encoder", "fingerprint")}
     if path.exists() and description.exists():
         about = read_json(description)
         if all(about.get(name) == value for name, value in key.items()):
@@ -195,7 +197,7 @@ def make_index(vectors: Vectors) -> tuple[Any, dict[str, Any]]:
 
     index = Index(ndim=vectors.shape[1], metric="cos", dtype="f16", connectivity=16, expansion_add=128)
     for start in range(0, len(vectors), _QUERIES):
-        part = np.asarray(vectors[start : start + _QUERIES])
+        part = unit_rows(vectors[start : start + _QUERIES]).numpy()
         index.add(np.arange(start, start + len(part), dtype=np.uint64), part, threads=torch.get_num_threads())
     expansion, recall = _widen(index, vectors)
     return index, {"expansion": expansion, "recall_at_10": round(recall, 4)}
@@ -204,7 +206,7 @@ def make_index(vectors: Vectors) -> tuple[Any, dict[str, Any]]:
 def _widen(index: Any, vectors: Vectors) -> tuple[int, float]:
     """The smallest width of the search, by doubling, that reaches `RECALL`, and the recall there."""
     rows = np.random.default_rng(0).permutation(len(vectors))[:_PROBES]
-    probes = np.ascontiguousarray(vectors[np.sort(rows)])
+    probes = unit_rows(vectors[np.sort(rows)]).numpy()
     k = min(10, len(vectors))
     truth = top_k(probes, vectors, k)[1].numpy()
     expansion = 64

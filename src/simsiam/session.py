@@ -24,7 +24,7 @@ from simsiam.data.loader import Loader
 from simsiam.monitor import Monitor
 from simsiam.optim import Schedule
 from simsiam.recipe import Recipe
-from simsiam.runs import HEALTHY, Checkpoints, Metrics, check_unused, claim
+from simsiam.runs import HEALTHY, LAST, Checkpoints, Metrics, check_unused, claim
 
 _FLUSH_SECONDS = 1.0
 _MONITOR_SHARE = 0.05
@@ -64,6 +64,8 @@ class Session:
         self.guards = Guard(patience=5), Guard(patience=3)  # on training batches, once a second; on held-out images
         self._losses: list[Tensor] = []
         self._stds: list[Tensor] = []
+        self.metrics: Metrics | None = None
+        self.board: Any = None
 
     def claim(self, resume: bool) -> None:
         """Takes the run folder. Raises UserError where another process trains there, or has begun to in the meantime."""
@@ -84,10 +86,10 @@ class Session:
                 guard.verdict = Verdict(**verdict)
             self._load(tensors)
             _load_optimizer(self.optimizer, tensors)
-        self.board: Any = None
         if not ranks.main():
             return
-        self.metrics = Metrics(self.run, self.step if found else None)
+        # At step 0 nothing is kept: what a run begins with is looked at again.
+        self.metrics = Metrics(self.run, (self.step or -1) if found else None)
         if self.recipe.train.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -200,6 +202,7 @@ class Session:
     def record(self, kind: str, figures: Mapping[str, Any]) -> None:
         """A line of `metrics.jsonl`. A figure that is not finite has no place in JSON; the verdict says so."""
         plain = {key: value if finite(value) else None for key, value in figures.items()}
+        assert self.metrics is not None, "only rank 0 records, and after open()"
         self.metrics.write(kind=kind, **plain)
         if self.board is not None:
             for key, value in plain.items():
@@ -225,9 +228,8 @@ class Session:
 
     def saved_step(self) -> int:
         """The step of the newest checkpoint."""
-        found = self.checkpoints.load()
-        step: int = found[1]["step"] if found is not None else 0
-        return step
+        path = self.checkpoints.named(LAST)
+        return 0 if path is None else int(path.stem.removeprefix("step-"))
 
     def back_to_healthy(self) -> int:
         """Puts the last healthy weights into the method; returns their step. There always is such a state: the first."""
@@ -242,7 +244,8 @@ class Session:
 
     def close(self) -> None:
         if ranks.main():
-            self.metrics.close()
+            if self.metrics is not None:
+                self.metrics.close()
             self._lock.release()
         if self.board is not None:
             self.board.close()

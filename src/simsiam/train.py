@@ -199,17 +199,17 @@ def _train(
         pace=probed.pace(plan),
     )
     ranks.same(lambda: s.claim(resume))
-    if ranks.main():
-        if not resume:
-            write_text(run / RECIPE, write_recipe(plan.table()))
-        about: Table = {"device": str(where), "processes": ranks.count(), **_command()}
-        if where.type == "cpu":
-            about["kernels"] = kernels.compiled() is not None
-        write_json(run / ENVIRONMENT, {**describe(where), **about})
-    s.open(resume)
-    if resume and data is not None and ranks.main():  # the same images in another place
-        write_text(run / RECIPE, write_recipe({**read_recipe(run / RECIPE), "data": plan.data}))
     try:
+        if ranks.main():
+            if not resume:
+                write_text(run / RECIPE, write_recipe(plan.table()))
+            about: Table = {"device": str(where), "processes": ranks.count(), **_command()}
+            if where.type == "cpu":
+                about["kernels"] = kernels.compiled() is not None
+            write_json(run / ENVIRONMENT, {**describe(where), **about})
+        s.open(resume)
+        if resume and data is not None and ranks.main():  # the same images in another place
+            write_text(run / RECIPE, write_recipe({**read_recipe(run / RECIPE), "data": plan.data}))
         listener.plan(_facts(s, cache, len(rows), len(held_out), probed.step_seconds), reasons)
 
         @functools.cache

@@ -28,7 +28,7 @@ from simsiam.data.imageset import ImageSet
 from simsiam.kernels import Packed
 from simsiam.runs import cache_folder, write_json
 
-FORMAT = 6
+FORMAT = 7
 """Part of every cache's key: raise it when the files or what `decode` returns change."""
 
 PIXELS, RECORDS, REASONS, META = "images.bin", "records.bin", "bad.jsonl", "meta.json"
@@ -211,21 +211,26 @@ class Cache:
                     waiting, size = [], 0
                 if progress is not None:
                     progress(done, len(rows), bad)
-        self._append(waiting)
+        if waiting:
+            self._append(waiting)
         if (self.heights != 0).all():
             self.flush()
         self._decoded += len(rows)
         self._decode_seconds += time.perf_counter() - began
 
     def _loaded(self, rows: np.ndarray) -> Generator[np.ndarray | Exception, None, None]:
-        """What `_load` makes of each, by `workers` threads, or by one where files are small."""
+        """What `_load` makes of each."""
         first = rows[: 0 if self._files else _FIRST]
         yield from map(self._load, first.tolist())
-        rest = rows[len(first) :].tolist()
+        for start in range(len(first), len(rows), _TOGETHER):
+            yield from self._loaded_together(rows[start : start + _TOGETHER].tolist())
+
+    def _loaded_together(self, rows: list[int]) -> Generator[np.ndarray | Exception, None, None]:
+        """By `workers` threads, or by one where the files so far are small."""
         workers = 1 if self._file_bytes < _SMALL * self._files else self.workers
         # Full-size photographs are tens of MB each, so fewer are held at once.
-        chunk = max(1, min(16, -(-len(rest) // (4 * workers)))) if self.short_side else 1
-        yield from in_order(lambda i: self._load(rest[i]), len(rest), workers, chunk)
+        chunk = max(1, min(16, -(-len(rows) // (4 * workers)))) if self.short_side else 1
+        return in_order(lambda i: self._load(rows[i]), len(rows), workers, chunk)
 
     def _load(self, row: int) -> np.ndarray | Exception:
         """uint8 [H, W, 3], or why there are no pixels."""
@@ -360,6 +365,14 @@ def open_cache(
         return Cache(images, short_side, _folder(base, images, short_side), workers)
 
 
+def known_cache(images: ImageSet, short_side: int | None) -> Cache | None:
+    """As `open_cache`, but nothing is written: None where there is none yet, or none that may be read."""
+    with contextlib.suppress(OSError):
+        folder = _known(cache_folder(), images, short_side)
+        return None if folder is None else Cache(images, short_side, folder, None)
+    return None
+
+
 def build_cache(
     images: ImageSet,
     short_side: int | None,
@@ -382,19 +395,9 @@ def build_cache(
 
 def _folder(base: Path, images: ImageSet, short_side: int | None) -> Path:
     """The folder under `base` that these images were decoded into, or a new one. It knows them from now on."""
-    kind = f"-{short_side or 'full'}-"
-    moved = None
-    for folder in sorted(base.glob(f"*{kind}*")):
-        meta = _meta(folder, short_side)
-        if meta is None:
-            continue
-        if meta["root"] == images.root:
-            return _noted(folder, images, short_side)
-        # Only if nothing is left where they were: of a copy, file times and sizes tell too little.
-        if images.fingerprint in meta["sets"] and not os.path.exists(meta["root"]):
-            moved = folder
-    if moved is not None:
-        return _noted(moved, images, short_side)
+    known, kind = _known(base, images, short_side), _kind(short_side)
+    if known is not None:
+        return _noted(known, images, short_side)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", images.name)[:40] + kind
 
     def free(folder: Path) -> bool:
@@ -413,6 +416,25 @@ def _folder(base: Path, images: ImageSet, short_side: int | None) -> Path:
             about = {"format": FORMAT, "short_side": short_side, "root": images.root, "sets": [images.fingerprint]}
             write_json(folder / META, about)
     return folder
+
+
+def _known(base: Path, images: ImageSet, short_side: int | None) -> Path | None:
+    """The folder under `base` that these images were decoded into, here or where they lay before."""
+    moved = None
+    for folder in sorted(base.glob(f"*{_kind(short_side)}*")):
+        meta = _meta(folder, short_side)
+        if meta is None:
+            continue
+        if meta["root"] == images.root:
+            return folder
+        # Only if nothing is left where they were: of a copy, file times and sizes tell too little.
+        if images.fingerprint in meta["sets"] and not os.path.exists(meta["root"]):
+            moved = folder
+    return moved
+
+
+def _kind(short_side: int | None) -> str:
+    return f"-{short_side or 'full'}-"
 
 
 def _meta(folder: Path, short_side: int | None) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, features
 
 from simsiam import kernels
-from simsiam.compute import cpu_quota
+from simsiam.compute import cpu_quota, out_of_memory
 
 T = TypeVar("T")
 
@@ -105,7 +105,8 @@ def decode(source: bytes | Image.Image, short_side: int | None = None) -> np.nda
             smaller one is never enlarged. A long side of more than `MAX_ASPECT` short sides is centre-cropped.
             JPEG is decoded at a reduced DCT scale of at least twice the target where that suffices.
 
-    Raises DecodeError with the reason: empty, not an image, truncated, too many pixels.
+    Raises DecodeError with the reason: empty, not an image, truncated, too many pixels; MemoryError where the machine is
+    short of it, whatever the file.
     """
     image = open_image(source)
     try:
@@ -123,6 +124,8 @@ def decode(source: bytes | Image.Image, short_side: int | None = None) -> np.nda
             pixels = np.array(Image.fromarray(pixels).transpose(_UPRIGHT[turn]))
         return pixels
     except Exception as error:  # as above: broken files raise OSError, SyntaxError, ValueError, struct.error, ...
+        if out_of_memory(error):  # which says nothing of the file
+            raise MemoryError("there is too little memory to decode it") from None
         raise DecodeError(_reason(error)) from None
 
 
@@ -207,10 +210,11 @@ def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
     if not finite.all():
         values = np.where(finite, values, values[finite].min(initial=0.0))
     low, high = float(values.min()), float(values.max())
-    if low < 0 or high > 65535:
-        values, full = values - low, high - low
-    elif pixels.dtype.kind == "f" and high <= 1:
+    real = pixels.dtype.kind == "f"
+    if real and low >= 0 and high <= 1:
         full = 1.0
+    elif real or low < 0 or high > 65535:
+        values, full = values - low, high - low
     else:
         full = next(float(2**bits - 1) for bits in (8, 10, 12, 14, 16) if high <= 2**bits - 1)
     return np.rint(values * (255 / full) if full else values).astype(np.uint8)

@@ -34,7 +34,8 @@ class Batch:
 
 
 class Loader:
-    """Batches of the given cache rows. A data set that is small lives on the device; a larger one is read ahead.
+    """Batches of the given cache rows. A data set that is small lives on the device; of a larger one
+    the next batches are read ahead, or, where kernels draw views from the memory map, nothing is.
 
     Images that nobody has decoded yet are decoded on their way into the first epoch's batches, so that training does not
     wait for the set. The batches are the same as if all had been: a bad image takes no place, and where the others

@@ -122,7 +122,7 @@ class Viewer:
         cache, cached = self.pictures
         try:
             image = Image.fromarray(decode(cache.images.read(int(cached[row]))))
-        except (OSError, DecodeError) as error:
+        except Exception as error:  # archives and plug-ins raise what they like
             raise HTTPException(404, f"The image cannot be read any more: {error}") from None
         image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
         return image

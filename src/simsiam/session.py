@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from simsiam.monitor import Monitor
 from simsiam.optim import Schedule
 from simsiam.recipe import Recipe
 from simsiam.runs import HEALTHY, LAST, Checkpoints, Metrics, check_unused, claim
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 _FLUSH_SECONDS = 1.0
 _MONITOR_SHARE = 0.05
@@ -64,6 +67,7 @@ class Session:
         self.guards = Guard(patience=5), Guard(patience=3)  # on training batches, once a second; on held-out images
         self._losses: list[Tensor] = []
         self._stds: list[Tensor] = []
+        self._lock: FileLock | None = None
         self.metrics: Metrics | None = None
         self.board: Any = None
 
@@ -246,7 +250,8 @@ class Session:
         if ranks.main():
             if self.metrics is not None:
                 self.metrics.close()
-            self._lock.release()
+            if self._lock is not None:
+                self._lock.release()
         if self.board is not None:
             self.board.close()
 

@@ -198,8 +198,8 @@ def _train(
         fingerprint=cache.fingerprint,
         pace=probed.pace(plan),
     )
-    ranks.same(lambda: s.claim(resume))
     try:
+        ranks.same(lambda: s.claim(resume))
         if ranks.main():
             if not resume:
                 write_text(run / RECIPE, write_recipe(plan.table()))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -236,6 +238,14 @@ def test_reduced_is_pillows_bicubic(
     theirs = torch.from_numpy(np.array(Image.fromarray(image.numpy()).resize(after[::-1], Image.Resampling.BICUBIC)))
     off = (ours.int() - theirs.int()).abs()
     assert int(off.max()) <= 1 and float((off > 0).float().mean()) < 0.005
+
+
+def test_torchs_threads_are_found_where_no_name_is_global(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on ARM, where libgomp is loaded for torch alone."""
+    known, load = kernels._parallel(), ctypes.CDLL
+    kernels._parallel.cache_clear()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: load(name) if name else SimpleNamespace())
+    assert kernels._parallel() == known is not None
 
 
 def test_a_compiler_that_fails_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

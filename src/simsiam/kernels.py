@@ -242,8 +242,11 @@ def _run(name: str, *arguments: Any) -> None:
 @functools.cache
 def _parallel() -> int | None:
     """The address of what starts torch's own threads. Others beside them would make all wait for the system's scheduler."""
-    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
+    # A library's handle finds what is in those that it needs: on ARM nothing makes libgomp's names global.
+    for library in (str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"), None):
+        with contextlib.suppress(OSError, AttributeError):
+            return ctypes.cast(ctypes.CDLL(library).GOMP_parallel, ctypes.c_void_p).value
+    return None
 
 
 def wanted() -> bool:

@@ -21,6 +21,7 @@ from simsiam.console import Console, Listener
 from simsiam.data.cache import build_cache
 from simsiam.data.sources import open_images
 from simsiam.embed import pixel_rows, preprocessing
+from simsiam.runs import read_json
 from test_train import SMALL
 
 
@@ -72,7 +73,10 @@ def test_other_data_some_evaluations_and_no_labels(run: Path, photos: Path, tmp_
     result = evaluate_run(run, flat)
     assert result["knn"] is result["linear"] is result["fewshot"] is None
     assert result["collapse"]["std"] > 0 and result["collapse"]["verdict"]
-    assert list(evaluate_run(run, flat, names=["knn"])) == ["run", "data", "knn", "file"] and result["file"] is None
+    assert (
+        list(evaluate_run(run, flat, names=["knn"])) == ["run", "data", "fingerprint", "knn", "file"]
+        and result["file"] is None
+    )
     assert result["collapse"]["dim"] == 64, "of the features: what the run says of z is of its own data"
     assert before is None or (run / "evaluation.json").read_text() == before, "only its own data speak about a run"
     evaluate_run(run)
@@ -115,3 +119,23 @@ def test_the_papers_linear_protocol_on_request(run: Path) -> None:
     result = evaluate_run(run, names=["collapse"], sgd=True)["linear_sgd"]
     assert (result["optimiser"], result["epochs"], result["weight_decay"]) == ("lars", 90, 0.0)
     assert 0 <= result["trained"] <= 100
+
+
+def test_images_that_changed_since_are_not_mixed_with_those_of_the_run(photos: Path, tmp_path: Path) -> None:
+    images, folder = tmp_path / "images", tmp_path / "run"
+    shutil.copytree(photos, images)
+    simsiam.train(images, folder, epochs=1, **SMALL)
+    before = evaluate_run(folder, names=["knn", "collapse"])
+    assert before["collapse"]["most_rank"] == read_json(folder / "summary.json")["most_rank"]
+    for path in sorted(images.rglob("*.png"))[::2]:
+        path.unlink()
+    told: list[str] = []
+    listener = Listener()
+    listener.say = told.append  # type: ignore[method-assign]
+    after = evaluate_run(folder, names=["collapse"], listener=listener)
+    assert any("have changed since they were trained on" in line for line in told)
+    assert after["collapse"]["effective_rank"] <= after["collapse"]["rows"] and "std_features" not in after["collapse"]
+    kept = read_json(folder / "evaluation.json")
+    assert "knn" not in kept and kept["fingerprint"] == after["fingerprint"] != before["fingerprint"]
+    evaluate_run(folder, names=["knn"])
+    assert {"knn", "collapse"} <= read_json(folder / "evaluation.json").keys(), "of the same images they stay together"

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -252,3 +253,28 @@ def test_a_command_that_is_wrong_is_answered_by_one_line(
     assert status == 2 and not out
     assert len(err.strip().splitlines()) == 1 and says in err and "--help" in err, err
     assert "?." not in err and ".." not in err
+
+
+def test_ctrl_c_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simsiam.catalogue.everything", stop)
+    status, out, err = called(capsys, monkeypatch, "list")
+    assert (status, out, err.strip()) == (1, "", "Interrupted.")
+
+
+@pytest.mark.parametrize("damage", ["page", "sample"])
+def test_a_page_that_cannot_be_made_does_not_take_the_result_with_it(run: Path, tmp_path: Path, damage: str) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "report.html").unlink(missing_ok=True)
+    if damage == "page":
+        (copy / "report.html").mkdir()
+    else:
+        (copy / "samples" / "views.npy").write_bytes(b"")
+    for arguments in (["train", "--resume", "-o", copy], ["evaluate", copy, "--only", "collapse"]):
+        done = simsiam_cli(*arguments, "--json")
+        assert done.returncode == 0 and json.loads(done.stdout)["run"] == str(copy)
+        assert "Warning: Cannot " in done.stderr and "The result is shown, and not kept." in done.stderr
+        assert "Report  " not in done.stderr

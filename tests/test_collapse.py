@@ -172,20 +172,21 @@ def test_guard_waits_for_patience() -> None:
     assert look("collapsed") == look("collapsed", "collapsed") == "healthy"
     assert look("collapsed", "collapsed", "collapsed") == "collapsed"
     assert look("collapsed", "collapsed", "healthy", "collapsed", "collapsed") == "healthy"
-    assert look("collapsed", "collapsed", "partial") == "healthy"
+    assert look("collapsed", "partial", "collapsed") == look("partial", "partial", "collapsed") == "collapsed"
+    assert look("collapsed", "collapsed", "partial") == "partial"
     assert look("partial", "collapsed", "collapsed", "collapsed") == "collapsed"
     assert look("diverged") == "diverged"
     assert look("collapsed", patience=1) == "collapsed"
 
 
 def test_guard_over_every_short_history() -> None:
-    """Standing is the newest verdict that is healthy, diverged, or the third of its kind in a row."""
+    """Standing is the newest verdict that is healthy, diverged, or the third in a row that is not healthy."""
     kinds: tuple[Name, ...] = ("healthy", "partial", "collapsed", "diverged")
     for history in itertools.product(kinds, repeat=5):
         standing: Name = "healthy"
         for end in range(1, 6):
             newest = history[end - 1]
-            if newest in ("healthy", "diverged") or history[max(0, end - 3) : end] == (newest,) * 3:
+            if newest in ("healthy", "diverged") or (end >= 3 and "healthy" not in history[end - 3 : end]):
                 standing = newest
         assert look(*history) == standing, history
 

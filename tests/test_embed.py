@@ -212,6 +212,22 @@ def test_what_does_not_belong_together_is_refused(run: Path, copy: Path, photos:
     embed_to(run, copy, out)
     with pytest.raises(UserError, match="another encoder"):
         embed_to(other, copy, out)
+    about = json.loads((run / "encoder.json").read_text())
+    about["preprocessing"]["mean"][0] += 0.25
+    shutil.copytree(run, tmp_path / "shifted")
+    (tmp_path / "shifted" / "encoder.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="another encoder"):  # the same weights
+        embed_to(tmp_path / "shifted", copy, out)
+    assert read_embeddings(out).encoder() is not None
+    kept = (run / "encoder.json").read_text()
+    (run / "encoder.json").write_text(json.dumps(about))
+    try:
+        with pytest.raises(UserError, match="other weights or"):
+            read_embeddings(out).encoder()
+    finally:
+        (run / "encoder.json").write_text(kept)
+    stored = read_embeddings(out)
+    assert repr(stored) == f"Embeddings({str(out)!r}: {len(stored)} x {stored.meta['dim']})"
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="something other than embeddings"):
@@ -449,6 +465,8 @@ def test_a_last_batch_of_one_image_is_no_part_of_bn_statistics(
         (None, "a list of images"),
         ([np.zeros((3, 9, 9), np.uint8)], "transpose"),
         ([np.zeros((9, 9, 3))], "from 0 to 255"),
+        ([b"\xff\xd8..."], "this is bytes: open it with PIL"),
+        ([None], "this is NoneType"),
     ],
 )
 def test_what_is_no_image_is_refused_with_what_to_do(run: Path, images: object, says: str) -> None:

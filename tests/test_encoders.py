@@ -198,6 +198,7 @@ def test_only_classifiers_are_listed() -> None:
     ("spec", "message"),
     [
         (EncoderSpec("resnet81", 32), "Unknown encoder 'resnet81'.* Did you mean 'resnet"),
+        (EncoderSpec("resnet51", 32), "Unknown encoder 'resnet51'.* Did you mean 'resnet50'"),  # timm has a resnet51q
         (EncoderSpec("timm/resnet_18", 32), "Did you mean 'timm/resnet18'"),
         (EncoderSpec("xyzzy", 32), "'xyzzy'. `simsiam list`"),
         (EncoderSpec("thin-resnet18", 32, stem=3), "1, 2 or 4"),

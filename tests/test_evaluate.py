@@ -219,11 +219,18 @@ def test_k_is_200_where_a_class_has_a_thousand_images(counts: tuple[int, ...], k
     assert knn.usual_k(torch.cat([labels, torch.full((5000,), -1)])) == k
 
 
-@pytest.mark.parametrize(("k", "T"), [(1, 0.1), (20, 0.1), (200, 0.1), (200, 1.0), (1000, 0.02)])
+@pytest.mark.parametrize(("k", "T"), [(1, 0.1), (20, 0.1), (200, 0.1), (200, 1.0), (220, 0.02)])
 def test_knn_is_the_naive_vote(k: int, T: float) -> None:
     features = clusters(n=220, m=60, noise=2.0)
     assert knn.score(features, k=k, T=T)["value"] == round(vote(features, k, T), 2)
-    assert knn.score(features, k=k, T=T)["k"] == min(k, 220)
+    assert knn.score(features, k=k, T=T)["k"] == k
+
+
+def test_more_neighbours_than_there_are_are_warned_of() -> None:
+    features = clusters(n=220, m=60, noise=2.0)
+    with pytest.warns(UserWarning, match="k is 500, but there are 220 labelled training images: all vote"):
+        found = knn.score(features, k=500)
+    assert found == knn.score(features, k=220)
 
 
 def test_temperature_and_count_matter() -> None:

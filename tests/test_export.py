@@ -216,7 +216,7 @@ def test_with_preprocessing_raw_pixels_go_in(run: Path, photographs: list[np.nda
     for photograph in photographs:
         batch = np.stack([photograph, photograph[::-1]])
         found = session.run(None, {"pixels": batch})[0]
-        assert off(torch.from_numpy(found), torch.from_numpy(ours.embed(batch))) < 1e-3, photograph.shape
+        assert off(torch.from_numpy(found), torch.from_numpy(ours.embed(batch))) < 2e-4, photograph.shape
 
 
 @pytest.mark.parametrize("side", [98, 130, 154, 102])
@@ -229,10 +229,10 @@ def test_a_side_that_ends_in_a_half_pixel_is_rounded_as_in_use(tmp_path: Path, s
         image = np.asarray(Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(shape[::-1]))
         with torch.inference_mode():
             found = FromPixels(ours.encoder_, ours.preprocessing_)(torch.from_numpy(image.copy())[None])
-        assert off(found, torch.from_numpy(ours.embed([image]))) < 1e-2
+        assert off(found, torch.from_numpy(ours.embed([image]))) < 5e-4
     result = export(run, "onnx", tmp_path / "net.onnx", with_preprocessing=True)
     found = onnxruntime.InferenceSession(result["path"]).run(None, {"pixels": image[None]})[0]
-    assert off(torch.from_numpy(found), torch.from_numpy(ours.embed([image]))) < 1e-2
+    assert off(torch.from_numpy(found), torch.from_numpy(ours.embed([image]))) < 5e-4
 
 
 def test_enlarging_is_exact_and_reducing_is_pillows(run: Path, photographs: list[np.ndarray]) -> None:

@@ -268,6 +268,10 @@ def test_a_compiler_that_fails_is_done_without(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setenv("SIMSIAM_CACHE", str(damaged.parent))
         assert found() and damaged.stat().st_size == library.stat().st_size, "it is made anew"
         shutil.rmtree(damaged.parent)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("SIMSIAM_CACHE", ".")
+        before = library.stat()
+        assert found() and library.stat().st_ino == before.st_ino, "found where it is, and not made anew"
         monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path))
         false = tmp_path / "false"
         false.write_text("#!/bin/sh\nexit 1\n")

@@ -71,6 +71,7 @@ def test_every_figure_is_of_what_the_method_gave(
     (h, z), (_, other) = ([torch.cat(parts) for parts in zip(*method.given[side::2], strict=True)] for side in range(2))
     assert len(z) == len(other) == 24 and not torch.allclose(z, other)
     assert figures == {
+        "of": "held out",
         "std_z": float(normalised_std(z)),
         "std_features": float(normalised_std(h)),
         "effective_rank": effective_rank(z),
@@ -127,12 +128,13 @@ def test_few_held_out_images_are_not_watched(
     train, others = parts[0], parts[1][:held_out]
     watch = monitor(cache, train, others)
     assert set(watch.sample) == set(others if watched == "held out" else train)
+    assert watch.look(Method())["of"] == watched
 
 
 def test_a_method_that_is_not_finite_has_no_figures(cache: Cache, parts: tuple[np.ndarray, np.ndarray]) -> None:
     method = Method()
     method.head[:] = torch.nan
-    assert monitor(cache, *parts).look(method) == {}
+    assert monitor(cache, *parts).look(method) == {"of": "held out"}
 
 
 def test_a_draw_is_some_of_the_rows_in_their_order() -> None:

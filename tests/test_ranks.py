@@ -19,10 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from simsiam import methods, ranks
+from simsiam.config import UserError
+from simsiam.data.cache import build_cache
+from simsiam.data.sources import open_images
 from simsiam.encoders import EncoderSpec, build
 from simsiam.methods import barlow, simclr, swav
 from simsiam.runs import ENVIRONMENT, Checkpoints, read_json, read_metrics
-from simsiam.train import hook
+from simsiam.train import _check_alike, hook
 
 RANKS = 2
 BATCH, IMAGES, STEPS = 8, 16, 4
@@ -246,3 +249,16 @@ def test_a_batch_that_cannot_be_shared_is_refused(photos: Path, tmp_path: Path) 
     refused = run(torchrun("train", photos, "-o", tmp_path / "run", "--epochs", 1, *TINY, "train.batch_size=9"))
     assert refused.returncode != 0 and "must be a multiple" in refused.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_read_other_images_do_not_train(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails for one of them alone."""
+    cache = build_cache(open_images(photos), 16, tmp_path)
+    _check_alike(cache)
+    usable = cache.usable(np.arange(len(cache)))
+    assert not usable.all()
+    monkeypatch.setattr(ranks, "same", lambda value: ~value())
+    with pytest.raises(UserError, match="Not every process could read the same images"):
+        _check_alike(cache)

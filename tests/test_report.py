@@ -307,3 +307,36 @@ def test_importing_the_report_is_light() -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "samples/views.npy",
+        "samples/untrained.npy",
+        *(f"samples/embedding/{n}" for n in ("vectors.npy", "items.parquet")),
+    ],
+)
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, name: str, left: int) -> None:
+    run = make_run(tmp_path / "run", items=24, steps=40)
+    (run / name).write_bytes((run / name).read_bytes()[:left])
+    with pytest.raises(
+        UserError, match=f"Cannot read .*{re.escape(Path(name).name)}: .*Delete it to do without"
+    ) as said:
+        write_report(run)
+    assert "\n" not in str(said.value)
+    (run / name).unlink()
+    write_report(run)
+
+
+def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", items=24, steps=40)
+    (run / "config.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"Cannot read .*config\.toml"):
+        write_report(run)
+
+
+def test_a_path_in_any_script_stays_readable(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "été 写真", items=24, steps=40)
+    assert "été 写真&#34;)" in write_report(run).read_text(encoding="utf-8")

@@ -128,6 +128,22 @@ def test_a_mistake_before_the_first_run_does_not_claim_the_folder(photos: Path, 
             reproduce.run("stop-gradient", photos, tmp_path / "out", epochs=wrong)
 
 
+def test_a_batch_that_the_images_do_not_fill_is_refused(photos: Path, tmp_path: Path) -> None:
+    """It would be cut, and stand beside the figure that is published for another."""
+    with pytest.raises(UserError, match=r"batches of 1,024 images and needs 4,096 to train on: .* has \d+\.$"):
+        reproduce.run("batch-size", photos, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_diverged_does_not_count_as_measured() -> None:
+    figures = {"knn": 60.0, "std": 1.0, "effective_rank": 9.0, "loss": -0.9, "verdict": "healthy"}
+    lost = {**dict.fromkeys(figures), "linear": None, "verdict": "diverged"}
+    row = reproduce._row(reproduce.Variant("one", 68.1), [{**figures, "linear": 70.0}, lost])
+    assert (row["linear"], row["linear_n"], row["n"], row["linear_std"]) == (70.0, 1, 2, None)
+    result = {"title": "t", "source": "s", "scale": "thin", "data": "demo", "epochs": 1.0, "seeds": 2, "rows": [row]}
+    assert "| 70.0 (n = 1) |" in reproduce.markdown({**result, **reproduce.compare([row])})
+
+
 def test_mistakes_are_one_line() -> None:
     with pytest.raises(UserError, match="Did you mean 'stop-gradient'"):
         reproduce.run("stop-gradeint")

@@ -93,7 +93,18 @@ def test_the_index_finds_vectors_of_any_length(tmp_path: Path, scale: float) -> 
         *(search(folder, ["image-3", "image-9"], k=1, index=way) for way in (True, False)), strict=True
     ):
         assert near["neighbours"][0]["id"] == exact["neighbours"][0]["id"]
-        assert near["neighbours"][0]["score"] == pytest.approx(exact["neighbours"][0]["score"], abs=2e-3)
+        assert near["neighbours"][0]["score"] == pytest.approx(exact["neighbours"][0]["score"], abs=2e-6)
+
+
+def test_a_score_means_the_same_through_the_index(tmp_path: Path) -> None:
+    """A vector of zeros is like nothing, float16 or not."""
+    vectors = np.random.default_rng(0).normal(size=(300, 16))
+    vectors[:50] = 0
+    folder = made(tmp_path / "vectors", vectors)
+    near, exact = (search(folder, ["image-3", "image-99"], k=20, index=way) for way in (True, False))
+    assert {each["score"] for each in near[0]["neighbours"]} == {0.0}
+    scores = [[each["score"] for each in found[1]["neighbours"]] for found in (near, exact)]
+    assert scores[0] == sorted(scores[0], reverse=True) == pytest.approx(scores[1], abs=2e-6)
 
 
 def test_copies_do_not_hide_the_others_from_the_index(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import gzip
 import io
 import json
+import math
 import os
 import shutil
 import struct
@@ -394,6 +395,8 @@ def test_parquet_with_raw_bytes_and_odd_labels(tmp_path: Path) -> None:
 def test_numbers_are_classes_in_their_order() -> None:
     labels, classes = encode_labels([10, 9, 10, "9", None])
     assert classes == ("9", "10") and labels is not None and labels.tolist() == [1, 0, 1, 0, -1]
+    labels, classes = encode_labels([1.0, 0.0, math.inf, 1.0, math.nan, 0.0, -math.inf])
+    assert classes == ("0", "1") and labels is not None and labels.tolist() == [1, 0, -1, 1, -1, 0, -1]
 
 
 def test_images_of_one_name_in_two_archives_are_two() -> None:

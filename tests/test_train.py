@@ -770,16 +770,18 @@ def test_another_method_starts_from_the_encoder_alone(photos: Path, tmp_path: Pa
         simsiam.train(photos, tmp_path / "third", init=init, epochs=1, overrides=["encoder.width=12"])
 
 
-def test_what_was_remembered_of_other_images_is_not_taken_over(photos: Path, tmp_path: Path) -> None:
-    """A moving average over an image's own projections, in a run on as many other images."""
+@pytest.mark.parametrize("more", [0, 7])
+def test_what_was_remembered_of_other_images_is_not_taken_over(photos: Path, tmp_path: Path, more: int) -> None:
+    """A moving average over an image's own projections, in a run on other images, as many or more; all else is."""
     overrides = [*SMALL["overrides"], "method.predictor=false", "method.target_momentum=0.8"]
     simsiam.train(photos, tmp_path / "first", epochs=1, overrides=overrides)
     config = tomllib.loads((tmp_path / "first" / "config.toml").read_text())
     config["train"]["init"] = str(tmp_path / "first")
     theirs = method_tensors(Checkpoints(tmp_path / "first").load("HEALTHY")[0])
     assert theirs["remembered"].any()
-    ours = _initial(read(config), len(theirs["remembered"]), Recorder()).state_dict()
+    ours = _initial(read(config), len(theirs["remembered"]) + more, Recorder()).state_dict()
     assert not ours["remembered"].any() and not ours["memory"].any()
+    assert len(ours["remembered"]) == len(theirs["remembered"]) + more
     assert all(torch.equal(ours[name], value) for name, value in theirs.items() if name not in ("remembered", "memory"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -120,8 +121,12 @@ def evaluate_run(
     except UserError as error:
         if data is not None:
             raise
-        raise UserError(f"{error} If it was moved, name its new place: simsiam evaluate {run} DATA") from None
-    own = data is None or images.fingerprint == meta.get("fingerprint")
+        again = f"simsiam evaluate {shlex.quote(str(run))} DATA"
+        raise UserError(f"{error} If it was moved, name its new place: {again}") from None
+    same = images.fingerprint == meta.get("fingerprint")
+    own = data is None or same
+    if own and not same and meta.get("fingerprint"):  # an imported run tells none
+        listener.say(f"The images of {name} have changed since they were trained on: earlier figures are not kept.")
     cache = build_cache(images, prepare.short_side, workers=workers, progress=listener.decoding)
     train, test = cache.split()
     if len(train) < 2:
@@ -134,11 +139,13 @@ def evaluate_run(
     settings = {} if k is None else {"knn": {"k": k}}
     compared = evaluate.compare(names or evaluate.names(), kinds, seed=seed, settings=settings)
     listener.close()
-    result: dict[str, Any] = {"run": str(run), "data": name, **compared}
+    result: dict[str, Any] = {"run": str(run), "data": name, "fingerprint": images.fingerprint, **compared}
     collapse = compared.get("collapse")
     if collapse is not None:
-        result["collapse"] = _collapse(run, own, collapse)
+        result["collapse"] = _collapse(run, same, collapse)
     before_this = read_json(run / EVALUATION) if own and (run / EVALUATION).exists() else {}
+    if before_this.get("fingerprint", meta.get("fingerprint", images.fingerprint)) != images.fingerprint:
+        before_this = {}
 
     def save() -> bool:
         return own and keep(lambda: write_json(run / EVALUATION, {**before_this, **result}))
@@ -157,11 +164,12 @@ def evaluate_run(
     return {**result, "file": str(run / EVALUATION) if kept else None}
 
 
-def _collapse(run: Path, own: bool, features: dict[str, Any]) -> dict[str, Any]:
-    """The features' figures, and where the run's own summary tells it, the verdict on z: that is what training judges."""
+def _collapse(run: Path, same: bool, features: dict[str, Any]) -> dict[str, Any]:
+    """The features' figures, and where the run's own summary tells it of the same images, the verdict on z: that is what
+    training judges."""
     plain = {key: value["trained"] if isinstance(value, dict) else value for key, value in features.items()}
     found = {key: plain[key] for key in ("std", "effective_rank", "most_rank", "verdict", "dim", "rows")}
-    summary = read_json(run / SUMMARY) if own and (run / SUMMARY).exists() else {}
+    summary = read_json(run / SUMMARY) if same and (run / SUMMARY).exists() else {}
     if summary.get("verdict") is not None:  # None: a run that was imported
         found |= {"std_features": found["std"], "effective_rank_features": found["effective_rank"]}
         found |= {key: summary.get(key) for key in ("std", "effective_rank", "most_rank", "verdict", "dim")}

@@ -37,6 +37,7 @@ Run = Annotated[
 Embedded = Annotated[
     Path, typer.Argument(metavar="DIR", help="A folder that `simsiam embed` wrote.", show_default=False)
 ]
+_CTRL_C = 130
 _DATA = (
     "A folder of images (any depth, any mix), a Parquet file or folder, a tar, a zip, a shard pattern like "
     "'shard-{000..009}.tar', or a torchvision data set's name."
@@ -129,12 +130,15 @@ def train(
         precision=None if precision is None else precision.value,
         on_collapse=None if on_collapse is None else on_collapse.value,
     )
+    from simsiam.runs import REPORT, keep
     from simsiam.show.report import write_report
 
     if not launched():
-        page = write_report(Path(summary["run"]))
+        run = Path(summary["run"])
+        reported = keep(lambda: write_report(run))
         tables.training(console, summary)
-        console.say(f"Report   {page}")
+        if reported:
+            console.say(f"Report   {run / REPORT}")
         place, images = shlex.quote(summary["run"]), shlex.quote(summary["data"])
         console.say(f"Next     simsiam evaluate {place}")
         console.say(f"         simsiam embed {place} {images} -o DIR")
@@ -515,7 +519,10 @@ def version(
 def main() -> None:
     """Runs the command line. Exit status: 0 done, 2 the user's mistake, 1 anything else."""
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if status == _CTRL_C:  # typer keeps KeyboardInterrupt to itself
+            raise KeyboardInterrupt
+        sys.exit(status)
     except UserError as error:
         _last_line(f"Error in process {launched()}: {error}" if launched() else f"Error: {error}")
         sys.exit(2)

@@ -175,8 +175,9 @@ class Guard:
         self._recent.append(verdict)
         while len(self._recent) > self.patience:
             self._recent.popleft()
-        names = {recent.name for recent in self._recent}
         immediate = verdict.name in ("healthy", "diverged")
-        if immediate or (len(self._recent) == self.patience and len(names) == 1):
+        if immediate or (
+            len(self._recent) == self.patience and all(recent.name != "healthy" for recent in self._recent)
+        ):
             self.verdict = verdict
         return self.verdict

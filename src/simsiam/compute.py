@@ -60,8 +60,9 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        if len(reason) > 100:  # a list of every kind that torch knows
-            reason = "torch knows no such device"
+        if len(reason) > 100:  # a list of every kind that torch knows, or of what a driver would need
+            known = name.partition(":")[0] in ("cuda", "mps")
+            reason = "torch finds none on this machine" if known else "torch knows no such device"
         raise UserError(f"Device {name!r} cannot be used ({reason}). Try --device cpu.") from None
     return device
 
@@ -205,8 +206,10 @@ def _keep_memory() -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 1 << 30)
-        mallopt(trim_threshold, (1 << 31) - 1)
+        # An older glibc refuses more than 32 MiB. Where it takes neither, the other is left alone, too: either one ends
+        # its own adapting, and then every block above 128 kB would be paged in anew.
+        if mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 32 << 20):
+            mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def probe_precision(device: torch.device, step: Callable[[Compute], None]) -> tuple[Literal["bf16", "fp32"], str]:

@@ -181,7 +181,7 @@ class Console(Listener):
             parts.append(f"effective rank {figures['effective_rank']:.0f}")
             parts.append(f"own second view found {figures['retrieval']:.0f} %")
         parts.append(figures["verdict"])
-        self.screen.print("[dim]  held out: " + "  ".join(parts) + "[/]", soft_wrap=True)
+        self.screen.print(f"[dim]  {figures.get('of', 'held out')}: " + "  ".join(parts) + "[/]", soft_wrap=True)
 
     def say(self, text: str) -> None:
         self.screen.print(visible(text), soft_wrap=True, markup=False)
@@ -219,8 +219,12 @@ class Console(Listener):
     def show_warnings(self) -> None:
         """From now on a warning is one line here, not Python's two with a source line."""
 
+        said: set[str] = set()
+
         def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
             line = f"Warning: {message}".replace("\n", " ")
-            self.screen.print(visible(line), soft_wrap=True, markup=False, style="yellow")
+            if line not in said:  # the viewer lists a folder more than once
+                said.add(line)
+                self.screen.print(visible(line), soft_wrap=True, markup=False, style="yellow")
 
         warnings.showwarning = show

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -199,7 +200,9 @@ def read_encoder(run: Path) -> tuple[Encoder, Preprocessing, dict[str, Any]]:
     description, weights = run / f"{ENCODER}.json", run / f"{ENCODER}.safetensors"
     if not description.exists():
         begun = (run / RECIPE).exists()
-        resume = f" Its training has not finished: `simsiam train --resume -o {run}`." if begun else ""
+        resume = (
+            f" Its training has not finished: `simsiam train --resume -o {shlex.quote(str(run))}`." if begun else ""
+        )
         raise UserError(f"{run} holds no trained encoder.{resume or ' Name a folder that `simsiam train` wrote.'}")
     meta = read_json(description)
     try:
@@ -365,8 +368,7 @@ def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
     if array.dtype != np.uint8 or not array.size or not (coloured or array.ndim == 2):
         turn = " Turn it: .transpose(1, 2, 0)." if array.ndim == 3 and array.shape[0] in (1, 3) and not coloured else ""
         scale = " Give values from 0 to 255 as uint8." if array.dtype.kind == "f" else ""
-        raise UserError(
-            f"An image is a path, a PIL image or a uint8 array [H,W,3]; this is {array.dtype} {list(array.shape)}."
-            f"{turn}{scale}"
-        )
+        what = f"{array.dtype} {list(array.shape)}" if hasattr(image, "shape") else type(image).__name__
+        what += ": open it with PIL" if isinstance(image, bytes) else ""
+        raise UserError(f"An image is a path, a PIL image or a uint8 array [H,W,3]; this is {what}.{turn}{scale}")
     return decode(Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array), short_side)

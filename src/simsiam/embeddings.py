@@ -44,7 +44,7 @@ def embed_to(
 
     encoder = ImageEncoder(os.fspath(run), device).open()
     out = Path(out)
-    known = _known(out, encoder.meta_["sha256"])
+    known = _known(out, encoder.meta_)
     images = open_images(data)
     make_writable(out)  # or say so now, not after hours of embedding
     try:
@@ -117,7 +117,7 @@ def write_embedding(
         left.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Embeddings:
     """A folder that `embed_to` wrote."""
 
@@ -135,6 +135,9 @@ class Embeddings:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def __repr__(self) -> str:
+        return f"Embeddings({str(self.folder)!r}: {' x '.join(map(str, self.vectors.shape))})"
+
     @property
     def ids(self) -> list[str]:
         return self.items["id"]
@@ -151,8 +154,11 @@ class Embeddings:
                 f"The run that made {self.folder} is gone from {run}: put it back, or search by stored ids."
             )
         encoder = ImageEncoder(os.fspath(run), device).open()
-        if encoder.meta_["sha256"] != self.meta.get("encoder"):
-            raise UserError(f"{run} has other weights than those that made {self.folder}: run `simsiam embed` again.")
+        if _made_by(encoder.meta_) != _made_by(self.meta, "encoder"):
+            raise UserError(
+                f"{run} has other weights or other preprocessing than what made {self.folder}: "
+                "run `simsiam embed` again."
+            )
         return encoder
 
     def images(self) -> tuple[Cache, NDArray[np.int64]]:
@@ -210,15 +216,20 @@ def _written(folder: Path) -> tuple[int, ...] | None:
     return found.st_mtime_ns, found.st_ino, found.st_size
 
 
-def _known(out: Path, sha256: str) -> dict[str, NDArray[np.float32]]:
-    """Pixels' hash -> vector of what this encoder has embedded into `out` before."""
+def _made_by(meta: dict[str, Any], sha256: str = "sha256") -> tuple[Any, Any]:
+    """What two vectors must agree in to be compared: weights and preprocessing."""
+    return meta.get(sha256), meta.get("preprocessing")
+
+
+def _known(out: Path, encoder: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
+    """Pixels' hash -> vector of what this encoder, of this `encoder.json`, has embedded into `out` before."""
     if not out.exists() or (out.is_dir() and _unfinished(out) == {*out.iterdir()}):
         return {}
     if not (out / META).exists() and not (out / VECTORS).exists():
         raise UserError(f"{out} holds something other than embeddings: choose another -o.")
     if not (out / META).exists():  # a killed write
         return {}
-    if read_json(out / META).get("encoder") != sha256:
+    if _made_by(read_json(out / META), "encoder") != _made_by(encoder):
         raise UserError(f"{out} holds embeddings of another encoder: choose another -o, or delete it.")
     try:
         stored = read_embeddings(out, ["pixels"])

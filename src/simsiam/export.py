@@ -22,7 +22,7 @@ from simsiam.data.decode import MAX_ASPECT
 from simsiam.data.views import normalise
 from simsiam.embed import Preprocessing, read_encoder
 from simsiam.encoders import OURS, Encoder, ResNet, build, timm_options, torchvision_options
-from simsiam.runs import ENCODER, atomic, read_tensors, write_tensors
+from simsiam.runs import ENCODER, atomic, make_writable, read_tensors, write_tensors
 
 TARGETS = ("torchvision", "timm", "onnx", "safetensors")
 TOLERANCE = 1e-4
@@ -77,6 +77,7 @@ def export(
         target = _state_dict(to, encoder, prepare)
         name += f"-{to}.pth"
     path = _place(run / "export" if out is None else Path(out), name)
+    make_writable(path.parent)
 
     side = prepare.short_side
     draws = torch.Generator().manual_seed(0)

@@ -316,7 +316,7 @@ def _build(compiler: str) -> Path:
     processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
     told = "\n".join([_SOURCE.read_text(encoding="utf-8"), compiler, *_FLAGS, *processor])
     key = hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
-    built = cache_folder() / f"kernels-{key}.so"
+    built = cache_folder().resolve() / f"kernels-{key}.so"  # a mere name would be sought among the system's libraries
     with _building:
         if not built.exists():
             with atomic(built) as part:

@@ -44,7 +44,9 @@ class Monitor:
     ) -> None:
         self.cache, self.views, self.prepare, self.compute = cache, views, prepare, compute
         # A set too small to hold any out is watched on what it trains on: better than blind.
-        parts = draw(held_out if len(held_out) >= 16 else train, SAMPLE), draw(train, _BANK), draw(held_out, _QUERIES)
+        enough = len(held_out) >= 16
+        self.of = "held out" if enough else "trained on"
+        parts = draw(held_out if enough else train, SAMPLE), draw(train, _BANK), draw(held_out, _QUERIES)
         labels = cache.labels
         asked = parts if labels is not None else parts[:1]
         cache.usable(np.concatenate(asked), progress)
@@ -52,7 +54,8 @@ class Monitor:
         self.labelled = labels is not None and len(self.queries) > 0 and bool((labels[self.queries] >= 0).any())
 
     def look(self, method: nn.Module, knn: bool = True) -> dict[str, Any]:
-        """Figures of the method as it stands, none where its output is not finite; its mode is put back.
+        """Figures of the method as it stands, none where its output is not finite, and of which images they are ("of"); its
+        mode is put back.
 
         Draws nothing from the training's random numbers.
         """
@@ -62,7 +65,7 @@ class Monitor:
         if figures and self.labelled and knn:
             figures["knn"] = self.knn(method.encoder)  # type: ignore[arg-type]
         method.train(training)
-        return figures
+        return {**figures, "of": self.of}
 
     def baselines(self, untrained: Callable[[], nn.Module]) -> dict[str, float]:
         """kNN accuracy on this sample of the untrained encoder and of raw pixels: what training has to beat."""

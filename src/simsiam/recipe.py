@@ -391,12 +391,17 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
             )
     encoder.setdefault("size", use["size"])
     batch = train.setdefault("batch_size", 256)
-    if isinstance(batch, int) and batch > facts.images // 4:
-        train["batch_size"] = min(batch, 2 ** int(math.log2(max(2, facts.images // 4))))
+    if isinstance(batch, int) and batch > largest_batch(facts.images):
+        train["batch_size"] = min(batch, 2 ** int(math.log2(max(2, largest_batch(facts.images)))))
         why = [reason for reason in why if reason[0] != "train.batch_size"]
         why.append(("train.batch_size", str(train["batch_size"]), f"there are only {facts.images:,} images"))
     full = {**table, "views": views, "eval": use, "train": train, "encoder": encoder}
     return read(full), why
+
+
+def largest_batch(images: int) -> int:
+    """Of so many training images: an epoch has four steps at least."""
+    return images // 4
 
 
 def _base(encoder: Any, facts: Facts, images: str) -> tuple[str, str]:

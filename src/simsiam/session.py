@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import signal
 import threading
 import time
@@ -109,7 +110,7 @@ class Session:
         if self.step == 0 and ranks.main():
             self.look(self.monitor.baselines(untrained))
             self.save()
-        self._flushed = self._looked = self._saved = time.perf_counter()
+        self._flushed = self._looked = self._saved = self._kept = time.perf_counter()
 
     def stepped(self, loss: Tensor, std: Tensor, took: float) -> None:
         """Counts a step, which took so many seconds; nothing here waits for the device."""
@@ -169,12 +170,16 @@ class Session:
             pause = 0.0
         elif not suspicious(std, self.loader.batch_size // ranks.count()):
             pause = max(pause, (whole or math.inf) / _LOOKS)
-        if self.verdict.name != before or (now - self._looked >= pause and not self.over):
+        looks = self.verdict.name != before or (now - self._looked >= pause and not self.over)
+        if looks:
             self.look()
             self._looked = time.perf_counter()
-        if now - self._saved >= self.recipe.train.checkpoint_seconds:
+        every = self.recipe.train.checkpoint_seconds
+        keep = looks and now - self._kept >= every and self._sound
+        if keep or now - self._saved >= every:
             self.save()
             self._saved = time.perf_counter()
+            self._kept = self._saved if keep else self._kept
         self._flushed = time.perf_counter()
         self.seconds = self._flushed - self._origin
 
@@ -199,6 +204,13 @@ class Session:
         return batches if batches.name != "healthy" else held_out
 
     @property
+    def _sound(self) -> bool:
+        """Whether the weights of this very step were looked at, and neither that look nor the batches so far were bad."""
+        return (
+            self.looked_at == self.step and self.verdict.name == "healthy" and not any(g.suspects for g in self.guards)
+        )
+
+    @property
     def guard_stops(self) -> bool:
         """Whether the verdict ends the run."""
         return self.verdict.name != "healthy" and self.recipe.train.on_collapse == "stop"
@@ -214,7 +226,8 @@ class Session:
                     self.board.add_scalar(f"{kind}/{key}", value, self.step)
 
     def save(self) -> None:
-        """A checkpoint of all that the next step depends on, under `HEALTHY` too where the weights are."""
+        """A checkpoint of all that the next step depends on, under `HEALTHY` too where a look has found the weights so:
+        directions can vanish between two looks while the std of the batches stays what it was."""
         tensors = {f"method.{name}": value for name, value in self.method.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": v for key, v in state.items() if isinstance(v, Tensor)}
@@ -227,7 +240,7 @@ class Session:
             "verdicts": [asdict(guard.verdict) for guard in self.guards],
         }
         # The loss is from before the last step: weights that this step destroyed would pass for healthy.
-        healthy = self.verdict.name == "healthy" and all(bool(value.isfinite().all()) for value in tensors.values())
+        healthy = self._sound and all(bool(value.isfinite().all()) for value in tensors.values())
         self.checkpoints.save(self.step, tensors, state, healthy=healthy)
 
     def saved_step(self) -> int:
@@ -260,7 +273,7 @@ def images_changed(data: str, run: Path) -> UserError:
     """What to say where a run cannot be resumed on the images that are there."""
     return UserError(
         f"The images of {data} have changed since {run} began: bring them back, "
-        f"or start a new run from its weights: --init {run}."
+        f"or start a new run from its weights: --init {shlex.quote(str(run))}."
     )
 
 

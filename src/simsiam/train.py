@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -133,9 +134,8 @@ def _train(
         if (run / SUMMARY).exists():
             summary = read_json(run / SUMMARY)
             if "imported" in summary:
-                raise UserError(
-                    f"{run} was imported and not trained here. Start from it: simsiam train DATA --init {run}"
-                )
+                again = f"simsiam train DATA --init {shlex.quote(str(run))}"
+                raise UserError(f"{run} was imported and not trained here. Start from it: {again}")
             listener.say(f"{run} is finished: nothing is left to resume.")
             return {**summary, "run": str(run)}  # it may have been moved
         ranks.same(lambda: claim(run).release())  # whoever waits for another's run learns it before the images are read
@@ -152,7 +152,7 @@ def _train(
         if not resume or data is not None:
             raise
         raise UserError(
-            f"{error} If it was moved, name its new place: simsiam train DATA --resume -o {given}"
+            f"{error} If it was moved, name its new place: simsiam train DATA --resume -o {shlex.quote(str(given))}"
         ) from None
     rows, held_out = images.split()
     facts = look_at(images, rows, where.type)
@@ -165,6 +165,7 @@ def _train(
     # reading them in another order than the files' takes many times as long.
     if ranks.several() or images.in_order or hasattr(methods.get(plan.method).Method, "before_training"):
         cache = ranks.first(lambda: build_cache(images, plan.short_side, workers=workers, progress=listener.decoding))
+        _check_alike(cache)
     else:
         cache = open_cache(images, plan.short_side, workers=workers)
 
@@ -271,7 +272,7 @@ def _go_on(s: Session) -> str:
 
 
 def _sweep(s: Session, stopped: list[str]) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Views of every image, once, before the first step. A signal ends it: there is nothing to save yet."""
+    """Views of the images, in whole batches, before the first step. A signal ends it: there is nothing to save yet."""
     settings = s.recipe.views.each()[:2]
     for number, batch in enumerate(s.loader.epoch(0)):
         s.agree(stopped)
@@ -283,8 +284,9 @@ def _sweep(s: Session, stopped: list[str]) -> Iterator[tuple[list[Tensor], Tenso
         yield list(views), batch.index
 
 
+@torch.no_grad()
 def hook(method: torch.nn.Module, name: str, *arguments: Any) -> None:
-    """Calls an optional part of the method's contract."""
+    """Calls an optional part of the method's contract, without gradient."""
     part = getattr(method, name, None)
     if part is not None:
         part(*arguments)
@@ -325,6 +327,16 @@ def _check_parts(batch_size: int) -> None:
         )
 
 
+def _check_alike(cache: Cache) -> None:
+    """Raises UserError where a process could not read what another could: their batches would not be parts of one."""
+    usable = cache.usable(np.arange(len(cache)))
+    _, (differs,) = ranks.agree(0.0, not np.array_equal(usable, ranks.same(lambda: usable)))
+    if differs:
+        raise UserError(
+            "Not every process could read the same images: a disk or a network failed in between. Try again."
+        )
+
+
 def _initial(plan: Recipe, images: int, listener: Listener) -> torch.nn.Module:
     """The method before its first step, with the weights of the run `train.init`, where that is set.
 
@@ -343,10 +355,13 @@ def _initial(plan: Recipe, images: int, listener: Listener) -> torch.nn.Module:
     except RuntimeError:
         raise UserError(f"The encoder of {run} is no {plan.encoder.name} as it is asked for here.") from None
     method = build_method(plan, images, encoder)
-    fits = {key: value.shape for key, value in theirs.items()} == {k: v.shape for k, v in method.state_dict().items()}
+    ours, trained = method.state_dict(), dict(method.named_parameters())
+    # A queue may be of another length, and what was remembered of each image is of other images.
+    alike = {name for name, value in ours.items() if name in theirs and theirs[name].shape == value.shape}
+    fits = theirs.keys() == ours.keys() and alike >= trained.keys()
     if fits:
-        method.load_state_dict(theirs)
-        hook(method, "allocate", images)  # what it remembered of each image was of that run's
+        method.load_state_dict({**ours, **{name: theirs[name] for name in alike}})
+        hook(method, "allocate", images)
     what = "all weights" if fits else "the encoder (not the heads: they are of another method or other widths)"
     listener.say(f"Starts from {what} of {run}.")
     return method

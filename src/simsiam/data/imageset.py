@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -189,7 +190,10 @@ def encode(
 
 
 def _unknown(value: Any) -> bool:
-    return value is None or value in ("", "-1") or bool(value != value) or (isinstance(value, int) and value < 0)
+    real = isinstance(value, float) and not math.isfinite(value)
+    return (
+        value is None or value in ("", "-1") or real or bool(value != value) or (isinstance(value, int) and value < 0)
+    )
 
 
 def _whole(value: Any) -> int | None:

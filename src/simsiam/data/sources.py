@@ -6,6 +6,7 @@ import glob
 import itertools
 import os
 import re
+import shlex
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -42,7 +43,9 @@ def open_images(data: str | Path | None = None) -> ImageSet:
     if not text.strip():
         raise UserError("The name of the data is empty. Name a folder that holds images.")
     if os.path.isfile(path / RECIPE) and os.path.isfile(path / METRICS):  # False where it may not be read
-        raise UserError(f"{data} is a run, not images. To start from its weights: simsiam train DATA --init {data}.")
+        raise UserError(
+            f"{data} is a run, not images. To start from its weights: simsiam train DATA --init {shlex.quote(str(data))}."
+        )
     if path.is_dir():
         return _from_files(path.resolve().name, str(path.resolve()), _walk(path), str(data))
     if path.is_file():

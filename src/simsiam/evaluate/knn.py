@@ -7,6 +7,7 @@ class has fewer than 1,000 images, 200 neighbours would reach far into the other
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -30,7 +31,10 @@ def score(features: Features, *, seed: int = 0, k: int | None = None, T: float =
     """Top-1 accuracy; k is `usual_k` where it is None. Nothing is drawn, so the seed is not used."""
     data = features.labelled()
     assert data is not None and data.train_labels is not None and data.test_labels is not None
-    k = usual_k(data.train_labels) if k is None else k
+    if k is None:
+        k = usual_k(data.train_labels)
+    elif k > len(data.train):
+        warnings.warn(f"k is {k}, but there are {len(data.train):,} labelled training images: all vote.", stacklevel=2)
     value = accuracy(data.train, data.train_labels, data.test, data.test_labels, k, T)
     rows = {"train": len(data.train), "test": len(data.test)}
     return {"value": round(value, 2), "k": min(k, len(data.train)), "T": T, **rows}

@@ -15,11 +15,11 @@ they come from. The contract, which tests/test_methods.py checks for every file:
     forward(views, index) -> (loss, stats)   views: list of float [B,3,h,w]; index: int64 [B], the images' positions;
                                              loss: float32 scalar; stats: detached scalars, "std" among them
     embed(x) -> (h, z)                       features and projection, for monitors
-  and, where a method needs it:
+  and, where a method needs it, the hooks without gradient:
     param_groups() -> list                   torch parameter groups; "fixed_lr": True keeps the initial learning rate,
                                              "lr_scale" multiplies it
     allocate(images)                         makes buffers for what it remembers of each image
-    before_training(batches)                 once, with (views, index) of the whole set; no gradient, autocast is on
+    before_training(batches)                 once, with (views, index) of the images in whole batches; autocast is on
     before_epoch(epoch)                      at the start of each epoch
     fixed                                    False until every step does the same operations (`Siamese.fixed`)
     sync_bn = False                          BN's statistics stay each process's own, where several share a run

@@ -113,7 +113,6 @@ class Method(Siamese):
         clusters = min(settings.prototypes, images)
         self.register_buffer("prototypes", torch.zeros(settings.heads, clusters, settings.dim))
 
-    @torch.no_grad()
     def before_training(self, batches: Iterable[tuple[list[Tensor], Tensor]]) -> None:
         """Fills the memory: one pass over the data."""
         for views, index in batches:

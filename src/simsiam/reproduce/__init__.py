@@ -30,6 +30,8 @@ from simsiam import methods
 from simsiam.assess import evaluate_run
 from simsiam.config import Table, UserError, counted, did_you_mean, merge, read_recipe
 from simsiam.console import Listener
+from simsiam.data.sources import open_images
+from simsiam.recipe import largest_batch
 from simsiam.runs import EVALUATION, RECIPE, SUMMARY, read_json, read_metrics, write_json, write_text
 from simsiam.train import train
 
@@ -136,6 +138,7 @@ def run(
     data = "demo" if data is None else str(data)
     epochs = _EPOCHS[scale] if epochs is None else epochs
     folder = Path(out or f"runs/reproduce-{name}-{scale}")
+    _check_batches(experiment, data)
     _same_settings(folder, {"experiment": name, "scale": scale, "data": data, "epochs": epochs})
     total, number = len(experiment.variants) * seeds, 0
     rows = []
@@ -155,6 +158,17 @@ def run(
     write_text(folder / "table.md", markdown(result))
     _draw_curves(folder, experiment.variants)
     return {**result, "folder": str(folder)}
+
+
+def _check_batches(experiment: Experiment, data: str) -> None:
+    """Raises UserError where the images are too few for a batch of the table: training would take a smaller one."""
+    asked = [variant.settings.get("train", {}).get("batch_size", 0) for variant in experiment.variants]
+    images = len(open_images(data).split()[0]) if any(asked) else 0
+    if max(asked, default=0) > largest_batch(images):
+        raise UserError(
+            f"{experiment.name} has batches of {max(asked):,} images and needs {4 * max(asked):,} to train on: "
+            f"{data} has {images:,}."
+        )
 
 
 def _same_settings(folder: Path, settings: Table) -> None:
@@ -222,6 +236,7 @@ def _row(variant: Variant, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         values = [each[key] for each in runs if each[key] is not None]
         row[key] = round(statistics.mean(values), 4) if values else None
         row[f"{key}_std"] = round(statistics.stdev(values), 4) if len(values) > 1 else None
+        row[f"{key}_n"] = len(values)
     row |= {"n": len(runs), "verdicts": [each["verdict"] for each in runs], "runs": list(runs)}
     failed = [each["verdict"] != "healthy" for each in runs]
     row["verdict_agrees"] = (
@@ -259,7 +274,8 @@ def markdown(result: dict[str, Any]) -> str:
         if row[key] is None:
             return "–"
         spread = row[f"{key}_std"]
-        return f"{row[key]:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
+        fewer = f" (n = {row[f'{key}_n']})" if row[f"{key}_n"] < row["n"] else ""  # what diverged has no figures
+        return f"{row[key]:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "") + fewer
 
     lines = [
         f"# {result['title']} ({result['source']})",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import io
+import json
 import math
 import shlex
 import tomllib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -135,7 +137,8 @@ def _bundle() -> str:
 
 def _content(run: Path) -> Table:
     summary, environment, evaluation = (_json(run / name) for name in (SUMMARY, ENVIRONMENT, EVALUATION))
-    recipe = (run / RECIPE).read_text(encoding="utf-8") if (run / RECIPE).exists() else ""
+    with _readable(run / RECIPE):
+        recipe = (run / RECIPE).read_text(encoding="utf-8") if (run / RECIPE).exists() else ""
     config = _toml(run / RECIPE, recipe)
     metrics = read_metrics(run)
     sample = _read_sample(run)
@@ -151,6 +154,7 @@ def _content(run: Path) -> Table:
         "title": Path(data).name or data if data else run.resolve().name,
         "run": str(run),
         "quoted_run": shlex.quote(str(run)),
+        "literal_run": json.dumps(str(run), ensure_ascii=False),
         "tone": tone,
         "word": word,
         "sentences": _sentences(facts, figures["knn"]),
@@ -312,7 +316,9 @@ def _curves(facts: Table, metrics: Sequence[Table]) -> list[Table]:
 
     def points(kind: str, key: str) -> list[tuple[float, float]]:
         lines = [line for line in metrics if line.get("kind") == kind]
-        return [(line["step"] * per_step, float(line[key])) for line in lines if _finite(line.get(key))]
+        return [
+            (line["step"] * per_step, float(line[key])) for line in lines if _finite(line.get(key), line.get("step"))
+        ]
 
     # The curve stands on a smaller sample than the table, so it brings its own baselines, in its first line.
     first = next((line for line in metrics if line.get("kind") == "monitor" and line.get("step") == 0), {})
@@ -330,8 +336,9 @@ def _curves(facts: Table, metrics: Sequence[Table]) -> list[Table]:
          "at 0 they all get the same one.", {"healthy 1": 1.0, "collapsed 0": 0.0}, True),
         ("monitor", "effective_rank", "Effective rank", "How many independent directions the embeddings use. "
          "It should settle well above a handful; a fall to a few is partial collapse, unseen by the spread.", {}, True),
-        ("monitor", "knn", "kNN accuracy (%)", "How often the nearest neighbours name the right class, on a sample: lower "
-         "than above, as fewer images vote. Training has paid off where it is over both dashed lines.", baselines, False),
+        ("monitor", "knn", "kNN accuracy (%)", "How often the nearest neighbours name the right class, on a sample: where "
+         "there are more images, more vote above, and better. Training has paid off where it is over both dashed lines.",
+         baselines, False),
         ("monitor", "retrieval", "Second view found (%)", "How often an image's other view is its nearest neighbour "
          "among many. It needs no labels; higher is better.", {}, False),
         ("train", "lr", "Learning rate", "The size of the steps: the schedule that was followed.", {}, True),
@@ -355,7 +362,8 @@ def _views(run: Path) -> Table | None:
     path = run / "samples" / "views.npy"
     if not path.exists():
         return None
-    views = np.load(path, allow_pickle=False)[:VIEWS]
+    with _readable(path):
+        views = np.load(path, allow_pickle=False)[:VIEWS]
     return {"rows": [[_data_uri(picture) for picture in row] for row in views], "small": max(views.shape[2:4]) <= 64}
 
 
@@ -365,11 +373,15 @@ def _read_sample(run: Path) -> Sample | None:
         return None
     import pyarrow.parquet as pq
 
-    items = pq.read_table(folder / "items.parquet").to_pydict()
-    vectors = np.load(folder / "vectors.npy", allow_pickle=False, mmap_mode="r")
-    thumbnails = np.load(folder / "thumbnails.npy", allow_pickle=False, mmap_mode="r")
+    def array(path: Path) -> NDArray[Any]:
+        with _readable(path):
+            return np.load(path, allow_pickle=False, mmap_mode="r")
+
+    with _readable(folder / "items.parquet"):
+        items = pq.read_table(folder / "items.parquet").to_pydict()
+    vectors, thumbnails = array(folder / "vectors.npy"), array(folder / "thumbnails.npy")
     path = run / "samples" / "untrained.npy"
-    untrained = np.load(path, allow_pickle=False, mmap_mode="r") if path.exists() else None
+    untrained = array(path) if path.exists() else None
     count = len(vectors)
     if not len(items["id"]) == len(thumbnails) == count or (untrained is not None and len(untrained) != count):
         warnings.warn(f"The files in {folder} do not belong together: neighbours and map are left out.", stacklevel=2)
@@ -379,6 +391,15 @@ def _read_sample(run: Path) -> Sample | None:
     labels = known if (known >= 0).any() else None
     sample = Sample(vectors, untrained, [str(i) for i in items["id"]], labels, meta.get("classes"), thumbnails)
     return sample.rows(_draw(count, SEARCH_ITEMS))
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raises UserError where the file that is read within is damaged."""
+    try:
+        yield
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"Cannot read {path}: {' '.join(str(error).split())}. Delete it to do without.") from None
 
 
 def _draw(count: int, most: int) -> NDArray[np.int64]:
@@ -487,8 +508,8 @@ def _data_uri(picture: Pixels, quality: int = 80) -> str:
 # ---------------------------------------------------------------- how figures are written
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _finite(*values: Any) -> bool:
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def _nbsp(text: str) -> str:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import json
+import shlex
 import threading
 from collections import defaultdict
 from collections.abc import Callable
@@ -59,7 +60,9 @@ class Viewer:
     def __init__(self, folder: str | Path, device: str = "auto") -> None:
         folder = Path(folder)
         if (folder / RECIPE).exists():
-            raise UserError(f"{folder} is a run. Embed images with it first: simsiam embed {folder} DATA -o DIR.")
+            raise UserError(
+                f"{folder} is a run. Embed images with it first: simsiam embed {shlex.quote(str(folder))} DATA -o DIR."
+            )
         set_threads()
         self.stored, self.device = read_embeddings(folder, ("id", "class", "pixels")), device
         if not len(self.stored):

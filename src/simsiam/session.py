@@ -179,7 +179,8 @@ class Session:
         if keep or now - self._saved >= every:
             self.save()
             self._saved = time.perf_counter()
-            self._kept = self._saved if keep else self._kept
+        if keep:
+            self._kept = self._saved
         self._flushed = time.perf_counter()
         self.seconds = self._flushed - self._origin
 

@@ -412,11 +412,16 @@ def _neighbours(sample: Sample) -> Table:
     k = min(NEIGHBOURS, len(sample.ids) - 1)
     spaces = {"trained": sample.vectors} | ({} if sample.untrained is None else {"untrained": sample.untrained})
     nearest = {name: _nearest(vectors, k) for name, vectors in spaces.items()}
-    agreement = {}
+    agreement, most = {}, np.full(len(sample.ids), k)
     if sample.labels is not None:
-        for name, (_, index) in nearest.items():
-            same = (sample.labels[index] == sample.labels[:, None])[sample.labels >= 0]
-            agreement[name] = 100 * float(same.mean())
+        known = sample.labels >= 0
+        # A class may have fewer images than there are neighbours.
+        most[known] = np.minimum(k, np.bincount(sample.labels[known])[sample.labels[known]] - 1)
+        agreement = {
+            name: 100 * float((sample.labels[index] == sample.labels[:, None])[known].mean())
+            for name, (_, index) in nearest.items()
+        }
+        agreement["most"] = 100 * float(most[known].mean() / k)
     queries = []
     for query in _spread(sample.labels, len(sample.ids)):
         strips = []
@@ -427,7 +432,7 @@ def _neighbours(sample: Sample) -> Table:
             strips.append({"name": name, "items": strip, "hits": hits})
         queries.append({
             "id": sample.ids[query], "class": sample.class_of(query),
-            "image": _data_uri(sample.thumbnails[query]), "strips": strips,
+            "image": _data_uri(sample.thumbnails[query]), "strips": strips, "most": int(most[query]),
         })  # fmt: skip
     return {"k": k, "count": len(sample.ids), "queries": queries, "agreement": agreement}
 

@@ -520,7 +520,7 @@ def main() -> None:
     """Runs the command line. Exit status: 0 done, 2 the user's mistake, 1 anything else."""
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-        if status == _CTRL_C:  # typer keeps KeyboardInterrupt to itself
+        if status == _CTRL_C:  # how typer tells of it
             raise KeyboardInterrupt
         sys.exit(status)
     except UserError as error:
@@ -535,6 +535,9 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         # Of the command line itself: an option that is not there, ... The class is click's, or typer's own copy of it.
+        if type(error).__name__ == "Abort":  # how an older one tells of Ctrl-C
+            _last_line("Interrupted.")
+            sys.exit(1)
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)

@@ -149,6 +149,8 @@ def test_what_cannot_be_is_refused_in_words(server: Server) -> None:
 
 def test_pages_elsewhere_get_nothing(server: Server, photos: Path) -> None:
     assert server.refuses("about", headers={"Host": "elsewhere.example"})[0] == 400  # one whose name points here
+    for host in ("[::1]:8000", "localhost:8000", "127.0.0.1"):
+        assert server.json("about", headers={"Host": host})
     image = (photos / "rings/001.png").read_bytes()
     for origin in ("http://elsewhere.example", "null", "http://127.0.0.1:1"):
         headers = {"Origin": origin}

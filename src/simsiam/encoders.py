@@ -188,8 +188,8 @@ def _from_timm(spec: EncoderSpec) -> nn.Module:
     name = spec.name.removeprefix("timm/")
     if not timm.is_model(name):
         listed = timm.list_models()
-        ours = [] if name != spec.name else [did_you_mean(spec.name, names())]
-        hints = [*ours, did_you_mean(spec.name, [f"timm/{each}" for each in listed] if not ours else listed)]
+        places = [names(), listed] if name == spec.name else [[f"timm/{each}" for each in listed]]
+        hints = [did_you_mean(spec.name, place) for place in places]
         hint = next((hint for hint in hints if "Did you mean" in hint), hints[-1])
         hint = hint if len(hint) < 100 else " `simsiam list` names what there is."  # the list of all 1400 helps nobody
         raise UserError(f"Unknown encoder {spec.name!r}.{hint}")

@@ -178,11 +178,13 @@ def check(console: Console, found: dict[str, Any]) -> None:
 
 
 def experiment(console: Console, result: dict[str, Any], seeds: int) -> None:
+    from simsiam.reproduce import figure
+
     rows = [
         [
             row["name"],
             _number(row["published"]),
-            *(_spread(row, key) for key in ("linear", "knn")),
+            *(figure(row, key) for key in ("linear", "knn")),
             _number(row["std"], 2),
             _number(row["effective_rank"]),
             ", ".join(dict.fromkeys(row["verdicts"])),
@@ -201,11 +203,6 @@ def experiment(console: Console, result: dict[str, Any], seeds: int) -> None:
 
 def _number(value: Any, digits: int = 1) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def _spread(row: dict[str, Any], key: str) -> str:
-    spread = row[f"{key}_std"]
-    return _number(row[key]) + (f" ± {spread:.1f}" if spread is not None else "")
 
 
 def _comparison(console: Console, title: str, results: dict[str, Any]) -> None:

@@ -267,16 +267,17 @@ def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"pairs": pairs, "verdicts_agree": all(decided) if decided else None}
 
 
+def figure(row: dict[str, Any], key: str, digits: int = 1) -> str:
+    """A row's mean with its spread, and of how many runs it is where not all have the figure: what diverged has none."""
+    if row[key] is None:
+        return "–"
+    spread = row[f"{key}_std"]
+    fewer = f" (n = {row[f'{key}_n']})" if row[f"{key}_n"] < row["n"] else ""
+    return f"{row[key]:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "") + fewer
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The experiment's table: published figure, ours with spread, verdict; then how the two agree."""
-
-    def figure(row: dict[str, Any], key: str, digits: int = 1) -> str:
-        if row[key] is None:
-            return "–"
-        spread = row[f"{key}_std"]
-        fewer = f" (n = {row[f'{key}_n']})" if row[f"{key}_n"] < row["n"] else ""  # what diverged has no figures
-        return f"{row[key]:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "") + fewer
-
     lines = [
         f"# {result['title']} ({result['source']})",
         "",

@@ -382,7 +382,7 @@ def serve(
 
     viewer = Viewer(folder, device)
     local = host in ("127.0.0.1", "localhost", "::1")
-    # Before 1.8 starlette took "[" for the name in "[::1]:8000". Whatever begins so is an address, which no page elsewhere
+    # An older starlette (1.6 does) takes "[" for the name in "[::1]:8000". Whatever begins so is an address, which no page elsewhere
     # can point here.
     app = build_app(viewer, ("localhost", "127.0.0.1", "[::1]", "[") if local else ("*",))
     try:

@@ -382,8 +382,8 @@ def serve(
 
     viewer = Viewer(folder, device)
     local = host in ("127.0.0.1", "localhost", "::1")
-    # An older starlette (1.6 does) takes "[" for the name in "[::1]:8000". Whatever begins so is an address, which no page elsewhere
-    # can point here.
+    # An older starlette (1.6 does) takes "[" for the name in "[::1]:8000". Whatever begins so is an address, which no page
+    # elsewhere can point here.
     app = build_app(viewer, ("localhost", "127.0.0.1", "[::1]", "[") if local else ("*",))
     try:
         sockets = [socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)]

@@ -126,7 +126,7 @@ def evaluate_run(
     same = images.fingerprint == meta.get("fingerprint")
     own = data is None or same
     if own and not same and meta.get("fingerprint"):  # an imported run tells none
-        listener.say(f"The images of {name} have changed since they were trained on: earlier figures are not kept.")
+        listener.say(f"The images of {name} have changed since they were trained on: figures of then are not shown.")
     cache = build_cache(images, prepare.short_side, workers=workers, progress=listener.decoding)
     train, test = cache.split()
     if len(train) < 2:

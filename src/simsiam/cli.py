@@ -516,13 +516,24 @@ def version(
         raise typer.Exit
 
 
+def _called() -> Any:
+    """Calls the command that was asked for. What typer makes of Ctrl-C, this status or an older one's Abort, is
+    KeyboardInterrupt again."""
+    try:
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except Exception as error:
+        if type(error).__name__ != "Abort":
+            raise
+        status = _CTRL_C
+    if status == _CTRL_C:
+        raise KeyboardInterrupt
+    return status
+
+
 def main() -> None:
     """Runs the command line. Exit status: 0 done, 2 the user's mistake, 1 anything else."""
     try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-        if status == _CTRL_C:  # how typer tells of it
-            raise KeyboardInterrupt
-        sys.exit(status)
+        sys.exit(_called())
     except UserError as error:
         _last_line(f"Error in process {launched()}: {error}" if launched() else f"Error: {error}")
         sys.exit(2)
@@ -535,9 +546,6 @@ def main() -> None:
         sys.exit(1)
     except Exception as error:
         # Of the command line itself: an option that is not there, ... The class is click's, or typer's own copy of it.
-        if type(error).__name__ == "Abort":  # how an older one tells of Ctrl-C
-            _last_line("Interrupted.")
-            sys.exit(1)
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)

@@ -217,7 +217,7 @@ class Console(Listener):
         self._said = 0.0
 
     def show_warnings(self) -> None:
-        """From now on a warning is one line here, not Python's two with a source line."""
+        """From now on a warning is one line here, said once, not Python's two with a source line."""
 
         said: set[str] = set()
 

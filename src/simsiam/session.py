@@ -170,12 +170,11 @@ class Session:
             pause = 0.0
         elif not suspicious(std, self.loader.batch_size // ranks.count()):
             pause = max(pause, (whole or math.inf) / _LOOKS)
-        looks = self.verdict.name != before or (now - self._looked >= pause and not self.over)
-        if looks:
+        if self.verdict.name != before or (now - self._looked >= pause and not self.over):
             self.look()
             self._looked = time.perf_counter()
         every = self.recipe.train.checkpoint_seconds
-        keep = looks and now - self._kept >= every and self._sound
+        keep = self._sound and now - self._kept >= every
         if keep or now - self._saved >= every:
             self.save()
             self._saved = time.perf_counter()

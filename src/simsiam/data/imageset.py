@@ -190,10 +190,9 @@ def encode(
 
 
 def _unknown(value: Any) -> bool:
-    real = isinstance(value, float) and not math.isfinite(value)
-    return (
-        value is None or value in ("", "-1") or real or bool(value != value) or (isinstance(value, int) and value < 0)
-    )
+    infinite = isinstance(value, float) and math.isinf(value)
+    negative = isinstance(value, int) and value < 0
+    return value is None or value in ("", "-1") or bool(value != value) or infinite or negative
 
 
 def _whole(value: Any) -> int | None:

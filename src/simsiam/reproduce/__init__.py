@@ -138,8 +138,7 @@ def run(
     data = "demo" if data is None else str(data)
     epochs = _EPOCHS[scale] if epochs is None else epochs
     folder = Path(out or f"runs/reproduce-{name}-{scale}")
-    _check_batches(experiment, data)
-    _same_settings(folder, {"experiment": name, "scale": scale, "data": data, "epochs": epochs})
+    _begin(folder, experiment, {"experiment": name, "scale": scale, "data": data, "epochs": epochs})
     total, number = len(experiment.variants) * seeds, 0
     rows = []
     for variant in experiment.variants:
@@ -162,18 +161,23 @@ def run(
 
 def _check_batches(experiment: Experiment, data: str) -> None:
     """Raises UserError where the images are too few for a batch of the table: training would take a smaller one."""
-    asked = [variant.settings.get("train", {}).get("batch_size", 0) for variant in experiment.variants]
-    images = len(open_images(data).split()[0]) if any(asked) else 0
-    if max(asked, default=0) > largest_batch(images):
+    most = max(variant.settings.get("train", {}).get("batch_size", 0) for variant in experiment.variants)
+    if not most:
+        return
+    images = len(open_images(data).split()[0])
+    if most > largest_batch(images):
         raise UserError(
-            f"{experiment.name} has batches of {max(asked):,} images and needs {4 * max(asked):,} to train on: "
+            f"{experiment.name} has batches of {most:,} images and needs {4 * most:,} to train on: "
             f"{data} has {images:,}."
         )
 
 
-def _same_settings(folder: Path, settings: Table) -> None:
+def _begin(folder: Path, experiment: Experiment, settings: Table) -> None:
+    """Notes the settings of an experiment that is new; raises UserError where it cannot be run on such data, and where the
+    folder has runs of other settings."""
     path = folder / "experiment.json"
     if not any(folder.glob(f"*/seed-*/{RECIPE}")):  # nor after a mistake that no run could begin with
+        _check_batches(experiment, settings["data"])
         write_json(path, settings)
     elif read_json(path) != settings:
         found = ", ".join(f"{key} {value}" for key, value in read_json(path).items())

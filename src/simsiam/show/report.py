@@ -137,9 +137,7 @@ def _bundle() -> str:
 
 def _content(run: Path) -> Table:
     summary, environment, evaluation = (_json(run / name) for name in (SUMMARY, ENVIRONMENT, EVALUATION))
-    with _readable(run / RECIPE):
-        recipe = (run / RECIPE).read_text(encoding="utf-8") if (run / RECIPE).exists() else ""
-    config = _toml(run / RECIPE, recipe)
+    recipe, config = _recipe(run / RECIPE)
     metrics = read_metrics(run)
     sample = _read_sample(run)
     measures = _measures(evaluation)
@@ -186,10 +184,12 @@ def _json(path: Path) -> Table:
     return value if isinstance(value, dict) else {}
 
 
-def _toml(path: Path, text: str) -> Table:
+def _recipe(path: Path) -> tuple[str, Table]:
+    """Its text and what that says."""
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return text, tomllib.loads(text)
+    except (OSError, ValueError) as error:
         raise UserError(f"Cannot read {path}: {error}.") from None
 
 

@@ -9,7 +9,6 @@ import io
 import json
 import math
 import shlex
-import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from simsiam.config import UserError, show_bytes, show_duration
+from simsiam.config import UserError, read_recipe, show_bytes, show_duration
 from simsiam.runs import (
     ENCODER,
     ENVIRONMENT,
@@ -137,7 +136,9 @@ def _bundle() -> str:
 
 def _content(run: Path) -> Table:
     summary, environment, evaluation = (_json(run / name) for name in (SUMMARY, ENVIRONMENT, EVALUATION))
-    recipe, config = _recipe(run / RECIPE)
+    there = (run / RECIPE).exists()
+    config = read_recipe(run / RECIPE) if there else {}
+    recipe = (run / RECIPE).read_text(encoding="utf-8") if there else ""
     metrics = read_metrics(run)
     sample = _read_sample(run)
     measures = _measures(evaluation)
@@ -182,15 +183,6 @@ def _content(run: Path) -> Table:
 def _json(path: Path) -> Table:
     value = read_json(path) if path.exists() else {}
     return value if isinstance(value, dict) else {}
-
-
-def _recipe(path: Path) -> tuple[str, Table]:
-    """Its text and what that says."""
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        return text, tomllib.loads(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read {path}: {error}.") from None
 
 
 # ---------------------------------------------------------------- words and figures

@@ -328,8 +328,8 @@ def _curves(facts: Table, metrics: Sequence[Table]) -> list[Table]:
          "at 0 they all get the same one.", {"healthy 1": 1.0, "collapsed 0": 0.0}, True),
         ("monitor", "effective_rank", "Effective rank", "How many independent directions the embeddings use. "
          "It should settle well above a handful; a fall to a few is partial collapse, unseen by the spread.", {}, True),
-        ("monitor", "knn", "kNN accuracy (%)", "How often the nearest neighbours name the right class, on a sample; where it "
-         "is smaller than the table's, so are its figures. Training has paid off where it is over both dashed lines.",
+        ("monitor", "knn", "kNN accuracy (%)", "How often the nearest neighbours name the right class, on a sample; where "
+         "it is smaller than the table's, so are its figures. Training has paid off where it is over both dashed lines.",
          baselines, False),
         ("monitor", "retrieval", "Second view found (%)", "How often an image's other view is its nearest neighbour "
          "among many. It needs no labels; higher is better.", {}, False),

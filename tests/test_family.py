@@ -383,14 +383,37 @@ def test_swavs_queues_are_each_views_own() -> None:
                     torch.testing.assert_close(method.queue[view], torch.cat(stored[view][:2]))
 
 
-def test_swavs_queue_waits_until_no_row_is_empty() -> None:
+@pytest.mark.parametrize("steps", [0, 50], ids=["new", "with the steps of a run that had another queue"])
+def test_swavs_queue_waits_until_no_row_is_empty(steps: int) -> None:
     method = swav_method(queue=2 * B + 1, queue_epoch=0)
+    method.steps.fill_(steps)
     used = []
     for step in range(5):
-        method.steps.fill_(step + 1)  # as `forward` counts, before its features are stored
-        method._queue_ready = False
-        used.append(method._use_queue(B))
+        used.append(method._use_queue())
+        with torch.no_grad():
+            method([vectors(10 * step + view, B, 3, 2, 2) for view in range(2)], torch.arange(B))
     assert used == [False, False, False, True, True]
+
+
+def test_swavs_prototypes_normalised_in_the_graph_get_the_gradient_of_their_directions() -> None:
+    x = [vectors(view, B, 3, 2, 2) for view in range(2)]
+    losses, along = [], []
+    for inside in (False, True):
+        method = swav_method(freeze_steps=0, normalised_in_graph=inside)
+        loss, _ = method(x, torch.arange(B))
+        loss.backward()
+        weight = method.prototypes.weight
+        losses.append(loss.item())
+        along.append((weight.grad * weight.detach()).sum(1).abs().max().item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert along[0] > 1e-3 > 1e-6 > along[1]
+
+
+@pytest.mark.parametrize("module", [simclr, swav], ids=["simclr", "swav"])
+def test_a_projection_head_of_three_layers_has_one_more_in_between(module: Any) -> None:
+    heads = [build(module, projector_layers=layers, projector_hidden=9).projector for layers in (2, 3)]
+    shapes = [[layer.weight.shape for layer in head if isinstance(layer, nn.Linear)] for head in heads]
+    assert shapes[1] == [shapes[0][0], (9, 9), shapes[0][1]]
 
 
 # --- DeepCluster ------------------------------------------------------------------------------------------------------

@@ -59,6 +59,24 @@ def test_what_is_compared_is_what_the_paper_ran() -> None:
     }
     rates = {name: plan.method_settings.predictor_fixed_lr for name, plan in planned("predictor", "imagenet").items()}
     assert (rates["learning rate with cosine decay"], rates["constant learning rate"]) == (False, True)
+    # Appendix C: the paper's own versions of SimCLR, SwAV and MoCo v2. Footnote 6: BYOL by length. Section 4.4: a warm-up.
+    layers = {name: plan.method_settings.projector_layers for name, plan in plans.items() if name[:4] in ("SimC", "SwAV")}
+    assert set(layers.values()) == {3} and len(layers) == 8
+    for name in ("simclr", "swav"):
+        assert {plan.method_settings.projector_layers for plan in planned(name, "imagenet").values()} == {3}
+    assert {plan.method_settings.normalised_in_graph for plan in planned("swav", "imagenet").values()} == {True}
+    assert {plan.method_settings.symmetric for name, plan in plans.items() if name.startswith("MoCo")} == {True}
+    byol = {name: plan for name, plan in plans.items() if name.startswith("BYOL")}
+    assert [(p.train.lr, p.train.weight_decay, p.method_settings.momentum) for p in byol.values()] == [
+        (0.45, 1e-6, 0.99),
+        (0.3, 1e-6, 0.99),
+        (0.3, 1e-6, 0.99),
+        (0.2, 1.5e-6, 0.996),
+    ]
+    swav_views = [plan.views.scale for name, plan in plans.items() if name.startswith("SwAV")]
+    assert swav_views == [(0.08, 1.0)] * 4
+    warmups = {name: plan.train.warmup_epochs for name, plan in planned("bn", "imagenet").items()}
+    assert [name for name, epochs in warmups.items() if epochs == 10] == ["none"]
 
 
 def row(name: str, published: float | None, linear: float, spread: float | None) -> dict[str, Any]:

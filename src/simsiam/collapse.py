@@ -1,6 +1,6 @@
 """Collapse: measured, named and told apart.
 
-A Siamese network can fail in three ways, which chance accuracy alone does not tell apart (paper, section 4.2):
+A Siamese network can fail in three ways, which chance accuracy alone does not tell apart (paper, section 4.1, footnote 4):
 
 * complete collapse: every image gets the same output. The loss sits at its minimum AND the std of z/|z| is 0. Where z ends
   in BN, as in SimSiam, it takes another form: BN gives every channel of a batch unit variance, so all images but one or a

@@ -40,7 +40,7 @@ class EncoderSpec:
     stem: int | None = None
     """Stride of the stem, 1, 2 or 4 (ours only)."""
     zero_init_residual: bool | None = None
-    """The last BN weight of every residual block starts at 0, so a block starts as the identity (paper, section 4.1).
+    """The last BN weight of every residual block starts at 0, so a block starts as the identity (paper, appendix A).
 
     True for residual networks, but False for thin ones: with it, their kNN accuracy on CIFAR-10 was worse.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def learning_rate(progress: float, base: float, warmup: float = 0.0) -> float:
-    """Linear warm-up over the first `warmup` share of training, then half a cosine to 0 (paper, section 4.1).
+    """Linear warm-up over the first `warmup` share of training, then half a cosine to 0 (paper, sections 3 and 4.3).
 
     progress in [0, 1]: the share of training that is done.
     """

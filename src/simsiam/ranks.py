@@ -173,7 +173,7 @@ def as_on_rank_0(values: Iterable[Tensor]) -> None:
 
 def parallel(method: nn.Module) -> nn.Module:
     """What to call in place of `method` in training: its gradients are the mean over the ranks (DDP), and its BN is
-    synchronised, in place (paper, section 4.1), where `method.sync_bn` does not say otherwise."""
+    synchronised, in place (paper, section 3), where `method.sync_bn` does not say otherwise."""
     if not several():
         return method
     device = next(method.parameters()).device

@@ -49,7 +49,7 @@ _PATIENCE = {"cpu": 1800.0, "cuda": 4 * 3600.0, "mps": 1800.0}
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How the weights are moved. The defaults are the paper's for ImageNet (section 4.1)."""
+    """How the weights are moved. The defaults are the paper's for ImageNet (section 3)."""
 
     epochs: float | None = None
     budget: str | None = None

@@ -49,8 +49,8 @@ from simsiam.runs import (
 from simsiam.session import Session, finite, images_changed, method_tensors, signals
 from simsiam.step import Step
 
-_BANK, _QUERIES = 10_000, 2_000
-"""Images of the final kNN; `simsiam evaluate` takes all."""
+_BANK, _QUERIES = 12_000, 2_000
+"""Images of the final kNN; `simsiam evaluate` takes all. Of CIFAR-10 so many have the k of all (`knn.usual_k`)."""
 
 
 def train(
@@ -307,7 +307,7 @@ def build_method(recipe: Recipe, images: int, encoder: Encoder | None = None) ->
 
 
 def optimizer(method: Any, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with momentum and weight decay on everything (section 4.1), or LARS; fused: one pass over the weights."""
+    """SGD with momentum and weight decay on everything (appendix A), or LARS; fused: one pass over the weights."""
     train, groups = recipe.train, methods.param_groups(method)
     settings: Table = {"lr": train.peak, "momentum": train.momentum, "weight_decay": train.weight_decay}
     if train.optimizer != "sgd":

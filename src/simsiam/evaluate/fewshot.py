@@ -1,6 +1,7 @@
 """A classifier that saw only a few labelled images of each class, averaged over random choices of them.
 
-The unlabelled training images are there all the same, so all of them set the scale of the features (`standardise`).
+The other training images of known label are there all the same, so all of these set the scale of the features
+(`standardise`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Weighted nearest neighbours: the training images that are most similar vote on the class.
 
-As InstDisc does it and as the paper monitors training (figure 2): cosine similarity, k = 200, votes weighted
-exp(similarity / T). T is 0.1 here (other projects: 0.1, the authors: 0.2), so k and T stand beside every figure. Where a
-class has fewer than 1,000 images, 200 neighbours would reach far into the others: k is 20 there unless it is given.
+As InstDisc does it (Wu et al. 2018), by which the paper monitors training (figure 2): cosine similarity, k = 200, votes
+weighted exp(similarity / T). T is 0.1 here, as in other projects (the paper tells neither; its authors take 0.2), so k and
+T stand beside every figure. Where a class has fewer than 1,000 images, 200 neighbours would reach far into the others: k is
+20 there unless it is given.
 """
 
 from __future__ import annotations

@@ -56,9 +56,9 @@ class Settings:
     weight: float = 0.0051
     """lambda, of the redundancy term."""
     scale: float = 0.024
-    """Factor of the whole loss, as in the released code. LARS ignores it but for biases and BN, whose rate there, 0.0048, is
-    this times 0.2. On W GPUs that code takes 1/W of the loss's gradient: on its 32, biases and BN moved 32 times less than
-    they do here."""
+    """Factor of the whole loss, as in the released code. LARS ignores it but for weight decay, which counts 42 times as much
+    beside it, and for biases and BN, whose rate there, 0.0048, is this times 0.2. On W GPUs that code takes 1/W of the
+    loss's gradient: on its 32, biases and BN moved 32 times less than they do here."""
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.projector_hidden < 1:

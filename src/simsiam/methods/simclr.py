@@ -19,7 +19,7 @@ CITATION = (
     'Representations", arXiv 2002.05709 (ICML 2020)'
 )
 PUBLISHED = {
-    "ImageNet, ResNet-50, 100 epochs, linear (as the SimSiam paper reproduces it)": 66.5,
+    "ImageNet, ResNet-50, 100 epochs, linear (as the SimSiam paper reproduces it, projector_layers=3)": 66.5,
     "CIFAR-10, ResNet-18, 800 epochs, linear (SimSiam paper, appendix D)": 91.1,
 }
 VIEWS = (2,)
@@ -35,7 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         },
         "views": {"scale": [0.08, 1.0], "jitter": [0.8, 0.8, 0.8, 0.2]},
     },
-    # In the setting of the SimSiam paper's appendix D, which differs from SimSiam's in nothing but the method.
+    # In the setting of the SimSiam paper's appendix D, which tells neither the head nor the temperature: these are ours.
     "cifar": {
         "method": {"temperature": 0.5, "dim": 128, "projector_hidden": 512},
         "train": {"lr": 0.03, "weight_decay": 5e-4},
@@ -49,22 +49,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Defaults: the paper's for ImageNet (section 2.2 and appendix B)."""
+    """Defaults: the paper's for ImageNet (section 2.3; temperature: table 5)."""
 
     dim: int = 128
     """d, width of z."""
+    projector_layers: int = 2
+    """Fully connected layers of the projection head (3 in the SimSiam paper, appendix C)."""
     projector_hidden: int | None = None
-    """Width of the projection head's hidden layer; None: the backbone's."""
+    """Width of its hidden layers; None: the backbone's."""
     temperature: float = 0.1
     """tau of NT-Xent."""
     predictor: bool = False
-    """A prediction MLP on one side, as SimSiam has (SimSiam paper, section 6)."""
+    """A prediction MLP on one side, as SimSiam has (SimSiam paper, section 6.2)."""
     stop_gradient: bool = False
-    """No gradient through the other side (SimSiam paper, section 6)."""
+    """No gradient through the other side (SimSiam paper, section 6.2)."""
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.temperature <= 0:
-            raise ValueError("dim must be at least 1 and temperature above 0.")
+        if self.dim < 1 or self.projector_layers < 1 or self.temperature <= 0:
+            raise ValueError("dim and projector_layers must be at least 1 and temperature above 0.")
 
 
 @in_float32
@@ -89,14 +91,19 @@ def nt_xent(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, temperature: float) 
 
 
 class Method(Siamese):
-    """Each image's two views against all others of the batch. Each view is its own forward pass, with BN statistics of its
-    own, where the released code joins them."""
+    """Each image's two views against all others of the batch.
+
+    Unlike in the released code, each view is its own forward pass, with BN statistics of its own; the head's last BN has an
+    offset, too, and its weights start as PyTorch draws them (there: Gaussian, std 0.01).
+    """
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
         self.settings, self.encoder = settings, encoder
         hidden = settings.projector_hidden or encoder.dim
-        self.projector = mlp([encoder.dim, hidden, settings.dim], output_norm="affine")
+        self.projector = mlp(
+            [encoder.dim, *[hidden] * (settings.projector_layers - 1), settings.dim], output_norm="affine"
+        )
         narrow = max(1, settings.dim // 4)
         self.predictor = mlp([settings.dim, narrow, settings.dim]) if settings.predictor else nn.Identity()
 

@@ -25,7 +25,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {}  # the recipes themselves are SimSiam's
 
 @dataclass(frozen=True)
 class Settings:
-    """Defaults: the paper's for ImageNet (section 3 and 4.1). The others are its ablations."""
+    """Defaults: the paper's for ImageNet (section 3, and for the predictor's rate table 1c). The rest are ablations."""
 
     dim: int = 2048
     """d, width of z and p."""
@@ -40,7 +40,8 @@ class Settings:
     predictor_trained: bool = True
     """False: h stays as it was drawn (table 1b); training does not converge."""
     predictor_fixed_lr: bool = True
-    """The predictor keeps the initial learning rate (table 1c, 68.1); False decays it too (67.7)."""
+    """The predictor keeps the initial learning rate (table 1c, 68.1), from the first step on, also where the
+    encoder's warms up; False: it has the encoder's (67.7)."""
     predictor_lr: float = 1.0
     """Its learning rate in multiples of the encoder's. Above 1 it stays nearer to its optimum, and more directions of z
     survive the first steps (Y. Tian et al., arXiv 2102.06810): on short runs of thin nets 10 helps (docs/log.md)."""
@@ -140,7 +141,7 @@ class Method(Siamese):
             self.register_buffer("remembered", torch.zeros(images, dtype=torch.bool))
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = D(p1, stopgrad(z2))/2 + D(p2, stopgrad(z1))/2 (eq. 2), mean over the pairs where there are several.
+        """L = D(p1, stopgrad(z2))/2 + D(p2, stopgrad(z1))/2 (eq. 4), mean over the pairs where there are several.
 
         Each view is its own forward pass, so each has its own BN statistics.
         """

@@ -20,7 +20,7 @@ CITATION = (
 )
 PUBLISHED = {
     "ImageNet, ResNet-50, 800 epochs, multi-crop, linear": 75.3,
-    "ImageNet, ResNet-50, 100 epochs, two crops, linear (as the SimSiam paper reproduces it)": 66.5,
+    "ImageNet, ResNet-50, 100 epochs, two crops, linear (as the SimSiam paper reproduces it, projector_layers=3)": 66.5,
     "CIFAR-10, ResNet-18, 1000 epochs, linear (solo-learn)": 89.17,
 }
 VIEWS = range(2, 17)
@@ -61,8 +61,10 @@ class Settings:
 
     dim: int = 128
     """Width of z."""
+    projector_layers: int = 2
+    """Fully connected layers of the projection head (3 in the SimSiam paper, appendix C)."""
     projector_hidden: int = 2048
-    """Width of the projection head's hidden layer."""
+    """Width of its hidden layers."""
     prototypes: int = 3000
     """K, the trainable vectors that a code assigns an image to."""
     temperature: float = 0.1
@@ -77,13 +79,17 @@ class Settings:
     freeze_steps: int = 313
     """Steps during which the prototypes stay as they were drawn."""
     predictor: bool = False
-    """A prediction MLP before the prediction (SimSiam paper, section 6)."""
+    """A prediction MLP before the prediction (SimSiam paper, section 6.2)."""
     stop_gradient: bool = True
-    """False: gradient flows through the codes too (SimSiam paper, section 6: diverges)."""
+    """False: gradient flows through the codes too (SimSiam paper, section 6.2: diverges)."""
+    normalised_in_graph: bool = False
+    """The prototypes are normalised in the forward pass too, and their gradient is that of their directions (SimSiam paper,
+    section 6.2)."""
 
     def __post_init__(self) -> None:
-        if min(self.dim, self.projector_hidden, self.prototypes, self.sinkhorn_iterations) < 1:
-            raise ValueError("dim, projector_hidden, prototypes and sinkhorn_iterations must be at least 1.")
+        for name in ("dim", "projector_layers", "projector_hidden", "prototypes", "sinkhorn_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
         if min(self.queue, self.queue_epoch, self.freeze_steps) < 0 or self.temperature <= 0:
             raise ValueError("queue, queue_epoch and freeze_steps must not be negative, temperature above 0.")
         if self.epsilon < 0.025:
@@ -140,7 +146,7 @@ class Method(Siamese):
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
         self.settings, self.encoder = settings, encoder
-        self.projector = mlp([encoder.dim, settings.projector_hidden, settings.dim])
+        self.projector = mlp([encoder.dim, *[settings.projector_hidden] * (settings.projector_layers - 1), settings.dim])
         narrow = max(1, settings.dim // 4)
         self.predictor = mlp([settings.dim, narrow, settings.dim]) if settings.predictor else nn.Identity()
         self.prototypes = nn.Linear(settings.dim, settings.prototypes, bias=False)
@@ -168,6 +174,7 @@ class Method(Siamese):
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         settings, weight = self.settings, self.prototypes.weight
+        weight = unit(weight) if settings.normalised_in_graph else weight
         self.steps += self.training
         prototypes = torch.where(self.steps > settings.freeze_steps, weight, weight.detach())
         z = project(self.network, views)
@@ -183,18 +190,17 @@ class Method(Siamese):
 
     def _code(self, z: Tensor, prototypes: Tensor, slot: int) -> Tensor:
         rows = z
-        if self._use_queue(len(z)):
+        if self._use_queue():
             rows = torch.cat([self.queue[slot, ranks.rank() :: ranks.count()], z])  # each rank brings its part
         return sinkhorn(similarities(rows, prototypes), self.settings.epsilon, self.settings.sinkhorn_iterations)[
             -len(z) :
         ]
 
-    def _use_queue(self, batch: int) -> bool:
+    def _use_queue(self) -> bool:
         if self.settings.queue and not self._queue_ready:
             self._epoch = int(self.epoch) if self._epoch is None else self._epoch
             if self._epoch >= self.settings.queue_epoch:
-                stored = (int(self.steps) - 1) * batch * ranks.count()  # of the steps before this one
-                self._queue_ready = stored >= self.settings.queue
+                self._queue_ready = bool(self.queue[:, -1].any())  # features have length 1: it is full
         return self._queue_ready
 
     def _enqueue(self, z: list[Tensor]) -> None:

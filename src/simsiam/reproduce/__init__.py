@@ -4,14 +4,14 @@ A file says what the paper varies and what it found:
 
     title, source          in words; the table or figure
     [settings]             of all variants
-    [thin]                 over them at the scale "thin"
+    [thin] [cifar] [imagenet]   over them at that scale
     [[variants]]
     name                   as in the paper's table
     published              linear top-1 on ImageNet (CIFAR-10 where the source says so), percent
     expect                 "collapse" where the paper's run collapses, "failure" where it fails in another way
     epochs                 times the experiment's epochs; 1 where it is not given
     scales                 where it can be run; all where it is not given
-    [variants.settings]    [variants.thin]
+    [variants.settings]    [variants.thin] ...
 
 `run` trains what is missing, one run folder for each variant and seed, and sets the figures beside the published ones.
 """
@@ -86,11 +86,11 @@ def get(name: str, scale: Scale = "thin") -> Experiment:
     if name not in names():
         raise UserError(f"Unknown experiment {name!r}.{did_you_mean(name, names())}")
     table = read_recipe(Path(__file__).with_name(f"{name}.toml"))
-    shared = merge(table.get("settings", {}), table.get("thin", {}) if scale == "thin" else {})
+    shared = merge(table.get("settings", {}), table.get(scale, {}))
     variants = []
     for row in table["variants"]:
-        own = merge(row.get("settings", {}), row.get("thin", {}) if scale == "thin" else {})
-        plain = {key: value for key, value in row.items() if key not in ("settings", "thin", "scales")}
+        own = merge(row.get("settings", {}), row.get(scale, {}))
+        plain = {key: value for key, value in row.items() if key not in ("settings", "scales", *_RECIPES)}
         chosen = tuple(row.get("scales", _RECIPES))
         settings = merge(shared, own)
         method = methods.get(settings.get("method", {}).get("name", "simsiam"))

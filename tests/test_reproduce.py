@@ -60,7 +60,9 @@ def test_what_is_compared_is_what_the_paper_ran() -> None:
     rates = {name: plan.method_settings.predictor_fixed_lr for name, plan in planned("predictor", "imagenet").items()}
     assert (rates["learning rate with cosine decay"], rates["constant learning rate"]) == (False, True)
     # Appendix C: the paper's own versions of SimCLR, SwAV and MoCo v2. Footnote 6: BYOL by length. Section 4.4: a warm-up.
-    layers = {name: plan.method_settings.projector_layers for name, plan in plans.items() if name[:4] in ("SimC", "SwAV")}
+    layers = {
+        name: plan.method_settings.projector_layers for name, plan in plans.items() if name[:4] in ("SimC", "SwAV")
+    }
     assert set(layers.values()) == {3} and len(layers) == 8
     for name in ("simclr", "swav"):
         assert {plan.method_settings.projector_layers for plan in planned(name, "imagenet").values()} == {3}

@@ -146,7 +146,9 @@ class Method(Siamese):
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()
         self.settings, self.encoder = settings, encoder
-        self.projector = mlp([encoder.dim, *[settings.projector_hidden] * (settings.projector_layers - 1), settings.dim])
+        self.projector = mlp(
+            [encoder.dim, *[settings.projector_hidden] * (settings.projector_layers - 1), settings.dim]
+        )
         narrow = max(1, settings.dim // 4)
         self.predictor = mlp([settings.dim, narrow, settings.dim]) if settings.predictor else nn.Identity()
         self.prototypes = nn.Linear(settings.dim, settings.prototypes, bias=False)

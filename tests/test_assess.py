@@ -96,6 +96,22 @@ def test_other_data_some_evaluations_and_no_labels(run: Path, photos: Path, tmp_
         evaluate_run(moved, "/not/here")
 
 
+def test_k_without_knn_is_said(run: Path) -> None:
+    with pytest.warns(UserWarning, match="-k 3 is for knn, which is not among retrieval: ignored"):
+        assert evaluate_run(run, names="retrieval", k=3)["retrieval"]["trained"] > 0
+    with pytest.raises(UserError, match="k is 0"):
+        evaluate_run(run, k=0)
+
+
+def test_damaged_files_of_a_run_are_named_or_done_without(run: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(run, tmp_path / "run")
+    (own / "environment.json").write_text('{"device": "quantum:3"}')
+    assert evaluate_run(own, names="collapse")["collapse"]["std"] > 0
+    (own / "evaluation.json").write_text("[]")
+    with pytest.raises(UserError, match=r"evaluation.json: it holds no JSON object"):
+        evaluate_run(own, names="collapse")
+
+
 def test_labels_are_missed_only_where_something_needs_them(capsys: pytest.CaptureFixture[str]) -> None:
     collapse = {"std": 1.0, "effective_rank": 9.0, "most_rank": 63, "verdict": "healthy", "dim": 64, "rows": 90}
     tables.evaluation(Console(), {"run": "r", "data": "d", "collapse": collapse, "file": None})

@@ -10,12 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import simsiam
 from simsiam import cli
+from simsiam.config import UserError
 from test_decode import write_nasty_folder
 from test_train import SMALL, command
 
@@ -262,6 +264,24 @@ def test_ctrl_c_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setattr("simsiam.catalogue.everything", stop)
     status, out, err = called(capsys, monkeypatch, "list")
     assert (status, out, err.strip()) == (1, "", "Interrupted.")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("It is full."), ZeroDivisionError()], ids=repr)
+def test_whatever_ends_a_progress_bar_the_cursor_comes_back(
+    error: BaseException, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(images: object, workers: object, progress: Callable[[int, int, int], None]) -> None:
+        progress(1, 10, 0)
+        raise error
+
+    monkeypatch.setattr("simsiam.data.check.check", fail)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "argv", ["simsiam", "check", str(photos)])
+    with pytest.raises(ZeroDivisionError if isinstance(error, ZeroDivisionError) else SystemExit):
+        cli.main()
+    shown = capsys.readouterr().err
+    assert "checking" in shown and shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l") > 0
 
 
 @pytest.mark.parametrize("damage", ["page", "sample"])

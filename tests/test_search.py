@@ -82,6 +82,10 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path) -> None:
         (folder / "index.usearch").write_bytes(damaged)
         assert search(folder, ["image-3"], k=5, index=True) == whole
         assert len((folder / "index.usearch").read_bytes()) == len(content)
+    for told in ("", "[]", "{}", "no JSON"):
+        (folder / "index.json").write_text(told)
+        assert search(folder, ["image-3"], k=5, index=True) == whole
+        assert json.loads((folder / "index.json").read_text())["vectors"] == 200
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e5])

@@ -266,6 +266,15 @@ def test_one_file_and_a_glob(tmp_path: Path) -> None:
     assert open_images(f"{tmp_path}/{{a,./a,*}}/1.png").ids == ["1.png"]  # one file by three spellings
 
 
+def test_the_demo_set_is_not_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "demo", "1.png", "2.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match=r"write \./demo for the one in this folder"):
+        assert len(open_images("demo")) > 9000
+    assert absolute("demo") == "demo" and absolute("./demo") == str(tmp_path / "demo")
+    assert len(open_images("./demo")) == len(open_images(tmp_path / "demo")) == 2
+
+
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "pictures/1.png")
     monkeypatch.setenv("HOME", str(tmp_path))

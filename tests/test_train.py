@@ -918,7 +918,11 @@ def test_a_recipe_that_is_asked_for_is_not_mixed_with_another() -> None:
         (["eval.size=0"], {}, "at least 8 pixels"),
         (["train.init=5"], {}, "path of a run"),
         (["data=elsewhere"], {}, "two data sets"),
-        ([], {"epochs": 3.0, "budget": "5m"}, "give one of them"),
+        ([], {"epochs": 3.0, "budget": "5m"}, "not both"),
+        (["views.size=abc"], {"recipe": "thin"}, "views.size is 'abc': it must be a whole number"),
+        (["views.size=[1, 2]"], {}, "views.size is .* whole number"),
+        (["train.batch_size=1.5"], {}, "train.batch_size is 1.5: it must be a whole number"),
+        (["method=3"], {}, "method.name is 3"),
         (["train.lr=fast"], {}, "must be a number"),
         (["recipe=thin"], {}, "--recipe"),
         (["budget=60"], {}, "10m"),
@@ -937,6 +941,35 @@ def test_mistakes_are_named_before_anything_is_written(
     with pytest.raises(UserError, match=says):
         simsiam.train(photos, tmp_path / "run", overrides=overrides, **settings)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ('method = "byol"', r"method is 'byol': in a recipe it is a table, \[method\]"),
+        ("train = 3", r"train is 3: in a recipe it is a table"),
+        ("[method]\nname = 3", "method.name is 3: it must be text"),
+        ("open = true", "Unknown setting open"),
+        ('[eval]\nsize = "large"', "eval.size is 'large'"),
+    ],
+)
+@pytest.mark.parametrize("method", [None, "byol"])
+def test_a_recipe_of_the_wrong_shape_is_one_line(
+    recipe: str, says: str, method: str | None, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own.toml").write_text(recipe)
+    with pytest.raises(UserError, match=says):
+        simsiam.train(photos, tmp_path / "run", recipe=str(tmp_path / "own.toml"), method=method)
+    (tmp_path / "run").mkdir()
+    shutil.copy(tmp_path / "own.toml", tmp_path / "run" / "config.toml")
+    for arguments in ({"out": tmp_path / "run", "resume": True}, {"data": photos, "init": str(tmp_path / "run")}):
+        with pytest.raises(UserError, match=f"{says}|has no encoder|is not complete"):
+            simsiam.train(**arguments)
+
+
+def test_numbers_arrive_with_the_type_of_their_setting(photos: Path) -> None:
+    plan, reasons = resolve(gather(str(photos), None, ["train.batch_size=512.0"], {}), Facts(96, 32, "cpu"))
+    assert plan.train.batch_size == 16 and any(setting == "train.batch_size" for setting, _, _ in reasons)
 
 
 def test_an_existing_run_is_never_overwritten(photos: Path, tmp_path: Path) -> None:

@@ -272,6 +272,16 @@ def test_the_clusters_stay_those_that_were_asked_for(stored: Path, tmp_path: Pat
     assert Viewer(tmp_path / "vectors").clusters()[0]["count"] == 9  # a tenth of the images
 
 
+def test_a_damaged_map_is_made_again(stored: Path, tmp_path: Path) -> None:
+    shutil.copytree(stored, tmp_path / "vectors")
+    whole = Viewer(tmp_path / "vectors").map()
+    kept = json.loads((tmp_path / "vectors" / "map.json").read_text())
+    for damage in ("no JSON", "[]", "{}", json.dumps(kept | {"place": kept["place"][:5]})):
+        (tmp_path / "vectors" / "map.json").write_text(damage)
+        assert Viewer(tmp_path / "vectors").map() == whole
+        assert json.loads((tmp_path / "vectors" / "map.json").read_text()) == kept
+
+
 def test_a_folder_that_cannot_be_written_to_is_shown_as_well(
     stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

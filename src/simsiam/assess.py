@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -59,11 +60,11 @@ def side_by_side(subject: Subject, train: Rows, test: Rows) -> dict[str, Callabl
     cache = subject.cache
 
     def features(embed: Callable[[Rows], Tensor]) -> Features:
-        labels = None if cache.labels is None else torch.from_numpy(cache.labels)
+        labels, rows = None if cache.labels is None else torch.from_numpy(cache.labels), embed(train)
         return Features(
-            embed(train),
+            rows,
             None if labels is None else labels[train],
-            embed(test) if len(test) else torch.zeros(0, embed(train[:1]).shape[1]),
+            embed(test) if len(test) else rows.new_zeros(0, rows.shape[1]),
             None if labels is None else labels[test],
             len(cache.classes or ()),
         )
@@ -112,6 +113,10 @@ def evaluate_run(
     names = [names] if isinstance(names, str) else names
     for name in names or ():
         evaluate.get(name)
+    if k is not None and k < 1:
+        raise UserError(f"k is {k}: it must be at least 1.")
+    if k is not None and names is not None and "knn" not in names:
+        warnings.warn(f"-k {k} is for knn, which is not among {', '.join(names)}: ignored.", stacklevel=2)
     encoder, prepare, meta = read_encoder(run)
     compute = compute_of(run, encoder, prepare, pick_device(device))
     compute.place(encoder)
@@ -136,7 +141,7 @@ def evaluate_run(
         before = untrained(encoder.spec, meta["seed"], prepare, cache, draw(train, BN_IMAGES), compute)
     subject = Subject(encoder=encoder, before=before, prepare=prepare, cache=cache, compute=compute, listener=listener)
     kinds = side_by_side(subject, train, test)
-    settings = {} if k is None else {"knn": {"k": k}}
+    settings = {} if k is None or (names is not None and "knn" not in names) else {"knn": {"k": k}}
     compared = evaluate.compare(names or evaluate.names(), kinds, seed=seed, settings=settings)
     listener.close()
     result: dict[str, Any] = {"run": str(run), "data": name, "fingerprint": images.fingerprint, **compared}

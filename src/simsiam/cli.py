@@ -525,6 +525,9 @@ def _called() -> Any:
         if type(error).__name__ != "Abort":
             raise
         status = _CTRL_C
+    finally:
+        if _in_use is not None:
+            _in_use.close()  # a progress bar that is left behind hides the cursor
     if status == _CTRL_C:
         raise KeyboardInterrupt
     return status
@@ -566,10 +569,15 @@ def main() -> None:
 # --- printing -------------------------------------------------------------------------------------------------------
 
 
+_in_use: Console | None = None
+
+
 def _console() -> Console:
+    """What the verb that is called prints on. `_called` closes it, however the verb ends."""
+    global _in_use
     from simsiam.console import Console
 
-    console = Console()
+    console = _in_use = Console()
     console.show_warnings()
     return console
 

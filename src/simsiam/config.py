@@ -102,6 +102,15 @@ def fill(cls: type[T], table: Table, where: str) -> T:
         raise UserError(f"In [{where}]: {error}") from None
 
 
+def typed(cls: type[Any], table: Table, where: str) -> Table:
+    """The table with its values as the dataclass `cls` has them; names that it does not know are left to `fill`.
+
+    Raises UserError naming the key for a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    return {key: _coerce(value, hints[key], f"{where}.{key}") if key in hints else value for key, value in table.items()}
+
+
 _KINDS: dict[Any, str] = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 

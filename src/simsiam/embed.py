@@ -24,7 +24,7 @@ from simsiam.data.decode import DecodeError, decode
 from simsiam.data.views import ViewSettings, plain_view
 from simsiam.encoders import Encoder, EncoderSpec, build, in_use, to_table, view_dtype
 from simsiam.kernels import Images, padded
-from simsiam.runs import ENCODER, ENVIRONMENT, RECIPE, read_json, read_tensors, write_json, write_tensors
+from simsiam.runs import ENCODER, ENVIRONMENT, RECIPE, read_json, read_kept, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
     from simsiam.data.cache import Cache
@@ -234,7 +234,7 @@ def compute_of(run: Path, encoder: Encoder, prepare: Preprocessing, device: torc
     emulated here, the faster one, measured."""
     found: Any = None
     if (run / RECIPE).exists() and (run / ENVIRONMENT).exists():
-        same = torch.device(read_json(run / ENVIRONMENT).get("device", "meta")).type == device.type
+        same = str(read_kept(run / ENVIRONMENT).get("device")).partition(":")[0] == device.type
         found = read_recipe(run / RECIPE).get("train", {}).get("precision") if same else None
     emulated = found == "bf16" and not computes_bf16(device)
     if found not in ("bf16", "fp32") or emulated:

@@ -26,6 +26,7 @@ from simsiam.config import (
     parse_override,
     read_recipe,
     show_duration,
+    typed,
 )
 from simsiam.data.decode import open_image
 from simsiam.data.sources import ImageSet, absolute
@@ -165,9 +166,10 @@ class Recipe:
 
 def read(table: Table) -> Recipe:
     """A complete table, as `Recipe.table` gives it, -> Recipe. Raises UserError for an unknown name or a wrong value."""
-    for key in table:
-        if key not in ("data", "seed", *_TABLES):
-            raise UserError(f"Unknown setting {key}.{did_you_mean(key, ['data', 'seed', *_TABLES])}")
+    table = checked(table)
+    for key in ("data", *_TABLES):
+        if key not in table or (key == "method" and "name" not in table[key]):
+            raise UserError(f"The recipe is not complete: it has no {'method.name' if key in table else key}.")
     seed = table.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MOST_SEED:
         raise UserError(f"seed is {seed!r}: it must be a whole number from 0 to {MOST_SEED}.")
@@ -192,6 +194,23 @@ def read(table: Table) -> Recipe:
     )
 
 
+def checked(table: Table) -> Table:
+    """A recipe, or a part of one, its tables and the types of its settings checked: 512.0 becomes 512, a list a tuple.
+
+    Raises UserError for a table that no recipe has and for a value of the wrong type. Unknown settings are left to `read`.
+    """
+    for key, value in table.items():
+        if key not in ("data", "seed", *_TABLES):
+            raise UserError(f"Unknown setting {key}.{did_you_mean(key, ['data', 'seed', *_TABLES])}")
+        if key in _TABLES and not isinstance(value, dict):
+            raise UserError(f"{key} is {value!r}: in a recipe it is a table, [{key}].")
+    name = table.get("method", {}).get("name", "")
+    if not isinstance(name, str):
+        raise UserError(f"method.name is {name!r}: it must be text.")
+    owners = {"encoder": EncoderSpec, "train": TrainSettings, "views": ViewSettings, "eval": EvalSettings}
+    return {**table, **{key: typed(cls, table[key], key) for key, cls in owners.items() if key in table}}
+
+
 def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Table:
     """What the user asked for as one table: recipe, then settings by name, then overrides. Always with "data"; with `OPEN`
     where there is no recipe but what `resolve` chooses."""
@@ -201,7 +220,7 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
         raise UserError(f"The data are {type(data).__name__}: name one folder, file or data set as text or a path.")
     given = [{key: value} for key, value in settings.items() if value is not None]
     if settings.get("epochs") is not None and settings.get("budget") is not None:
-        raise UserError("--epochs and --budget are two lengths of one run: give one of them.")
+        raise UserError("Give --epochs or --budget, not both.")
     asked: Table = {}
     for override in [*given, *map(parse_override, overrides)]:
         override = qualify(override)
@@ -214,11 +233,13 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
     if init is not None and not isinstance(init, str | os.PathLike):
         raise UserError(f"train.init is {init!r}: it must be the path of a run.")
     if init is not None:
-        init = asked["train"]["init"] = os.path.abspath(os.path.expanduser(init))
+        init = os.path.abspath(os.path.expanduser(init))
+        asked = merge(asked, {"train": {"init": init}})
     if init is not None and not (Path(init) / RECIPE).exists():
         raise UserError(f"{init} is no run to start from: it has no {RECIPE}.")
+    asked = checked(asked)
     if init is not None and recipe is None:
-        table = read_recipe(Path(init) / RECIPE)
+        table = checked(read_recipe(Path(init) / RECIPE))
         measured = ("precision", "compile", "threads")  # on the machine of that run; this one is measured anew
         table["train"] = {key: value for key, value in table.get("train", {}).items() if key not in measured}
         family = str(table["encoder"]["name"]).partition("-")[0]
@@ -243,7 +264,7 @@ def preset(recipe: str, method: str | None = None) -> Table:
         recipe: name of a built-in recipe or path of a TOML file.
         method: None for the recipe's own.
     """
-    return as_method(recipes.get(recipe), recipe, method)
+    return as_method(checked(recipes.get(recipe)), recipe, method)
 
 
 def as_method(table: Table, recipe: str, method: str | None) -> Table:
@@ -265,7 +286,7 @@ def qualify(override: Table) -> Table:
     """`{"lr": 0.1}` -> `{"train": {"lr": 0.1}}`: a setting may be named without its table where only one has it."""
     (key, value), *_ = override.items()
     if key in _OPTIONS:
-        raise UserError(f"{key} is no setting but an option: --{key} on the command line, {key}=... of train().")
+        raise UserError(f"{key} is an option, not a setting: --{key} on the command line, {key}=... of train().")
     if key in (*_TABLES, "data", "seed"):
         return override if isinstance(value, dict) or key in ("data", "seed") else {key: {"name": value}}
     owners = {"train": TrainSettings, "views": ViewSettings, "encoder": EncoderSpec}
@@ -391,7 +412,7 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
             )
     encoder.setdefault("size", use["size"])
     batch = train.setdefault("batch_size", 256)
-    if isinstance(batch, int) and batch > largest_batch(facts.images):
+    if batch > largest_batch(facts.images):
         train["batch_size"] = min(batch, 2 ** int(math.log2(max(2, largest_batch(facts.images)))))
         why = [reason for reason in why if reason[0] != "train.batch_size"]
         why.append(("train.batch_size", str(train["batch_size"]), f"there are only {facts.images:,} images"))
@@ -400,7 +421,7 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
 
 
 def largest_batch(images: int) -> int:
-    """Of so many training images: an epoch has four steps at least."""
+    """The largest batch that still gives an epoch of so many training images four steps."""
     return images // 4
 
 

@@ -147,14 +147,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The JSON value at `path`. Raises UserError where it is missing or broken."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object at `path`. Raises UserError where it is missing or broken."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"There is no {path}. Is {path.parent} a run folder written by `simsiam train`?") from None
+        raise UserError(f"There is no {path}: was {path.parent} copied in part?") from None
     except (ValueError, OSError) as error:
         raise UserError(f"Cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"Cannot read {path}: it holds no JSON object.")
+    return value
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """The JSON object at `path`, of what can be made again; {} where it is missing or broken."""
+    try:
+        return read_json(path)
+    except UserError:
+        return {}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

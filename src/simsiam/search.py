@@ -16,7 +16,7 @@ from simsiam.compute import pick_device, set_threads
 from simsiam.config import UserError
 from simsiam.embeddings import Embeddings, read_embeddings
 from simsiam.neighbours import top_k, unit_rows
-from simsiam.runs import atomic, keep, read_json, write_json
+from simsiam.runs import atomic, keep, read_kept, write_json
 
 EXACT = 1_000_000
 """Vectors up to which every one is compared: a second at 512 dimensions on 2 cores. Beyond, an index is made and kept."""
@@ -175,11 +175,10 @@ def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None
     tell = progress or (lambda text: None)
     path, description = stored.folder / INDEX, stored.folder / INDEX_META
     key = {"format": _FORMAT} | {name: stored.meta.get(name) for name in ("vectors", "encoder", "fingerprint")}
-    if path.exists() and description.exists():
-        about = read_json(description)
-        if all(about.get(name) == value for name, value in key.items()):
-            with contextlib.suppress(RuntimeError, ValueError):  # damaged: it is made anew
-                return Index.restore(str(path), view=True), about
+    about = read_kept(description)
+    if path.exists() and about.keys() >= {"expansion"} and all(about.get(name) == key[name] for name in key):
+        with contextlib.suppress(RuntimeError, ValueError):  # damaged: it is made again
+            return Index.restore(str(path), view=True), about
     tell(f"Making an index of {len(stored):,} vectors, once ...")
     index, measured = make_index(stored.vectors)
     about = {**key, **measured}

@@ -26,8 +26,8 @@ def check(
         bad_files: list of {"path", "reason"},
         duplicates: list of lists of ids whose content is byte-identical (bad files left out),
         duplicates_across_splits: how many of those groups hold both training and test images,
-        sizes, upright: {"min", "median", "max": [width, height], each side on its own; "short_side": {"p5": pixels,
-            ...}}, or None where no image is good,
+        sizes: upright, {"min", "max": [width, height] of the images with the fewest and the most pixels, "median": of each
+            side on its own, "short_side": {"p5": pixels, ...}}, or None where no image is good,
         modes, formats: {Pillow's name: count}, labels: {class: count} or None.
     """
 

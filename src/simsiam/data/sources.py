@@ -28,7 +28,7 @@ def open_images(data: str | Path | None = None) -> ImageSet:
     """Finds the images of `data` and their labels, where the data has them; reads no pixels.
 
     Args:
-        data: None or "demo" for the bundled demo set, or one of
+        data: None or "demo" for the bundled demo set ("./demo" for a folder of that name), or one of
             a folder, nested as it may be: class folders give labels, train/ and test/ (or val/) folders the split; where no
             file has the ending of an image, those without one that begin like an image;
             a folder of Parquet files or archives only, read as those;
@@ -46,12 +46,14 @@ def open_images(data: str | Path | None = None) -> ImageSet:
         raise UserError(
             f"{data} is a run, not images. To start from its weights: simsiam train DATA --init {shlex.quote(str(data))}."
         )
+    if text == "demo":  # before a folder of that name, or no recipe could ask for the set
+        if path.exists():
+            warnings.warn("demo is the bundled set; write ./demo for the one in this folder.", stacklevel=2)
+        return demo_images()
     if path.is_dir():
         return _from_files(path.resolve().name, str(path.resolve()), _walk(path), str(data))
     if path.is_file():
         return _from_files(path.name.split(".")[0], str(path.resolve()), [_file(path.name, path)], str(data))
-    if text == "demo":
-        return demo_images()
     if _MAGIC.search(text):
         return _from_files(*_matching(text), str(data))
     return open_torchvision(text)
@@ -61,7 +63,7 @@ def absolute(data: str | Path) -> str:
     """The name of the data as it means the same from any folder: paths and patterns absolute, names as they are."""
     text = os.path.expanduser(os.fspath(data))
     name, colon, root = text.partition(":")
-    if os.path.exists(text) or (text != "demo" and _MAGIC.search(text)):
+    if text != "demo" and (os.path.exists(text) or _MAGIC.search(text)):
         return os.path.abspath(text)
     return f"{name}:{os.path.abspath(os.path.expanduser(root))}" if colon and name.isidentifier() else text
 

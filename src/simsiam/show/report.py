@@ -181,8 +181,7 @@ def _content(run: Path) -> Table:
 
 
 def _json(path: Path) -> Table:
-    value = read_json(path) if path.exists() else {}
-    return value if isinstance(value, dict) else {}
+    return read_json(path) if path.exists() else {}
 
 
 # ---------------------------------------------------------------- words and figures

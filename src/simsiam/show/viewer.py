@@ -32,7 +32,7 @@ from simsiam.data.decode import DecodeError, decode
 from simsiam.embed import ImageEncoder
 from simsiam.embeddings import read_embeddings
 from simsiam.neighbours import top_k
-from simsiam.runs import RECIPE, read_json, write_json
+from simsiam.runs import RECIPE, read_kept, write_json
 from simsiam.search import by_vectors
 from simsiam.show.report import layout
 
@@ -164,10 +164,9 @@ class Viewer:
     def _kept_layout(self) -> tuple[NDArray[np.float32], str]:
         path = self.stored.folder / MAP
         key = {name: self.stored.meta.get(name) for name in ("vectors", "encoder", "fingerprint")} | {"on_map": ON_MAP}
-        if path.exists():
-            kept = read_json(path)
-            if kept["key"] == key:
-                return np.array(kept["place"], np.float32), kept["how"]
+        kept = read_kept(path)
+        if kept.get("key") == key and np.shape(kept.get("place")) == (len(self.on_map), 2):
+            return np.array(kept["place"], np.float32), str(kept.get("how"))
         place, how = layout(np.asarray(self.stored.vectors[self.on_map]))
         with contextlib.suppress(UserError):  # a folder that cannot be written to can still be looked at
             write_json(path, {"key": key, "how": how, "place": np.round(place, 4).tolist()})

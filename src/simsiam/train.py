@@ -125,6 +125,7 @@ def _train(
 ) -> dict[str, Any]:
     asked = gather(data, recipe, overrides, settings)
     given = None if out is None else Path(out)
+    resumed: Recipe | None = None
     if resume:
         run = resumable(given)
         if recipe is not None or overrides or size is not None or _any(settings):
@@ -140,6 +141,7 @@ def _train(
             return {**summary, "run": str(run)}  # it may have been moved
         ranks.same(lambda: claim(run).release())  # whoever waits for another's run learns it before the images are read
         asked = {**read_recipe(run / RECIPE), **({} if data is None else {"data": asked["data"]})}
+        resumed = read(asked)
     elif given is not None:
         check_unused(given)
 
@@ -156,7 +158,7 @@ def _train(
         ) from None
     rows, held_out = images.split()
     facts = look_at(images, rows, where.type)
-    plan, reasons = (read(asked), []) if resume else resolve(asked, facts, size)
+    plan, reasons = (resumed, []) if resumed is not None else resolve(asked, facts, size)
     if len(rows) < plan.train.batch_size:  # a new run gets a batch that fits
         assert resume
         raise images_changed(plan.data, run)

@@ -168,8 +168,9 @@ class Viewer:
         if kept.get("key") == key and np.shape(kept.get("place")) == (len(self.on_map), 2):
             return np.array(kept["place"], np.float32), str(kept.get("how"))
         place, how = layout(np.asarray(self.stored.vectors[self.on_map]))
+        place = np.round(place, 4)
         with contextlib.suppress(UserError):  # a folder that cannot be written to can still be looked at
-            write_json(path, {"key": key, "how": how, "place": np.round(place, 4).tolist()})
+            write_json(path, {"key": key, "how": how, "place": place.tolist()})
         return place, how
 
     def encoder(self) -> ImageEncoder:

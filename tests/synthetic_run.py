@@ -13,30 +13,33 @@ import pyarrow.parquet as pq
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 CONFIG = """\
-method = "simsiam"
+data = "photos/holiday"
+seed = 0
 
-[data]
-path = "photos/holiday"
-short_side = 32
+[method]
+name = "simsiam"
+dim = 2048
+
+[encoder]
+name = "resnet18"
+size = 32
 
 [train]
-epochs = 20
+epochs = 20.0
 batch_size = 256
 lr = 0.03
 momentum = 0.9
 weight_decay = 0.0005
 
 [views]
-crop = [0.2, 1.0]
-blur = 0.0
-
-[encoder]
-name = "resnet18"
 size = 32
+scale = [0.2, 1.0]
+blur_p = 0.0
 
-[method_settings]
-dim = 2048
+[eval]
+size = 32
 """
+BAD_FILES = [{"path": f"holiday/{i}.jpg", "reason": "empty file (0 bytes)"} for i in range(2)]
 
 
 def pictures(labels: np.ndarray, side: int = 48) -> np.ndarray:
@@ -92,14 +95,14 @@ def make_run(
         )
     summary = {
         "run": str(run), "data": "photos/holiday", "method": "simsiam", "encoder": "resnet18", "images": 8000,
-        "bad_files": 2, "epochs": 20, "steps": steps, "seconds": 178.2, "images_per_second": 912.0, "loss": -0.87,
+        "bad_files": BAD_FILES, "epochs": 20, "steps": steps, "seconds": 178.2, "images_per_second": 912.0, "loss": -0.87,
         "std": 0.94, "effective_rank": 212.4, "verdict": verdict, "knn": knn,
     }  # fmt: skip
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "config.toml").write_text(CONFIG)
     environment = {"simsiam": "0.1.0", "python": "3.11.9", "torch": "2.15.0", "cores": 2, "gpu": None}
     (run / "environment.json").write_text(json.dumps(environment))
-    (run / "encoder.json").write_text(json.dumps({"name": "resnet18", "size": 32, "dim": 512}))
+    (run / "encoder.json").write_text(json.dumps({"encoder": {"name": "resnet18", "size": 32}, "dim": 512}))
     (run / "encoder.safetensors").write_bytes(b"\0" * 1000)
     with open(run / "metrics.jsonl", "w", encoding="utf-8") as file:
         start = {"kind": "monitor", "step": 0, "seconds": 0.0, "knn": 61.0, "knn_pixels": 48.1, "verdict": "healthy"}

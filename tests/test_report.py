@@ -145,7 +145,7 @@ def test_missing_files_only_take_their_part_away(tmp_path: Path, missing: list[s
 
 
 def test_only_a_recipe_is_enough_and_an_empty_folder_is_not(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text('method = "simsiam"\n')
+    (tmp_path / "config.toml").write_text('[method]\nname = "simsiam"\n')
     assert "Not finished" in Page(write_report(tmp_path)).text
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="not a run folder"):
@@ -215,7 +215,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     ids = [f"{evil}/{row}.png" for row in range(30)]
     run = make_run(tmp_path / "run", items=30, steps=40, classes=classes, ids=ids)
     summary = json.loads((run / "summary.json").read_text())
-    summary |= {"data": evil, "encoder": evil, "bad_files": [{"path": evil}]}
+    summary |= {"data": evil, "encoder": evil, "bad_files": [{"path": evil, "reason": evil}]}
     (run / "summary.json").write_text(json.dumps(summary))
     (run / "config.toml").write_text(f"name = {json.dumps(evil)}\n")
     (run / "environment.json").write_text(json.dumps({evil: evil}))

@@ -26,8 +26,8 @@ def test_every_variant_can_be_run(name: str, scale: Any) -> None:
     assert len({variant.slug for variant in experiment.variants}) == len(experiment.variants)
     plans = []
     for variant in experiment.variants:
-        texts = [f"{key}={json.dumps(value)}" for key, value in reproduce._flat(variant.settings)]
-        table = gather("demo", reproduce._RECIPES[scale], texts, {"epochs": 10.0 * variant.epochs})
+        settings = variant.settings | {"epochs": 10.0 * variant.epochs}
+        table = gather("demo", reproduce._RECIPES[scale], [], settings)
         plan, _ = resolve(table, Facts(50_000, 32, "cpu"))
         assert plan.method in methods.names() and plan.train.epochs == 10 * variant.epochs
         plans.append(plan)
@@ -38,10 +38,9 @@ def planned(name: str, scale: Any) -> dict[str, Any]:
     """Variant -> recipe, as `run` trains it on ImageNet or CIFAR-10."""
     plans = {}
     for variant in reproduce.get(name, scale).variants:
-        texts = [f"{key}={json.dumps(value)}" for key, value in reproduce._flat(variant.settings)]
-        length = {"epochs": reproduce._EPOCHS[scale] * variant.epochs}
+        settings = variant.settings | {"epochs": reproduce._EPOCHS[scale] * variant.epochs}
         plans[variant.name], _ = resolve(
-            gather("x", reproduce._RECIPES[scale], texts, length), Facts(50_000, 32, "cuda")
+            gather("x", reproduce._RECIPES[scale], [], settings), Facts(50_000, 32, "cuda")
         )
     return plans
 

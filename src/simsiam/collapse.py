@@ -13,7 +13,6 @@ A Siamese network can fail in three ways, which chance accuracy alone does not t
 from __future__ import annotations
 
 import math
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -163,21 +162,17 @@ class Guard:
 
     patience: int = 3
     verdict: Verdict = field(default_factory=lambda: Verdict("healthy", TOO_SHORT))
-    _recent: deque[Verdict] = field(default_factory=deque)
+    _bad: int = 0
+    """Bad looks in a row, the newest included."""
 
     @property
     def suspects(self) -> bool:
         """The newest look was bad, but not yet often enough to count."""
-        return bool(self._recent) and self._recent[-1].name != "healthy" and self.verdict.name == "healthy"
+        return self._bad > 0 and self.verdict.name == "healthy"
 
     def look(self, verdict: Verdict) -> Verdict:
         """Takes the newest single verdict and returns the standing one."""
-        self._recent.append(verdict)
-        while len(self._recent) > self.patience:
-            self._recent.popleft()
-        immediate = verdict.name in ("healthy", "diverged")
-        if immediate or (
-            len(self._recent) == self.patience and all(recent.name != "healthy" for recent in self._recent)
-        ):
+        self._bad = 0 if verdict.name == "healthy" else self._bad + 1
+        if self._bad == 0 or self._bad >= self.patience or verdict.name == "diverged":
             self.verdict = verdict
         return self.verdict

@@ -108,7 +108,9 @@ def typed(cls: type[Any], table: Table, where: str) -> Table:
     Raises UserError naming the key for a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
-    return {key: _coerce(value, hints[key], f"{where}.{key}") if key in hints else value for key, value in table.items()}
+    return {
+        key: _coerce(value, hints[key], f"{where}.{key}") if key in hints else value for key, value in table.items()
+    }
 
 
 _KINDS: dict[Any, str] = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}

@@ -227,7 +227,7 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
         asked = merge(asked, override)
         for length, rival in (("epochs", "budget"), ("budget", "epochs")):
             if length in override.get("train", {}):  # the later of the two counts
-                asked["train"].pop(rival, None)
+                asked["train"] = {key: value for key, value in asked["train"].items() if key != rival}
     method, init = asked.get("method", {}).get("name"), asked.get("train", {}).get("init")
     table: Table = {}
     if init is not None and not isinstance(init, str | os.PathLike):

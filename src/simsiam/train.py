@@ -87,7 +87,7 @@ def train(
         overrides: settings as text, "train.lr=0.1".
         resume: go on with the run in `out`, to the same weights as if it had never stopped. `data` may then name the place
             that its images were moved to.
-        settings: any other setting by its name: lr=0.1, init="runs/before", precision="fp32", ...
+        settings: any other setting by its name, or a table of them: lr=0.1, init="runs/before", views={"size": 32}, ...
 
     Of what is None, the recipe decides, or what the data and the machine suggest.
 

@@ -18,7 +18,6 @@ A file says what the paper varies and what it found:
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -201,12 +200,11 @@ def _one(
         if (place / RECIPE).exists():
             train(out=place, resume=True, device=device, workers=workers, listener=quiet)
         else:
-            texts = [f"{key}={json.dumps(value)}" for key, value in _flat(variant.settings)]
             train(
                 data,
                 place,
                 recipe=_RECIPES[scale],
-                overrides=texts,
+                **variant.settings,
                 epochs=epochs * variant.epochs,
                 seed=seed,
                 on_collapse="continue",
@@ -224,14 +222,6 @@ def _one(
         **{key: (found.get(key) or {}).get("trained") for key in ("knn", "linear")},
         **{key: summary[key] for key in keys},
     }
-
-
-def _flat(table: Table, before: str = "") -> list[tuple[str, Any]]:
-    """{"method": {"dim": 8}} -> [("method.dim", 8)]"""
-    rows: list[tuple[str, Any]] = []
-    for key, value in table.items():
-        rows += _flat(value, f"{before}{key}.") if isinstance(value, dict) else [(before + key, value)]
-    return rows
 
 
 def _row(variant: Variant, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

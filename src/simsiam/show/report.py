@@ -159,7 +159,7 @@ def _content(run: Path) -> Table:
         "sentences": _sentences(facts, figures["knn"]),
         "tiles": _tiles(facts),
         "facts": facts,
-        "bad_files": summary.get("bad_files") if isinstance(summary.get("bad_files"), list) else [],
+        "bad_files": summary.get("bad_files", []),
         "results": _results(measures, figures),
         "curves": _curves(facts, metrics),
         "views": _views(run),
@@ -197,31 +197,22 @@ def _facts(
     collapse = evaluation.get("collapse") or {}
     told = ("std", "effective_rank", "verdict", "images_per_second")
     facts = {key: summary.get(key, last.get(key)) for key in told}
-    facts |= {key: summary.get(key) for key in ("images", "epochs", "bad_files")}
+    facts |= {key: summary.get(key) for key in ("images", "epochs")}
     facts |= {key: collapse[key] for key in told if collapse.get(key) is not None}
     facts["steps"] = summary.get("steps", last.get("step"))
     facts["seconds"] = summary.get("seconds", last.get("seconds"))
     facts["retrieval"] = last.get("retrieval")
-    facts["method"] = _name(summary.get("method") or config.get("method"))
-    facts["encoder"] = _name(summary.get("encoder") or config.get("encoder"))
-    tables = (config.get("method"), config.get(str(facts["method"])), config.get("method_settings"))
-    dims = [collapse.get("dim"), summary.get("dim"), *(table.get("dim") for table in tables if isinstance(table, dict))]
-    facts["dim"] = next((dim for dim in dims if isinstance(dim, int)), None)
+    method, encoder = config.get("method", {}), config.get("encoder", {})
+    facts["method"] = summary.get("method") or method.get("name")
+    facts["encoder"] = summary.get("encoder") or encoder.get("name")
+    facts["dim"] = collapse.get("dim") or summary.get("dim") or method.get("dim")
     facts["most_rank"] = collapse.get("most_rank") or summary.get("most_rank") or facts["dim"]
-    data = summary.get("data") or config.get("data")
-    facts["data"] = _name(data.get("path") or data.get("name") if isinstance(data, dict) else data)
+    facts["data"] = summary.get("data") or config.get("data")
     facts["labelled"] = sample is not None and sample.labels is not None
     facts["classes"] = len(sample.classes) if sample and sample.classes else None
     facts["finished"] = bool(summary)
-    if isinstance(facts["bad_files"], list):
-        facts["bad_files"] = len(facts["bad_files"])
+    facts["bad_files"] = len(summary.get("bad_files", ()))
     return facts
-
-
-def _name(value: Any) -> str | None:
-    if isinstance(value, dict):
-        value = value.get("name")
-    return None if value is None else str(value)
 
 
 def _sentences(facts: Table, knn: Mapping[str, Any]) -> list[str]:

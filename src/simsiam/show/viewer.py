@@ -165,7 +165,7 @@ class Viewer:
         path = self.stored.folder / MAP
         key = {name: self.stored.meta.get(name) for name in ("vectors", "encoder", "fingerprint")} | {"on_map": ON_MAP}
         kept = read_kept(path)
-        if kept.get("key") == key and np.shape(kept.get("place")) == (len(self.on_map), 2):
+        if kept.get("key") == key and np.shape(kept.get("place", ())) == (len(self.on_map), 2):
             return np.array(kept["place"], np.float32), str(kept.get("how"))
         place, how = layout(np.asarray(self.stored.vectors[self.on_map]))
         place = np.round(place, 4)

@@ -18,7 +18,7 @@ ROOMS = {
     0: ("config", "runs", "compute", "console", "ranks", "kernels", "convolutions"),
     1: ("data", "encoders", "heads", "optim", "neighbours", "collapse", "recipes"),
     2: ("methods", "embed", "embeddings"),
-    3: ("search", "explore"),
+    3: ("search", "duplicates", "clusters"),
     4: ("evaluate", "recipe", "monitor", "finetune", "assess"),
     5: ("session", "probe", "step", "train", "show", "export", "released"),
     6: ("reproduce", "plan"),

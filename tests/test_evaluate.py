@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simsiam import evaluate
+from simsiam.clusters import k_means
 from simsiam.collapse import effective_rank, normalised_std
 from simsiam.compute import generator
 from simsiam.config import UserError
 from simsiam.evaluate import Features, compare, fewshot, knn, linear
-from simsiam.explore import k_means
 
 LABELLED = ("knn", "linear", "fewshot", "retrieval", "clusters")
 

@@ -19,11 +19,12 @@ import pytest
 from PIL import Image, ImageFilter
 
 import simsiam
-from simsiam import explore
+from simsiam import duplicates
+from simsiam.clusters import clusters, find_clusters
 from simsiam.config import UserError
 from simsiam.data.cache import Cache
+from simsiam.duplicates import find_duplicates, near_duplicates
 from simsiam.embeddings import embed_to, read_embeddings
-from simsiam.explore import clusters, find_clusters, find_duplicates, near_duplicates
 from simsiam.search import nearest
 from test_search import made
 from test_train import SMALL
@@ -161,7 +162,7 @@ def test_groups_are_those_of_a_literal_search() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         kinds = rng.integers(0, 12, 30)
-        rows, kind = explore._kinds([f"pixels-{each}" for each in kinds])
+        rows, kind = duplicates._kinds([f"pixels-{each}" for each in kinds])
         assert [kinds[row] for row in rows] == list(dict.fromkeys(kinds)) and (kind[rows] == range(len(rows))).all()
         links = np.sort(rng.integers(0, len(rows), (rng.integers(0, 8), 2)), 1)
         links = links[links[:, 0] != links[:, 1]]
@@ -179,7 +180,7 @@ def test_groups_are_those_of_a_literal_search() -> None:
                             together[row] = together[a]
                         changed = True
         wanted = {frozenset(group) for group in together if len(group) > 1}
-        found = explore._groups(kind, links, scores)
+        found = duplicates._groups(kind, links, scores)
         assert {frozenset(row for row, *_ in group) for group in found} == wanted
         for group in found:
             first = group[0][0]
@@ -261,7 +262,7 @@ def test_the_vectors_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monk
     stored.items["pixels"] = [f"{min(row, 2900)}" for row in range(3000)]  # of the last hundred one is compared
     whole, copies = find_clusters(stored, 5), find_duplicates(stored, 0.99)
 
-    class Watched(explore._Picked):
+    class Watched(duplicates._Picked):
         most = 0
 
         def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
@@ -270,13 +271,13 @@ def test_the_vectors_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monk
             return rows
 
     watched: Any = Watched(stored.vectors, np.arange(3000))
-    monkeypatch.setattr("simsiam.explore._BLOCK", 1600)
+    monkeypatch.setattr("simsiam.neighbours._BLOCK", 1600)
     monkeypatch.setattr("simsiam.neighbours._BANK_BLOCK", 1600)
     parts = find_clusters(replace(stored, vectors=watched), 5)
     assert np.array_equal(parts.label, whole.label) and [row for row, _ in parts.odd] == [row for row, _ in whole.odd]
     assert np.abs(parts.similarity - whole.similarity).max() < 1e-6
     watched.most = 0
-    monkeypatch.setattr("simsiam.explore._MANY", 500)  # directions of a part of them
+    monkeypatch.setattr("simsiam.clusters._MANY", 500)  # directions of a part of them
     parts = find_clusters(replace(stored, vectors=watched), 5)
     assert np.array_equal(parts.label, whole.label) and watched.most == 512
     assert find_duplicates(replace(stored, vectors=watched), 0.99) == copies and watched.most == 512

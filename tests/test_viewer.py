@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from simsiam.clusters import clusters
 from simsiam.config import UserError
 from simsiam.embeddings import embed_to, read_embeddings
-from simsiam.explore import clusters
 from simsiam.runs import write_json
 from simsiam.search import search
 from simsiam.show.viewer import HEADERS, UPLOAD, Viewer, serve

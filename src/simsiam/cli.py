@@ -274,7 +274,7 @@ def duplicates(
 ) -> None:
     """Find images that are one picture: identical, saved anew, scaled, cropped a little or mirrored."""
     console = _console()
-    from simsiam.explore import near_duplicates
+    from simsiam.duplicates import near_duplicates
 
     found = near_duplicates(embeddings, threshold, device=device, progress=console.say)
     tables.duplicates(console, found)
@@ -294,7 +294,7 @@ def clusters(
 ) -> None:
     """Sort the images into clusters, and name those that are like no other."""
     console = _console()
-    from simsiam.explore import clusters as find
+    from simsiam.clusters import clusters as find
 
     found = find(embeddings, count, seed=seed, device=device, progress=console.say)
     tables.clusters(console, found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from simsiam.config import UserError
 
 _BANK_BLOCK = 1 << 25
 """Values of the bank that are normalised and held at a time (128 MiB of float32)."""
+_BLOCK = 1 << 22
+"""Values of stored vectors that are read and held at a time: all of ImageNet's would be 10 GB."""
 
 
 def top_k(
@@ -93,3 +97,13 @@ def unit_rows(rows: Tensor | np.ndarray, device: torch.device | None = None) -> 
         )
     rows = rows / torch.where(peak > 0, peak, 1.0)
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1)
+
+
+def blocks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of `rows` rows of `width` values, `_BLOCK` values each.
+
+    Write the results into one array that is allocated beforehand: small arrays that are kept between large ones that are
+    freed fragment the memory to several times the size of both.
+    """
+    step = max(1, _BLOCK // max(1, width))
+    return (slice(start, start + step) for start in range(0, rows, step))

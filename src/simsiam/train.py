@@ -7,7 +7,6 @@ import functools
 import shlex
 import sys
 import time
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -478,13 +477,3 @@ def _finish(
         were = "file was" if len(cache.bad) == 1 else "files were"
         s.listener.say(f"{len(cache.bad):,} bad {were} left out; {s.run / SUMMARY} names them.")
     return summary
-
-
-class _Verb(types.ModuleType):
-    """`simsiam.train(...)` works whether or not this module, which has the function's name, was imported before."""
-
-    def __call__(self, *arguments: Any, **settings: Any) -> dict[str, Any]:
-        return train(*arguments, **settings)
-
-
-sys.modules[__name__].__class__ = _Verb

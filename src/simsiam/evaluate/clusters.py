@@ -9,8 +9,8 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
+from simsiam.clusters import k_means
 from simsiam.evaluate import Features
-from simsiam.explore import k_means
 from simsiam.neighbours import unit_rows
 
 NEEDS_LABELS = True

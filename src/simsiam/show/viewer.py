@@ -24,11 +24,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from simsiam import explore
+from simsiam.clusters import Clusters, find_clusters, stored_settings, summary, write_clusters
 from simsiam.compute import set_threads
 from simsiam.config import UserError
 from simsiam.data.cache import Cache
 from simsiam.data.decode import DecodeError, decode
+from simsiam.duplicates import find_duplicates
 from simsiam.embed import ImageEncoder
 from simsiam.embeddings import read_embeddings
 from simsiam.neighbours import top_k
@@ -222,21 +223,21 @@ class Viewer:
 
     # --- what the set is made of ---
 
-    def clusters(self) -> tuple[dict[str, Any], explore.Clusters]:
-        """What `explore.summary` returns with images in place of rows, and the arrays that it is of."""
+    def clusters(self) -> tuple[dict[str, Any], Clusters]:
+        """What `clusters.summary` returns with images in place of rows, and the arrays that it is of."""
         # Those that `simsiam clusters` was asked for last: its file is written anew.
-        asked = explore.asked_for(self.stored)
-        found = explore.find_clusters(self.stored, asked.get("count"), seed=asked.get("seed", 0), device=self.device)
+        asked = stored_settings(self.stored)
+        found = find_clusters(self.stored, asked.get("count"), seed=asked.get("seed", 0), device=self.device)
         with contextlib.suppress(UserError):  # a folder that cannot be written to can still be looked at
-            explore.write_clusters(self.stored, found)
-        about = explore.summary(self.stored, found)
+            write_clusters(self.stored, found)
+        about = summary(self.stored, found)
         for each in about["clusters"]:
             each["examples"] = [self.item(row) for row in each["examples"]]
         about["odd"] = [{**self.item(each["row"]), "score": each["similarity"]} for each in about["odd"]]
         return about | {"on_map": found.label[self.on_map].tolist()}, found
 
     def duplicates(self) -> dict[str, Any]:
-        found = explore.find_duplicates(self.stored, device=self.device)
+        found = find_duplicates(self.stored, device=self.device)
         return {**found, "groups": [[each | self.item(each["row"]) for each in group] for group in found["groups"]]}
 
 

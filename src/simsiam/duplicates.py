@@ -1,13 +1,10 @@
-"""Stored embeddings -> what a set is made of: near-duplicates, clusters, and images that are like no other."""
+"""Stored embeddings -> near-duplicates: groups of images that show one picture."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from simsiam.compute import set_threads
@@ -24,13 +20,9 @@ from simsiam.config import UserError, counted
 from simsiam.data.views import plain_pixels
 from simsiam.embeddings import Embeddings, read_embeddings
 from simsiam.kernels import Images, padded
-from simsiam.neighbours import top_k, unit_rows
-from simsiam.runs import atomic, keep
-from simsiam.search import Vectors, make_index, nearest, open_index
+from simsiam.neighbours import blocks, top_k, unit_rows
+from simsiam.search import Vectors, make_index, nearest
 
-CLUSTERS = "clusters.parquet"
-COUNT = 20
-"""Clusters where nobody asks for another number: as many as one looks through; a tenth of the images where those are few."""
 PASS = 0.95
 """Share of altered copies that each of the two thresholds of `near_duplicates` lets pass."""
 
@@ -38,16 +30,9 @@ _NEIGHBOURS = 20
 _SAMPLE = 256
 _SIDE = 16
 _FLAT = 3.0  # grey levels
-_EXAMPLES, _ODD, _ODD_NEIGHBOURS = 9, 20, 10
-_DIRECTIONS, _MANY = 64, 50_000
-_BLOCK = 1 << 22
-"""Values of the vectors that are read and held at a time: all of ImageNet's would be 10 GB."""
 
 Tell = Callable[[str], None]
 Rows = NDArray[np.int64]
-
-
-# --- near-duplicates ------------------------------------------------------------------------------------------------
 
 
 def near_duplicates(
@@ -154,7 +139,7 @@ def _links(found: Rows, scores: NDArray[np.float32] | None = None) -> tuple[Rows
 def _cosine(vectors: Vectors, links: Rows) -> NDArray[np.float64]:
     """[L], of each pair of rows."""
     found = np.empty(len(links))
-    for block in _blocks(len(links), vectors.shape[1]):
+    for block in blocks(len(links), vectors.shape[1]):
         one, other = (unit_rows(vectors[links[block, side]]) for side in range(2))
         found[block] = (one * other).sum(1)
     return found
@@ -206,7 +191,7 @@ class _Pictures:
     def small(self, mirrored: bool = False) -> Tensor:
         """At 8 x 8 pixels, float32 [N,192], to find candidates by."""
         found = torch.empty(len(self.looks), 3 * (_SIDE // 2) ** 2)
-        for block in _blocks(len(found), self.looks[:1].numel()):
+        for block in blocks(len(found), self.looks[:1].numel()):
             looks = self.looks[block].float()
             found[block] = F.avg_pool2d(looks.flip(3) if mirrored else looks, 2).flatten(1)
         return found
@@ -214,7 +199,7 @@ class _Pictures:
     def correlation(self, links: Rows) -> NDArray[np.float32]:
         """[L], as they are or with one of them mirrored, whichever is larger."""
         found = np.empty(len(links), np.float32)
-        for block in _blocks(len(links), self.looks[:1].numel()):
+        for block in blocks(len(links), self.looks[:1].numel()):
             one, other = (self.looks[links[block, side]].float() for side in range(2))
             found[block] = _correlation(one, other)
         return found
@@ -282,186 +267,3 @@ def _cropped(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _mirrored(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(image[:, ::-1])
-
-
-# --- clusters -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """N images in clusters, by row."""
-
-    count: int
-    seed: int
-    label: Rows
-    """[N], the cluster of each: 0, the largest, to count - 1."""
-    similarity: NDArray[np.float32]
-    """[N], cosine, to the centre of its cluster."""
-    odd: list[tuple[int, float]]
-    """The images that are least like their 10 nearest, at most 20, and their mean cosine similarity to these."""
-
-
-def clusters(
-    folder: str | Path, count: int | None = None, *, seed: int = 0, device: str = "auto", progress: Tell | None = None
-) -> dict[str, Any]:
-    """k-means over the directions of the embeddings; `clusters.parquet` in the folder says where each image belongs.
-
-    Args:
-        folder: embeddings, as `simsiam embed` writes them.
-        count: clusters, at least 2; None: 20, or a tenth of the images where those are fewer.
-    Returns {"images", "count", "file", "clusters", "odd", "agreement"}. A cluster is {"cluster", "images", "similarity",
-    "examples", "classes"}: its size, the mean cosine similarity to its centre, the ids nearest to the centre and, where
-    labels are known, the share of each of the three most frequent classes; the largest comes first. `odd` are the 20
-    images that are least like their 10 nearest, {"id", "similarity"}. `agreement` with the labels: {"nmi", "purity"} in
-    [0, 1], None where there are none. `file` is None where it could not be written.
-    Raises UserError where `count` does not fit the images.
-    """
-    set_threads()
-    stored = read_embeddings(folder, ("id", "class"))
-    found = find_clusters(stored, count, seed=seed, device=device, progress=progress)
-    kept = keep(lambda: write_clusters(stored, found))
-    about = summary(stored, found)
-    return {
-        "images": about["images"],
-        "count": about["count"],
-        "file": str(stored.folder / CLUSTERS) if kept else None,
-        "clusters": [each | {"examples": [stored.ids[row] for row in each["examples"]]} for each in about["clusters"]],
-        "odd": [{"id": stored.ids[each["row"]], "similarity": each["similarity"]} for each in about["odd"]],
-        "agreement": about["agreement"],
-    }
-
-
-def find_clusters(
-    stored: Embeddings,
-    count: int | None = None,
-    *,
-    seed: int = 0,
-    device: str = "auto",
-    progress: Tell | None = None,
-) -> Clusters:
-    """The arrays that `clusters` describes; arguments and errors are the same."""
-    tell = progress or (lambda text: None)
-    if len(stored) < 2:
-        raise UserError(f"{stored.folder} has {counted(len(stored), 'image')}: clusters need at least 2.")
-    if count is not None and not 2 <= count <= len(stored):
-        raise UserError(f"{len(stored):,} images cannot form {count} clusters: from 2 to as many as there are images.")
-    count = count or max(2, min(COUNT, len(stored) // 10))
-    tell(f"Forming {count} clusters of {len(stored):,} images ...")
-    vectors = stored.vectors
-    label = k_means(vectors, count, seed)
-    order = np.argsort(-np.bincount(label, minlength=count), kind="stable")
-    label = np.argsort(order)[label]
-    blocks = list(_blocks(*vectors.shape))
-    sums = torch.zeros(count, vectors.shape[1])
-    for block in blocks:
-        sums.index_add_(0, torch.from_numpy(label[block]), unit_rows(vectors[block]))
-    centres = unit_rows(sums)
-    similarity = np.empty(len(label), np.float32)
-    for block in blocks:
-        similarity[block] = (unit_rows(vectors[block]) * centres[label[block]]).sum(1)
-    tell("Looking for images that are like no other ...")
-    near, _ = nearest(vectors, _ODD_NEIGHBOURS, device=device, index=lambda: open_index(stored, progress))
-    alone = near.mean(1)
-    odd = [(row, float(alone[row])) for row in np.argsort(alone, kind="stable")[:_ODD].tolist()]
-    return Clusters(count, seed, label, similarity, odd)
-
-
-def write_clusters(stored: Embeddings, found: Clusters) -> None:
-    """`clusters.parquet` in the folder: id, cluster, similarity, and how to make them again. Raises UserError where it
-    cannot be written."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = {"id": stored.ids, "cluster": found.label, "similarity": found.similarity}
-    about = {"count": str(found.count), "seed": str(found.seed)}
-    with atomic(stored.folder / CLUSTERS) as temporary:
-        pq.write_table(pa.table(columns, metadata=about), temporary)
-
-
-def asked_for(stored: Embeddings) -> dict[str, int]:
-    """`count` and `seed` of the clusters in the folder, to form the same again; empty where there are none of as many
-    images."""
-    import pyarrow.parquet as pq
-
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = pq.read_metadata(stored.folder / CLUSTERS)
-        about = {name: int(kept.metadata[name.encode()]) for name in ("count", "seed")}
-        return about if kept.num_rows == len(stored) and 2 <= about["count"] <= len(stored) else {}
-    return {}
-
-
-def summary(stored: Embeddings, found: Clusters) -> dict[str, Any]:
-    """What `clusters` returns but the file, with rows in place of ids; the column class has to be there."""
-    classes = stored.items["class"]
-    return {
-        "images": len(stored),
-        "count": found.count,
-        "clusters": [
-            _cluster(c, np.flatnonzero(found.label == c), found.similarity, classes) for c in range(found.count)
-        ],
-        "odd": [{"row": row, "similarity": round(similarity, 6)} for row, similarity in found.odd],
-        "agreement": _agreement(found.label, classes),
-    }
-
-
-def k_means(vectors: Vectors, count: int, seed: int = 0) -> Rows:
-    """The cluster of every vector by its direction, float [N,D] -> [N] in 0..count-1; the best of four starts. Collapsed
-    vectors may leave clusters empty."""
-    from sklearn.cluster import KMeans, MiniBatchKMeans
-    from sklearn.decomposition import PCA
-
-    # Distances between unit vectors order as cosine similarity does; a few directions hold nearly all of them, and of
-    # many vectors a part tells which.
-    some = np.sort(np.random.default_rng(seed).permutation(len(vectors))[:_MANY])
-    sample = np.empty((len(some), vectors.shape[1]), np.float32)
-    for block in _blocks(*sample.shape):
-        sample[block] = unit_rows(vectors[some[block]])
-    width = min(_DIRECTIONS, *sample.shape)
-    solver = "randomized" if min(sample.shape) > 8 * width else "full"
-    kind = MiniBatchKMeans if len(vectors) > _MANY else KMeans
-    with warnings.catch_warnings():  # collapsed features: no variance, and fewer different vectors than clusters
-        warnings.simplefilter("ignore", RuntimeWarning)
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        directions = PCA(width, svd_solver=solver, random_state=seed, copy=False).fit(sample)
-        del sample  # centred in place
-        few = np.empty((len(vectors), width), np.float32)
-        for block in _blocks(*vectors.shape):
-            few[block] = directions.transform(unit_rows(vectors[block]).numpy())
-        label: Rows = kind(count, n_init=4, random_state=seed).fit_predict(np.nan_to_num(few)).astype(np.int64)
-    return label
-
-
-def _blocks(rows: int, width: int) -> Iterator[slice]:
-    """Of `rows` rows of `width` values. What they give goes into one array made beforehand: small ones that are kept
-    between large ones that are freed leave holes, many times the size of both."""
-    step = max(1, _BLOCK // max(1, width))
-    return (slice(start, start + step) for start in range(0, rows, step))
-
-
-def _cluster(number: int, rows: Rows, similarity: NDArray[np.float32], classes: Sequence[str | None]) -> dict[str, Any]:
-    names, counts = np.unique([classes[row] for row in rows if classes[row] is not None], return_counts=True)
-    most = np.argsort(-counts, kind="stable")[:3]
-    best = rows[np.argsort(-similarity[rows], kind="stable")[:_EXAMPLES]]
-    return {
-        "cluster": number,
-        "images": len(rows),
-        "similarity": round(float(similarity[rows].mean()), 4) if len(rows) else None,
-        "examples": best.tolist(),
-        "classes": {str(names[i]): round(float(counts[i] / counts.sum()), 4) for i in most} if len(names) else None,
-    }
-
-
-def _agreement(label: Rows, classes: Sequence[str | None]) -> dict[str, float] | None:
-    from sklearn.metrics import normalized_mutual_info_score
-    from sklearn.metrics.cluster import contingency_matrix
-
-    known = np.array([name is not None for name in classes])
-    names = [name for name in classes if name is not None]
-    if len(set(names)) < 2:
-        return None
-    table = contingency_matrix(names, label[known])
-    purity = table.max(0).sum() / table.sum()
-    return {
-        "nmi": round(float(normalized_mutual_info_score(names, label[known])), 4),
-        "purity": round(float(purity), 4),
-    }

@@ -497,7 +497,7 @@ def test_too_little_memory_is_no_fault_of_the_image(tmp_path: Path, monkeypatch:
         patch.setattr("simsiam.data.decode.orientation", lambda _: (_ for _ in ()).throw(next(errors)))
         cache = open_cache(flat_set(), 8, tmp_path, workers=1)
         assert not cache.usable(np.arange(2)).any()
-    assert cache.bad == [(f"{i}.png", "cannot be read: there is too little memory to decode it") for i in (0, 1)]
+    assert cache.bad == [(f"{i}.png", "cannot be read: not enough memory to decode it") for i in (0, 1)]
     assert open_cache(flat_set(), 8, tmp_path).usable(np.arange(2)).all()
 
 

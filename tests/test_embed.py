@@ -152,7 +152,7 @@ def test_where_the_memory_is_short_a_batch_is_embedded_in_parts(
     assert np.allclose(parts, whole, atol=1e-5)
     most = 0
     with pytest.raises(
-        UserError, match=r"Not even one image at a time fits into (this machine's memory|the memory of cuda)"
+        UserError, match=r"Not even a single image fits into (this machine's memory|the memory of cuda)"
     ):
         encoder.embed(paths[:1])
 
@@ -235,7 +235,7 @@ def test_what_does_not_belong_together_is_refused(run: Path, copy: Path, photos:
     description = (other / "encoder.json").read_text()
     assert '"width": 8' in description
     (other / "encoder.json").write_text(description.replace('"width": 8', '"width": 16'))  # as of another timm
-    with pytest.raises(UserError, match=r"does not fit thin-resnet18 .*environment\.json names"):
+    with pytest.raises(UserError, match=r"does not fit thin-resnet18 .*versions listed in .*environment\.json"):
         simsiam.load(other)
     (other / "encoder.json").write_text(description)
     (other / "encoder.safetensors").write_bytes((run / "encoder.safetensors").read_bytes())
@@ -398,7 +398,7 @@ def test_what_is_embedded_stays_as_it_was(run: Path, tmp_path: Path) -> None:
     ids=lambda one: type(one).__name__,
 )
 def test_one_image_is_no_list_of_images(run: Path, one: object) -> None:
-    with pytest.raises(UserError, match=r"put the one image into a list, \[image\]"):
+    with pytest.raises(UserError, match=r"put a single image into a list, \[image\]"):
         simsiam.load(run).embed(one)
 
 

@@ -159,7 +159,7 @@ def test_nothing_but_an_earlier_export_is_overwritten(tmp_path: Path) -> None:
     state.parent.mkdir()
     state.write_bytes(b"hours of work")
     for out in (picture, run / "encoder.safetensors", state):
-        with pytest.raises(UserError, match="is no export"):
+        with pytest.raises(UserError, match="is not an export"):
             export(run, "safetensors", out)
     assert picture.read_bytes() == b"years of work" and (run / "encoder.safetensors").read_bytes() == weights
     assert state.read_bytes() == b"hours of work"
@@ -274,7 +274,7 @@ def test_a_file_whose_features_are_not_ours_is_not_kept(tmp_path: Path, monkeypa
         return {name: 1.01 * value for name, value in safetensors.torch.load_file(path).items()}, {}
 
     monkeypatch.setattr("simsiam.export.read_tensors", damaged)
-    with pytest.raises(UserError, match="not ours"):
+    with pytest.raises(UserError, match="differ from ours"):
         export(run, "safetensors")
     assert not list((run / "export").iterdir())
 

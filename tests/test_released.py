@@ -282,7 +282,7 @@ def test_code_in_a_file_is_never_run(tmp_path: Path, new_format: bool) -> None:
 def test_a_plain_pickle_is_not_run_either(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     path, trap = tmp_path / "evil.pth.tar", tmp_path / "trap"
     path.write_bytes(pickle.dumps({"state_dict": Malicious(trap)}, protocol=4))
-    with pytest.raises(UserError, match="no PyTorch checkpoint"):
+    with pytest.raises(UserError, match="not a PyTorch checkpoint"):
         import_released(path, tmp_path / "run")
     assert not trap.exists() and not recwarn.list
 
@@ -320,7 +320,7 @@ def test_what_does_not_fit_is_named_in_one_line(tmp_path: Path, file: Any, says:
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file.pth.tar").write_bytes(content)
-    with pytest.raises(UserError, match=r"file.pth.tar (is no PyTorch checkpoint|has no state_dict)"):
+    with pytest.raises(UserError, match=r"file.pth.tar (is not a PyTorch checkpoint|has no state_dict)"):
         import_released(tmp_path / "file.pth.tar", tmp_path / "run")
 
 

@@ -186,7 +186,7 @@ def test_links_to_nothing_are_named(tmp_path: Path) -> None:
     write(tmp_path, "0.png", "a/1.png")
     for i in range(5):
         (tmp_path / f"a/gone{i}.png").symlink_to(tmp_path / "nowhere.png")
-    with pytest.warns(UserWarning, match=r"cannot read a/gone\d.png \(a link to nothing\), .* and 2 more: left out"):
+    with pytest.warns(UserWarning, match=r"cannot read a/gone\d.png \(broken link\), .* and 2 more: left out"):
         assert open_images(tmp_path).ids == ["0.png", "a/1.png"]
 
 
@@ -269,7 +269,7 @@ def test_one_file_and_a_glob(tmp_path: Path) -> None:
 def test_the_demo_set_is_not_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "demo", "1.png", "2.png")
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning, match=r"write \./demo for the one in this folder"):
+    with pytest.warns(UserWarning, match=r"write \./demo for the folder of that name"):
         assert len(open_images("demo")) > 9000
     assert absolute("demo") == "demo" and absolute("./demo") == str(tmp_path / "demo")
     assert len(open_images("./demo")) == len(open_images(tmp_path / "demo")) == 2
@@ -433,7 +433,7 @@ def test_bad_parquet(tmp_path: Path) -> None:
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "whole.parquet").read_bytes()[:-100])
     (tmp_path / "zero.parquet").write_bytes(b"")
     cases = {
-        "text": r"no image column, but text \(string\)",
+        "text": r"no image column, only text \(string\)",
         "rows": "no rows",
         "cut": "Cannot read",
         "zero": "Cannot read",
@@ -577,7 +577,7 @@ def test_webdataset_shards(tmp_path: Path) -> None:
     assert images.ids[5] == "part-001.tar/0005.png"
     assert open_images(f"{tmp_path}/part-*.tar").ids == images.ids == open_images(tmp_path).ids
     assert open_images(f"{tmp_path}/part-{{003,001}}.tar").ids[0] == "part-003.tar/0012.png"
-    with pytest.raises(UserError, match=r"2 of the 3 files of .* are missing, the first is .*part-012\.tar"):
+    with pytest.raises(UserError, match=r"2 of the 3 files of .* are missing; the first is .*part-012\.tar"):
         open_images(f"{tmp_path}/part-{{011..013}}.tar")
 
 
@@ -636,7 +636,9 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytes
     with open(tmp_path / "b.png", "r+b") as file:
         file.truncate(40_000_000)
     bad = check(open_images(tmp_path))["bad_files"]
-    assert bad == [{"path": "b.png", "reason": "40 MB, more than 1 megapixels take, Pillow's limit against bombs"}]
+    assert bad == [
+        {"path": "b.png", "reason": "40 MB, too large for Pillow's decompression bomb limit of 1 megapixels"}
+    ]
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
@@ -658,7 +660,7 @@ def test_a_member_of_an_archive_that_is_too_large_is_not_read(
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert images.labels is None and len(images) == 4
-    reason = "40 MB, more than 1 megapixels take, Pillow's limit against bombs"
+    reason = "40 MB, too large for Pillow's decompression bomb limit of 1 megapixels"
     assert bad == [{"path": "bomb.png", "reason": reason}] and peak < 3_000_000
 
 

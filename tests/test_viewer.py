@@ -230,7 +230,7 @@ def test_what_was_read_goes_on_together_while_the_folder_changes(
 
     load = np.load
     monkeypatch.setattr("simsiam.embeddings.np.load", meanwhile)
-    with pytest.raises(UserError, match="written anew while it was read"):
+    with pytest.raises(UserError, match="was rewritten while it was being read"):
         read_embeddings(folder)
 
 

@@ -425,9 +425,9 @@ def test_the_probabilities_are_kept_where_they_are_0_or_1() -> None:
     ("changes", "message"),
     [
         ({"size": 7}, "at least 8 pixels"),
-        ({"scale": (0.0, 1.0)}, r"scale is \[0.0, 1.0\]: it must be two rising numbers"),
-        ({"ratio": (2.0, 1.0)}, "ratio .* rising"),
-        ({"blur_sigma": (-1.0, 1.0)}, "blur_sigma .* above 0"),
+        ({"scale": (0.0, 1.0)}, r"scale is \[0.0, 1.0\]: it must be two positive numbers in ascending"),
+        ({"ratio": (2.0, 1.0)}, "ratio .* ascending"),
+        ({"blur_sigma": (-1.0, 1.0)}, "blur_sigma .* positive"),
         ({"scale": (0.2, 1.2)}, "cannot be larger than the image"),
         ({"gray_p": 1.5}, "gray_p is 1.5: a probability"),
         ({"flip_p": -0.1}, "flip_p is -0.1"),

@@ -1,4 +1,4 @@
-"""Convolutions, in forms that the libraries have fast kernels for. The sums are the same ones, in another order."""
+"""Convolutions in forms for which the libraries have fast kernels. The sums are the same, in another order."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.autograd.function import once_differentiable
 from simsiam import kernels
 
 _DEEP = 128
-"""Channels from which on the weight gradient of a 1x1 convolution is faster as a matrix product, however large the image."""
+"""Input channels from which a 1x1 convolution's weight gradient is faster as a matrix product at any image size."""
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d, whose gradients on a CPU are matrix products where oneDNN takes several times as long for them."""
+    """nn.Conv2d that computes gradients on a CPU as matrix products where oneDNN takes several times as long."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not _trains(self, x):
@@ -32,7 +32,7 @@ class Conv2d(nn.Conv2d):
 
 
 def taught(net: nn.Module) -> nn.Module:
-    """The same network: every nn.Conv2d in it is a `Conv2d` now."""
+    """Turns every nn.Conv2d of the network into a `Conv2d`, in place, and returns the network."""
     for module in net.modules():
         if type(module) is nn.Conv2d:
             module.__class__ = Conv2d
@@ -40,7 +40,7 @@ def taught(net: nn.Module) -> nn.Module:
 
 
 def _trains(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether it is a convolution that `_Convolution` is made for, and gradients are wanted."""
+    """Whether `_Convolution` supports this convolution, and gradients are needed."""
     (k, k2), (stride, stride2) = conv.kernel_size, conv.stride
     return (
         kernels.wanted()
@@ -58,17 +58,20 @@ def _trains(conv: nn.Conv2d, x: Tensor) -> bool:
     )
 
 
-# Measured on a processor with AMX (docs/log.md). A rule, not a measurement at the start: a run that is resumed has to find
-# the same sums.
+# Measured on a processor with AMX (docs/log.md). Fixed rules, not a measurement at start-up, because a resumed run has
+# to compute the same sums.
 
 
 def _of_image_by_product(conv: nn.Conv2d) -> bool:
-    """oneDNN takes 2 to 4 times as long, where a kernel of one pixel steps over others, in float32 too."""
+    """Whether x's gradient is a matrix product: oneDNN takes 2 to 4 times as long for strided 1x1 kernels, fp32 too."""
     return conv.kernel_size[0] == 1 and conv.stride[0] > 1 and conv.padding[0] == 0
 
 
 def _of_weight_by_product(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> bool:
-    """oneDNN takes 2 to 10 times as long in bf16, the longer the smaller the image and the more channels."""
+    """Whether the weight's gradient is a matrix product: in bf16 oneDNN takes 2 to 10 times as long.
+
+    The smaller the image and the more channels, the larger the factor.
+    """
     k, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
     height, width = ((side + 2 * padding - k) // stride + 1 for side in x.shape[2:])
     small = height * width <= conv.out_channels or (k == 1 and conv.in_channels >= _DEEP)
@@ -76,7 +79,7 @@ def _of_weight_by_product(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> boo
 
 
 class _Convolution(torch.autograd.Function):
-    """conv(x); by_product: the gradients, of x and of the weight, that are matrix products."""
+    """conv(x). by_product: whether the gradients of x and of the weight are computed by matrix product."""
 
     @staticmethod
     def forward(
@@ -109,7 +112,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def patches(x: Tensor, k: int, stride: int, padding: int) -> Tensor:
-    """What a convolution multiplies at each of its places: [B,C,H,W], fast in channels_last -> [B h w, k k C]."""
+    """A convolution's inputs at each output position (im2col): [B,C,H,W], fast in channels_last -> [B h w, k k C]."""
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding)).contiguous()
     batch, height, width, channels = x.shape
     rows, columns = ((side - k) // stride + 1 for side in (height, width))
@@ -125,8 +128,8 @@ def _has_amx() -> bool:
 
 
 def on_matrix_units(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """conv(x), without bias, in a form that cuDNN has kernels on a GPU's matrix units for: an image gets five channels of
-    zeros more, and a 1x1 kernel with a stride gets its pixels picked beforehand."""
+    """conv(x), without bias, in a form for which cuDNN has kernels on a GPU's matrix units: images are padded with five
+    channels of zeros, and strided 1x1 convolutions subsample their input first."""
     weight, stride = conv.weight, conv.stride
     if conv.in_channels == 3:
         room = (0, 0, 0, 0, 0, 5)
@@ -137,8 +140,8 @@ def on_matrix_units(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class Folded:
-    """A convolution with the BN that follows it folded in, by oneDNN, which adds shortcut and ReLU to its sums: for use on a
-    CPU, in float32 or bfloat16. Its weights are a copy."""
+    """A convolution with the following BN folded in, for inference on a CPU in float32 or bfloat16. oneDNN fuses the
+    shortcut and ReLU into it. Its weights are a copy."""
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype) -> None:
         assert conv.bias is None and bn.running_mean is not None and bn.running_var is not None
@@ -154,14 +157,14 @@ class Folded:
         return y
 
     def onto(self, y: Tensor, x: Tensor) -> Tensor:
-        """relu(bn(conv(x)) + y), in y's place."""
+        """relu(bn(conv(x)) + y), computed in place of y."""
         fused = torch.ops.mkldnn._convolution_pointwise_.binary
         y = fused(y, x, *self.given, "add", 1.0, "relu", [], "")
         return y
 
     @staticmethod
     def possible() -> bool:
-        """Whether this torch has them, and they are wanted."""
+        """Whether this version of torch has the fused operations, and they may be used."""
         try:
             _ = torch.ops.mkldnn._convolution_pointwise.default, torch.ops.mkldnn._convolution_pointwise_.binary
         except AttributeError:  # internal names of torch

@@ -1,4 +1,4 @@
-"""A trained encoder in use: images in, one vector each out. On disk, in memory, inside scikit-learn."""
+"""Use a trained encoder: images in, one vector each out. On disk, in memory, inside scikit-learn."""
 
 from __future__ import annotations
 
@@ -33,37 +33,37 @@ Progress = Callable[[int, int], None]
 
 BN_IMAGES = 1024
 _BATCH = 256
-_PIXEL_SIDE = 32  # larger pixels would make the baseline slower, not better
+_PIXEL_SIDE = 32  # a larger input would make the baseline slower, not better
 _SMALL = 64
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From uint8 pixels to what the encoder takes; stored with the weights, so that use can never differ from training."""
+    """From uint8 pixels to the encoder's input; stored with the weights, so that use can never differ from training."""
 
     size: int
     """Side of the encoder's input in pixels."""
     share: float
-    """Side of the central square that is cut out, as a share of the image's short side."""
+    """Side of the central crop as a fraction of the image's short side."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     @property
     def short_side(self) -> int:
-        """What images are decoded to: `size` pixels are left after the central crop."""
+        """The short side to decode images to, which leaves `size` pixels after the central crop."""
         return round(self.size / self.share)
 
     def crops(self, scale: tuple[float, float]) -> ViewSettings:
-        """Random crops of such a share of the area, and flips, as a classifier is trained on; no colour, no blur."""
+        """Random crops with area fractions in `scale` and flips, to train a classifier on; no colour, no blur."""
         return ViewSettings(self.size, scale, jitter_p=0, gray_p=0, blur_p=0, mean=self.mean, std=self.std)
 
     def __call__(self, images: Images, sizes: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 [B,3,H,W], or packed, and each image's (height, width) -> [B,3,size,size], float32 or bfloat16."""
+        """uint8 [B,3,H,W] or packed, and each image's (height, width) -> [B,3,size,size], float32 or bfloat16."""
         return plain_view(images, self.size, self.share, self.mean, self.std, sizes, dtype)
 
 
 def preprocessing(size: int, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Preprocessing:
-    """The usual central crop of 7/8 for photographs; images of a few dozen pixels are taken whole."""
+    """The usual central crop of 7/8 for photographs; images of a few dozen pixels are used whole."""
     return Preprocessing(size, 1.0 if size <= _SMALL else 0.875, mean, std)
 
 
@@ -75,10 +75,10 @@ def embed_batches(
     compute: Compute,
     progress: Progress | None = None,
 ) -> Iterator[Tensor]:
-    """Features float32 [B,D], on the CPU, of the given rows of a cache, in order, a batch at a time. The encoder must be in
-    eval mode and placed.
+    """Yields the features of the given cache rows in order, batch by batch: float32 [B,D] on the CPU.
 
-    `prepare` is a `Preprocessing`, or another view of images and their sizes.
+    The encoder must be in eval mode and on the device. `prepare` is a `Preprocessing` or another function that makes
+    views from images and their sizes.
     """
     encoder = in_use(encoder, compute)
     for start in range(0, len(rows), _BATCH):
@@ -94,9 +94,9 @@ def _features(
     sizes: Tensor,
     compute: Compute,
 ) -> Tensor:
-    """A batch's features float32 [B,D], on the CPU; in halves where the memory is too small for all at once.
+    """A batch's features, float32 [B,D] on the CPU; computed in halves if memory is too small for the whole batch.
 
-    Raises UserError where it is too small for a single image.
+    Raises UserError if it is too small for a single image.
     """
     try:
         given = images.to(compute.device), sizes.to(compute.device)
@@ -108,10 +108,8 @@ def _features(
             raise
         if len(images) == 1:
             where = "this machine's memory" if compute.device.type == "cpu" else f"the memory of {compute.device}"
-            raise UserError(
-                f"Not even one image at a time fits into {where}. Another --device may have more."
-            ) from None
-    x = torch.empty(0)  # the larger batch lets go of its memory
+            raise UserError(f"Not even a single image fits into {where}. Another --device may have more.") from None
+    x = torch.empty(0)  # frees the memory of the larger batch
     if compute.device.type == "cuda":
         torch.cuda.empty_cache()
     half = len(images) // 2
@@ -127,10 +125,10 @@ def embed_rows(
     compute: Compute,
     progress: Progress | None = None,
 ) -> Tensor:
-    """What `embed_batches` yields as one: float32 [N,D]."""
+    """Everything that `embed_batches` yields, as one tensor: float32 [N,D]."""
     features, done = torch.zeros(0, 0), 0
     for found in embed_batches(encoder, prepare, cache, rows, compute, progress):
-        if not done:  # all at once: a list and its concatenation would take twice the memory
+        if not done:  # allocated at once: a list and its concatenation would take twice the memory
             features = torch.empty(len(rows), found.shape[1])
         features[done : done + len(found)] = found
         done += len(found)
@@ -138,9 +136,9 @@ def embed_rows(
 
 
 def pixel_rows(prepare: Preprocessing, cache: Cache, rows: NDArray[np.int64]) -> Tensor:
-    """The baseline that needs no encoder: the encoder's own input, at most 32 pixels wide, as a vector [N,3*h*w].
+    """The baseline without an encoder: the encoder's input, at most 32 pixels wide, as vectors [N,3*h*w].
 
-    Normalised by mean and std, as the encoder sees it: that makes the baseline stronger than pixels in 0..1.
+    Normalised by mean and std like the encoder's input, which makes the baseline stronger than pixels in 0..1.
     """
     small = Preprocessing(min(prepare.size, _PIXEL_SIDE), prepare.share, prepare.mean, prepare.std)
     return embed_rows(lambda x: x.flatten(1), small, cache, rows, Compute(torch.device("cpu"), "fp32"))
@@ -151,8 +149,8 @@ def untrained(
 ) -> Encoder:
     """The encoder as it was before training, with BN statistics measured on the given rows (`BN_IMAGES` are enough).
 
-    With the initial statistics (mean 0, variance 1) its activations would drift from layer to layer, which would make
-    the baseline weaker than it is.
+    With the initial statistics (mean 0, variance 1) its activations would drift from layer to layer, which would
+    understate the baseline.
     """
     encoder = build(spec, seed)
     compute.place(encoder)
@@ -162,10 +160,10 @@ def untrained(
         norm.reset_running_stats()
         norm.momentum = None  # a plain average over the batches
     encoder.eval()
-    for norm in norms:  # no other part: dropout and stochastic depth would draw
+    for norm in norms:  # BN only: dropout and stochastic depth would be random
         norm.train()
-    # Whole batches, where there are any: a last one of a few images would count as much, and of one alone BN refuses to
-    # take a variance.
+    # Full batches only, if there are any: a small last batch would count as much, and BN cannot compute the variance of
+    # a single image.
     embed_rows(encoder, prepare, cache, rows[: len(rows) // _BATCH * _BATCH or None], compute)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -176,7 +174,7 @@ def untrained(
 
 
 def save_encoder(run: Path, encoder: Encoder, prepare: Preprocessing, seed: int, about: dict[str, Any]) -> None:
-    """`encoder.safetensors` with the backbone's own names, `encoder.json` with all that its use needs."""
+    """Writes `encoder.safetensors` with the backbone's own names and `encoder.json` with all that its use needs."""
     weights = run / f"{ENCODER}.safetensors"
     write_tensors(weights, encoder.backbone.state_dict())
     meta = {
@@ -192,10 +190,10 @@ def save_encoder(run: Path, encoder: Encoder, prepare: Preprocessing, seed: int,
 
 
 def read_encoder(run: Path) -> tuple[Encoder, Preprocessing, dict[str, Any]]:
-    """The encoder of a run in eval mode, its preprocessing and all of `encoder.json`.
+    """A run's encoder in eval mode, its preprocessing and the contents of `encoder.json`.
 
-    Raises UserError where `run` has none (yet), where the two files do not belong together, or where another version of
-    timm or torchvision builds another network.
+    Raises UserError if `run` has none (yet), the two files do not belong together, or another version of timm or
+    torchvision builds a different network.
     """
     description, weights = run / f"{ENCODER}.json", run / f"{ENCODER}.safetensors"
     if not description.exists():
@@ -216,22 +214,22 @@ def read_encoder(run: Path) -> tuple[Encoder, Preprocessing, dict[str, Any]]:
     except OSError as error:
         raise UserError(f"Cannot read {weights}: {error.strerror}.") from None
     if sha256 != meta["sha256"]:
-        raise UserError(f"{weights} is not the file that {description.name} describes: copy both from one run.")
+        raise UserError(f"{weights} is not the file that {description.name} describes: copy both from the same run.")
     encoder = build(spec, meta["seed"])
     try:
         encoder.backbone.load_state_dict(read_tensors(weights)[0])
-    except RuntimeError:  # other names or shapes than where it was trained
+    except RuntimeError:  # names or shapes differ from those in training
         raise UserError(
-            f"{weights} does not fit {spec.name} as it is built here: install the versions that "
-            f"{run / ENVIRONMENT} names."
+            f"{weights} does not fit {spec.name} as it is built here: install the versions listed in "
+            f"{run / ENVIRONMENT}."
         ) from None
     return encoder.eval(), prepare, meta
 
 
 def compute_of(run: Path, encoder: Encoder, prepare: Preprocessing, device: torch.device) -> Compute:
-    """How a run's encoder is used on a device: in the precision of its training, so that the figures are those which
-    training ended with, and the same every time. Where that is not known, was chosen on another kind of device or would be
-    emulated here, the faster one, measured."""
+    """How to compute with a run's encoder on a device: in its training precision, so that results match those at the
+    end of training and are the same every time. If that is unknown, was chosen on another kind of device or would be
+    emulated here, the faster precision is measured and used."""
     found: Any = None
     if (run / RECIPE).exists() and (run / ENVIRONMENT).exists():
         same = str(read_kept(run / ENVIRONMENT).get("device")).partition(":")[0] == device.type
@@ -243,18 +241,18 @@ def compute_of(run: Path, encoder: Encoder, prepare: Preprocessing, device: torc
 
 
 def load(run: str | Path, device: str = "auto", precision: str = "auto") -> ImageEncoder:
-    """The trained encoder of a run: `simsiam.load("runs/demo").embed(["a.jpg", "b.jpg"])`.
+    """Loads the trained encoder of a run: `simsiam.load("runs/demo").embed(["a.jpg", "b.jpg"])`.
 
-    Raises UserError where `run` holds no encoder.
+    Raises UserError if `run` holds no encoder.
     """
     return ImageEncoder(_folder(run), device, precision).open()
 
 
 def _folder(run: Any) -> str:
-    """The run folder's name as text. Raises UserError for what names none: a summary, None."""
+    """The run folder as a string. Raises UserError for anything but a path, such as a summary or None."""
     if not isinstance(run, str | os.PathLike):
-        kept = " Of train()'s summary it is summary['run']." if isinstance(run, dict) else ""
-        raise UserError(f"A run is named by its folder, as text or a path, not {type(run).__name__}.{kept}")
+        kept = " For train()'s summary, use summary['run']." if isinstance(run, dict) else ""
+        raise UserError(f"A run is given by its folder, a string or a path, not {type(run).__name__}.{kept}")
     return os.fspath(run)
 
 
@@ -264,7 +262,7 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
     Args:
         run: the run folder.
         device: 'auto', 'cpu', 'cuda', ...
-        precision: 'bf16', 'fp32' or 'auto', as `compute_of` chooses.
+        precision: 'bf16', 'fp32' or 'auto' (see `compute_of`).
     """
 
     def __init__(self, run: str, device: str = "auto", precision: str = "auto") -> None:
@@ -273,9 +271,9 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         self.precision = precision
 
     def open(self) -> Self:
-        """Loads the weights now, not at the first use. Raises UserError where there are none."""
+        """Loads the weights now, not on first use. Raises UserError if there are none."""
         asked = (self.run, self.device, self.precision)
-        if getattr(self, "opened_", None) != asked:  # not yet, or set_params came in between
+        if getattr(self, "opened_", None) != asked:  # not opened yet, or set_params was called since
             set_threads()
             device, run = pick_device(self.device), Path(_folder(self.run))
             self.encoder_, self.preprocessing_, self.meta_ = read_encoder(run)
@@ -292,7 +290,7 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return self
 
     def fit(self, images: Any = None, y: Any = None) -> Self:
-        """Nothing is left to learn: loads the weights and returns itself."""
+        """Loads the weights and returns self; there is nothing left to learn."""
         return self.open()
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -300,7 +298,7 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     @property
     def _n_features_out(self) -> int:
-        """scikit-learn's name for it: the columns are imageencoder0, imageencoder1, ..."""
+        """`dim` under scikit-learn's name, for the column names imageencoder0, imageencoder1, ..."""
         return self.dim
 
     @property
@@ -310,19 +308,19 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         return self.encoder_.dim
 
     def embed(self, images: Any) -> NDArray[np.float32]:
-        """One vector for every image: float32 [N,D], in order, not normalised.
+        """Returns one vector per image: float32 [N,D], in order, not normalised.
 
         Args:
             images: a list of paths, PIL images or uint8 arrays [H,W,3] or [H,W]; or one uint8 array [N,H,W,3].
         Raises:
-            UserError where an image cannot be read: it says which.
+            UserError if an image cannot be read; the message names it.
         """
         self.open()
         if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OUS":
-            images = images.tolist()  # of paths, as scikit-learn hands them on
+            images = images.tolist()  # paths, as scikit-learn passes them
         if isinstance(images, str | os.PathLike) and os.path.isdir(images):
             raise UserError(
-                f"{os.fspath(images)} is a folder: embed() takes a list of its files. `simsiam embed` takes a folder."
+                f"{os.fspath(images)} is a folder: give embed() a list of its files, or use `simsiam embed`."
             )
         one = getattr(images, "ndim", None) in (2, 3) or (isinstance(images, np.ndarray) and images.ndim < 2)
         if one or isinstance(images, str | bytes | os.PathLike | Image.Image):
@@ -343,13 +341,13 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
 
 def _as_list(images: Any) -> str:
-    """What to give in place of something that is no list of images."""
+    """What to pass instead of something that is not a list of images."""
     shape: tuple[int, ...] = images.shape if isinstance(images, np.ndarray) else ()
     if len(shape) == 2 and images.dtype.kind in "OUS":
-        return "of a column of paths give column.ravel()"
+        return "for a column of paths, pass column.ravel()"
     if len(shape) == 3 and shape[2] not in (1, 3, 4):
-        return "of gray images in one array give list(array)"
-    return "put the one image into a list, [image]"
+        return "for gray images in one array, pass list(array)"
+    return "put a single image into a list, [image]"
 
 
 def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
@@ -360,14 +358,18 @@ def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
             raise UserError(f"Cannot read the image {os.fspath(image)}: {error}.") from None
     if isinstance(image, Image.Image):
         try:
-            return decode(image.copy(), short_side)  # decoding changes what it is given
-        except (OSError, DecodeError) as error:  # a file that Pillow had opened and not read
+            return decode(image.copy(), short_side)  # decoding modifies its input
+        except (OSError, DecodeError) as error:  # a file that Pillow has opened but not read
             raise UserError(f"Cannot read the image {getattr(image, 'filename', '') or image}: {error}.") from None
     array = np.asarray(image)
     coloured = array.ndim == 3 and array.shape[2] in (1, 3, 4)
     if array.dtype != np.uint8 or not array.size or not (coloured or array.ndim == 2):
-        turn = " Turn it: .transpose(1, 2, 0)." if array.ndim == 3 and array.shape[0] in (1, 3) and not coloured else ""
-        scale = " Give values from 0 to 255 as uint8." if array.dtype.kind == "f" else ""
+        turn = (
+            " Transpose it: .transpose(1, 2, 0)."
+            if array.ndim == 3 and array.shape[0] in (1, 3) and not coloured
+            else ""
+        )
+        scale = " Pass values from 0 to 255 as uint8." if array.dtype.kind == "f" else ""
         what = f"{array.dtype} {list(array.shape)}" if hasattr(image, "shape") else type(image).__name__
         what += ": open it with PIL" if isinstance(image, bytes) else ""
         raise UserError(f"An image is a path, a PIL image or a uint8 array [H,W,3]; this is {what}.{turn}{scale}")

@@ -1,4 +1,4 @@
-"""A folder of embeddings: vectors and items in plain files, and the way back to the images they are of."""
+"""A folder of embeddings: vectors and items in plain files, with a way back to their images."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def embed_to(
 ) -> dict[str, Any]:
     """Embeds a data set into a folder: `vectors.npy` [N,D] float32, `items.parquet`, `meta.json`.
 
-    A folder that this encoder already filled is brought up to date: an image whose pixels it has seen keeps its vector.
+    A folder already filled by this encoder is updated: images whose pixels are embedded already keep their vectors.
 
-    Returns {"vectors", "dim", "new", "bad_files"}: rows, length, how many were computed now, and the unreadable ones.
-    Raises UserError where `out` holds embeddings of another encoder, or something else.
+    Returns {"vectors", "dim", "new", "bad_files"}: rows, their length, the number computed now, and unreadable files.
+    Raises UserError if `out` holds embeddings of another encoder, or something else.
     """
     from simsiam.data.cache import build_cache
 
@@ -46,12 +46,12 @@ def embed_to(
     out = Path(out)
     known = _known(out, encoder.meta_)
     images = open_images(data)
-    make_writable(out)  # or say so now, not after hours of embedding
+    make_writable(out)  # or fail now, not after hours of embedding
     try:
         cache = build_cache(images, encoder.preprocessing_.short_side, workers=workers, progress=decoding)
     except UserError:
         with contextlib.suppress(OSError):
-            out.rmdir()  # where it is empty
+            out.rmdir()  # if it is empty
         raise
     rows = cache.decoded(np.arange(len(cache)))
     hashes = digests(cache, rows)
@@ -70,7 +70,7 @@ def embed_to(
 
 
 def origin(run: str | Path, encoder: dict[str, Any], data: str | Path, cache: Cache) -> dict[str, Any]:
-    """For `meta.json`: what made the vectors, and of what. encoder: all of `encoder.json`."""
+    """The fields of `meta.json` on the encoder and data of the vectors. encoder: the contents of `encoder.json`."""
     return {
         "format": 1,
         "run": os.path.abspath(run),
@@ -90,7 +90,7 @@ def write_embedding(
     meta: dict[str, Any],
     hashes: Sequence[str],
 ) -> None:
-    """The three files of an embedding; `items.parquet` has a row for every vector: id, label, class, pixels' hash, key."""
+    """Writes an embedding's three files. `items.parquet` has a row per vector: id, label, class, pixel hash, key."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -109,8 +109,8 @@ def write_embedding(
         with atomic(out / VECTORS) as temporary:
             with open(temporary, "wb") as file:
                 np.save(file, vectors)
-            # meta.json goes before the other two are exchanged and comes last: while it is missing, they are not trusted.
-            # No sooner than both are written: a full disk leaves the folder as it was.
+            # meta.json is deleted before the other two are replaced and written last: without it, they are not trusted.
+            # It is deleted only once both are written, so that a full disk leaves the folder as it was.
             (out / META).unlink(missing_ok=True)
     write_json(out / META, {**meta, "classes": list(names) or None, "vectors": len(vectors)})
     for left in _unfinished(out):
@@ -119,18 +119,18 @@ def write_embedding(
 
 @dataclass(frozen=True, repr=False)
 class Embeddings:
-    """A folder that `embed_to` wrote."""
+    """A folder written by `embed_to`."""
 
     folder: Path
     vectors: NDArray[np.float32]
     """[N,D], memory-mapped."""
     items: dict[str, list[Any]]
-    """The columns that were asked for, N values each."""
+    """The requested columns, N values each."""
     meta: dict[str, Any]
     keys: NDArray[np.uint64]
-    """[N], of each image's name, size and time of change; 0 where the file does not say."""
+    """[N], the keys of the images (`ImageSet.keys`); 0 if the file does not have them."""
     written: tuple[int, ...]
-    """Tells this writing of the folder from others."""
+    """Identifies this version of the folder."""
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -143,11 +143,11 @@ class Embeddings:
         return self.items["id"]
 
     def replaced(self) -> bool:
-        """Whether the folder holds something else by now; not while that is being written."""
+        """Whether the folder has been rewritten since; False while a write is in progress."""
         return _written(self.folder) not in (None, self.written)
 
     def encoder(self, device: str = "auto") -> ImageEncoder:
-        """The encoder that made the vectors. Raises UserError where its run is gone or has other weights by now."""
+        """The encoder that made the vectors. Raises UserError if its run is gone or its encoder has changed."""
         run = Path(self.meta["run"])
         if not run.exists():
             raise UserError(
@@ -156,15 +156,15 @@ class Embeddings:
         encoder = ImageEncoder(os.fspath(run), device).open()
         if _made_by(encoder.meta_) != _made_by(self.meta, "encoder"):
             raise UserError(
-                f"{run} has other weights or other preprocessing than what made {self.folder}: "
+                f"{run} has other weights or preprocessing than the encoder that made {self.folder}: "
                 "run `simsiam embed` again."
             )
         return encoder
 
     def images(self) -> tuple[Cache, NDArray[np.int64]]:
-        """The images that the vectors are of, in the size that the encoder was given, and the row there of each: int64 [N].
+        """The images of the vectors, at the size given to the encoder, and the row there of each vector: int64 [N].
 
-        Others may have come since. Raises UserError where one of these is gone or was changed.
+        Others may have been added since. Raises UserError if one of these is gone or has changed.
         """
         from simsiam.data.cache import open_cache
 
@@ -182,7 +182,7 @@ class Embeddings:
 
 
 def read_embeddings(folder: str | Path, columns: Sequence[str] = ("id",)) -> Embeddings:
-    """Raises UserError where the folder is not one of `simsiam embed`, is not complete, or its files do not agree."""
+    """Reads embeddings. Raises UserError if the folder holds none, is incomplete, or its files do not match."""
     import pyarrow.parquet as pq
 
     folder = Path(folder)
@@ -195,20 +195,20 @@ def read_embeddings(folder: str | Path, columns: Sequence[str] = ("id",)) -> Emb
     meta = read_json(folder / META)
     try:
         vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
-        table = pq.ParquetFile(folder / ITEMS).read([*columns, "key"])  # only those there are
+        table = pq.ParquetFile(folder / ITEMS).read([*columns, "key"])  # ignores missing columns
         items = {name: table[name].to_pylist() for name in columns}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"Cannot read the embeddings in {folder}: {' '.join(str(error).split())}") from None
     if not len(vectors) == len(table) == meta.get("vectors") or vectors.shape[1:] != (meta.get("dim"),):
         raise UserError(f"The files of {folder} do not belong together: run `simsiam embed` again, or copy all three.")
-    if _written(folder) != written:  # equally many as before would pass for belonging together
-        raise UserError(f"{folder} was written anew while it was read: run this again when `simsiam embed` is done.")
+    if _written(folder) != written:  # with as many vectors as before, the check above would pass
+        raise UserError(f"{folder} was rewritten while it was being read: run this again when `simsiam embed` is done.")
     keys = table["key"].to_numpy() if "key" in table.column_names else np.zeros(len(table), np.uint64)
     return Embeddings(folder, vectors, items, meta, keys, written)
 
 
 def _written(folder: Path) -> tuple[int, ...] | None:
-    """Another one after each writing; None where there is none, or one is under way."""
+    """Changes with every write of the folder; None if it has no embeddings or a write is in progress."""
     try:
         found = (folder / META).stat()
     except OSError:
@@ -217,12 +217,12 @@ def _written(folder: Path) -> tuple[int, ...] | None:
 
 
 def _made_by(meta: dict[str, Any], sha256: str = "sha256") -> tuple[Any, Any]:
-    """What two vectors must agree in to be compared: weights and preprocessing."""
+    """What must be equal for vectors to be comparable: weights and preprocessing."""
     return meta.get(sha256), meta.get("preprocessing")
 
 
 def _known(out: Path, encoder: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
-    """Pixels' hash -> vector of what this encoder, of this `encoder.json`, has embedded into `out` before."""
+    """Maps pixel hashes to the vectors in `out` that this encoder (given by its `encoder.json`) made before."""
     if not out.exists() or (out.is_dir() and _unfinished(out) == {*out.iterdir()}):
         return {}
     if not (out / META).exists() and not (out / VECTORS).exists():
@@ -233,13 +233,13 @@ def _known(out: Path, encoder: dict[str, Any]) -> dict[str, NDArray[np.float32]]
         raise UserError(f"{out} holds embeddings of another encoder: choose another -o, or delete it.")
     try:
         stored = read_embeddings(out, ["pixels"])
-    except UserError:  # damaged: everything is embedded anew
+    except UserError:  # damaged: everything is embedded again
         return {}
     return dict(zip(stored.items["pixels"], stored.vectors, strict=True))
 
 
 def _unfinished(out: Path) -> set[Path]:
-    """What a writing of embeddings that was killed has left in the folder."""
+    """Temporary files that a killed write of embeddings left in the folder."""
     return {path for name in (VECTORS, ITEMS, META) for path in left_by_a_kill(out, name)}
 
 

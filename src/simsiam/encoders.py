@@ -1,11 +1,11 @@
-"""Backbones by name: the thin and CIFAR ResNets of ours, any of torchvision's and any of timm's.
+"""Backbones by name: our thin and CIFAR ResNets, and any of torchvision's or timm's models.
 
-An encoder maps float [B,3,h,w] to pooled features [B,dim]; its classifier is gone. Names:
+An encoder maps float [B,3,h,w] to pooled features [B,dim]; it has no classifier. Names:
 
     thin-resnet18 | 34     ours for the CPU: width 16, stem by view size
     cifar-resnet18 | 34    3x3 stem of stride 1, no max-pool (the paper's appendix D)
     resnet50, ...          torchvision
-    timm/NAME              timm; a plain NAME works where torchvision has none of that name
+    timm/NAME              timm; a plain NAME works if torchvision has no model of that name
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from simsiam.kernels import norm
 
 _BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 _TOGETHER = 4
-"""Views that go through a compiled network in one pass, at most: each adds its BN to what has to be compiled."""
+"""Most views that go through a compiled network in one pass: each adds its BN to the code to compile."""
 OURS = [f"{family}-{depth}" for family in ("thin", "cifar") for depth in _BLOCKS]
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """What is needed to build the encoder again; stored in `encoder.json`. None is the family's default."""
+    """What is needed to rebuild an encoder; stored in `encoder.json`. None means the family's default."""
 
     name: str
     size: int
-    """Side of the views that it is built for, in pixels."""
+    """Side of the views it is built for, in pixels."""
     width: int | None = None
-    """Channels of the first stage, at least 8 (ours only): 64 is the ResNet of the papers."""
+    """Channels of the first stage, at least 8 (ours only); 64 in the papers' ResNets."""
     stem: int | None = None
     """Stride of the stem, 1, 2 or 4 (ours only)."""
     zero_init_residual: bool | None = None
     """The last BN weight of every residual block starts at 0, so a block starts as the identity (paper, appendix A).
 
-    True for residual networks, but False for thin ones: with it, their kNN accuracy on CIFAR-10 was worse.
+    True by default for residual networks, but not for thin ones, whose kNN accuracy on CIFAR-10 was worse with it.
     """
 
 
 class Encoder(nn.Module):
-    """A backbone without classifier. `backbone` has the names of the model it comes from, so weights move both ways."""
+    """A backbone without its classifier. `backbone` keeps the original parameter names, so weights move both ways."""
 
     def __init__(self, spec: EncoderSpec, backbone: nn.Module, dim: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Encoder(nn.Module):
         return self.backbone(x)
 
     def each(self, views: Sequence[Tensor]) -> list[Tensor]:
-        """Features of several views, float [B,3,h,w] each; BN takes its statistics from one view at a time."""
+        """Features of several views, float [B,3,h,w] each; BN statistics are computed per view."""
         runs: list[list[Tensor]] = []
         for x in views:
             if runs and runs[-1][0].shape == x.shape and len(runs[-1]) < _TOGETHER:
@@ -68,16 +68,16 @@ class Encoder(nn.Module):
         return [h for run in runs for h in self.together(run)]
 
     def together(self, views: list[Tensor]) -> Sequence[Tensor]:
-        """`each` of views of one size. Compiled, they go through a `ResNet` in one pass: fewer and larger kernels."""
+        """`each` for views of one size. If compiled, they go through a `ResNet` in one pass: fewer, larger kernels."""
         if torch.compiler.is_compiling() and isinstance(self.backbone, ResNet):
             return self.backbone(torch.cat(views), len(views)).chunk(len(views))
         return [self(x) for x in views]
 
 
 def build(spec: EncoderSpec, seed: int) -> Encoder:
-    """The encoder with fresh weights, the same for the same (spec, seed); torch's global generator is left as it was.
+    """Builds an encoder with fresh weights, determined by (spec, seed); torch's global generator is left unchanged.
 
-    Raises UserError for an unknown name, a setting that the backbone does not have, or views of a size it cannot take.
+    Raises UserError for an unknown name, a setting that the backbone does not have, or views of an unsupported size.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -86,19 +86,19 @@ def build(spec: EncoderSpec, seed: int) -> Encoder:
 
 
 def names() -> list[str]:
-    """Ours and torchvision's by name; timm's are too many to list, `timm.list_models()` does."""
+    """The names of our and torchvision's encoders; timm's are too many (see `timm.list_models()`)."""
     return OURS + _torchvision_names()
 
 
 def to_table(spec: EncoderSpec) -> dict[str, Any]:
-    """For a recipe and `encoder.json`: what is not left open."""
+    """The settings that are not None, for a recipe or `encoder.json`."""
     return {key: value for key, value in asdict(spec).items() if value is not None}
 
 
 def _torchvision_names() -> list[str]:
     from torchvision import models
 
-    return models.list_models(module=models)  # `module`: classifiers only; detectors, videos, ... have their own
+    return models.list_models(module=models)  # classifiers only; detection, video, ... have their own modules
 
 
 def _ours(spec: EncoderSpec) -> tuple[nn.Module, int]:
@@ -108,18 +108,18 @@ def _ours(spec: EncoderSpec) -> tuple[nn.Module, int]:
     stem = (1 if not thin or spec.size <= 48 else 2 if spec.size <= 128 else 4) if spec.stem is None else spec.stem
     zero_init = not thin if spec.zero_init_residual is None else spec.zero_init_residual
     if width < 8:
-        # oneDNN's weight gradient of a strided 1x1 convolution of fewer channels, channels_last, writes past its memory on
-        # processors with AVX2 (torch 2.14.1).
-        raise UserError(f"encoder.width is {width}: it is a number of channels, at least 8.")
+        # With fewer channels, oneDNN's weight gradient of a strided 1x1 convolution in channels_last writes out of
+        # bounds on processors with AVX2 (torch 2.14.1).
+        raise UserError(f"encoder.width is {width}: it must be at least 8 channels.")
     if stem not in (1, 2, 4):
-        raise UserError(f"encoder.stem is {stem}: the stride of the stem is 1, 2 or 4.")
+        raise UserError(f"encoder.stem is {stem}: the stride of the stem must be 1, 2 or 4.")
     return ResNet(_BLOCKS[depth], width, stem, zero_init), 8 * width
 
 
 def _foreign(spec: EncoderSpec) -> tuple[nn.Module, int]:
     try:
         model = _from_torchvision(spec) if spec.name in _torchvision_names() else _from_timm(spec)
-        # In eval mode: the running statistics of BN stay as they are.
+        # In eval mode, so that BN's running statistics do not change.
         with torch.no_grad():
             features = model.eval()(torch.zeros(2, 3, spec.size, spec.size))
     except UserError:
@@ -130,7 +130,7 @@ def _foreign(spec: EncoderSpec) -> tuple[nn.Module, int]:
     if spec.width is not None or spec.stem is not None:
         raise UserError(f"encoder.width and encoder.stem are for {', '.join(OURS)}; {spec.name} has no such settings.")
     if not isinstance(features, Tensor) or features.ndim != 2:
-        raise UserError(f"{spec.name} is no encoder of images: it does not give one vector for each.")
+        raise UserError(f"{spec.name} is not an image encoder: it does not return one vector per image.")
     return model.train(), features.shape[1]
 
 
@@ -148,7 +148,7 @@ def _from_torchvision(spec: EncoderSpec) -> nn.Module:
         _run_as_ours(model)
     heads = {attribute: getattr(model, attribute, None) for attribute in ("fc", "classifier", "head", "heads")}
     attribute, head = next((key, head) for key, head in heads.items() if head is not None)
-    if isinstance(head, nn.Sequential):  # dropout, norms and hidden layers stay, the last layer goes
+    if isinstance(head, nn.Sequential):  # keep dropout, norms and hidden layers, drop the last layer
         last = [key for key, layer in head.named_children() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
         setattr(head, last, nn.Identity())
     else:
@@ -157,7 +157,7 @@ def _from_torchvision(spec: EncoderSpec) -> nn.Module:
 
 
 def torchvision_options(name: str, size: int) -> dict[str, Any]:
-    """What torchvision's model of this name is told besides, for views of `size` pixels."""
+    """Further arguments of torchvision's model of this name, for views of `size` pixels."""
     if name.startswith("vit_"):
         return {"image_size": size}
     if name.startswith("maxvit_"):
@@ -166,7 +166,7 @@ def torchvision_options(name: str, size: int) -> dict[str, Any]:
 
 
 def timm_options(name: str, size: int) -> dict[str, Any]:
-    """What timm's model of this name is told besides, for views of `size` pixels."""
+    """Further arguments of timm's model of this name, for views of `size` pixels."""
     import timm
 
     fixed = timm.is_model(name) and getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
@@ -174,7 +174,7 @@ def timm_options(name: str, size: int) -> dict[str, Any]:
 
 
 def _run_as_ours(model: nn.Module) -> None:
-    """torchvision's ResNet gets our forward pass; its modules, their names and their weights stay."""
+    """Gives torchvision's ResNet our forward pass; its modules, their names and their weights stay the same."""
     from torchvision.models import resnet
 
     ours = {resnet.ResNet: ResNet, resnet.BasicBlock: BasicBlock, resnet.Bottleneck: Bottleneck, nn.Sequential: _Stage}
@@ -191,7 +191,7 @@ def _from_timm(spec: EncoderSpec) -> nn.Module:
         places = [names(), listed] if name == spec.name else [[f"timm/{each}" for each in listed]]
         hints = [did_you_mean(spec.name, place) for place in places]
         hint = next((hint for hint in hints if "Did you mean" in hint), hints[-1])
-        hint = hint if len(hint) < 100 else " `simsiam list` names what there is."  # the list of all 1400 helps nobody
+        hint = hint if len(hint) < 100 else " `simsiam list` lists the encoders."  # a list of all 1400 would not help
         raise UserError(f"Unknown encoder {spec.name!r}.{hint}")
     options = timm_options(name, spec.size)
     if spec.zero_init_residual is not None:
@@ -228,7 +228,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions with a shortcut: torchvision's, whose names it has."""
+    """torchvision's block of three convolutions with a shortcut, with our forward pass."""
 
     conv1: nn.Conv2d
     conv2: nn.Conv2d
@@ -265,7 +265,7 @@ class _Stage(nn.Sequential):
 class ResNet(nn.Module):
     """Basic-block ResNet of any width with a stem of stride 1 (CIFAR), 2 or 4. Features: average pool, 8 x width.
 
-    torchvision's run by the same forward pass.
+    torchvision's ResNets run with the same forward pass.
     """
 
     def __init__(self, blocks: tuple[int, ...], width: int, stem: int, zero_init_residual: bool) -> None:
@@ -284,7 +284,7 @@ class ResNet(nn.Module):
                 nn.init.zeros_(module.bn2.weight)
 
     def forward(self, x: Tensor, views: int = 1) -> Tensor:
-        """views: x holds so many batches, one after the other, each with BN statistics of its own."""
+        """views: number of batches that x concatenates, each with its own BN statistics."""
         x = self.maxpool(norm(self.bn1, _conv(self.conv1, x), views=views))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x, views)
@@ -296,15 +296,15 @@ def _conv(conv: nn.Module, x: Tensor) -> Tensor:
     return on_matrix_units(conv, x) if x.is_cuda else conv(x)
 
 
-# --- in use on a CPU ------------------------------------------------------------------------------------------------
+# --- inference on a CPU ---------------------------------------------------------------------------------------------
 
 
 def in_use(encoder: Callable[[Tensor], Tensor], compute: Compute) -> Callable[[Tensor], Tensor]:
-    """What computes an encoder's features of images to be embedded: without gradients, with its weights as they are now.
+    """The function that computes an encoder's features at inference: without gradients, with its current weights.
 
-    On a CPU, a ResNet of ours or of torchvision's has every BN folded into the convolution before it, and oneDNN adds
-    shortcut and ReLU to a convolution's sums before they are rounded and written. Anything else, and what has not stopped
-    training, is returned as it is.
+    On a CPU, every BN of our and torchvision's ResNets is folded into the convolution before it, and oneDNN adds
+    shortcut and ReLU to the convolution's sums before they are rounded and written. Anything else, and an encoder in
+    training mode, is returned unchanged.
     """
     if not isinstance(encoder, Encoder) or not _folds(encoder.backbone, compute):
         return encoder
@@ -312,7 +312,7 @@ def in_use(encoder: Callable[[Tensor], Tensor], compute: Compute) -> Callable[[T
 
 
 def view_dtype(network: Callable[[Tensor], Tensor]) -> torch.dtype:
-    """The precision in which a network that `in_use` returned takes its views without converting them."""
+    """The dtype of the views that a network returned by `in_use` takes without conversion."""
     return network.dtype if isinstance(network, _InUse) else torch.float32
 
 
@@ -330,7 +330,7 @@ def _folds(net: nn.Module, compute: Compute) -> bool:
 
 
 class _InUse:
-    """A ResNet by `Folded` convolutions: float [B,3,h,w], at best of its dtype already -> features [B,dim]."""
+    """A ResNet of `Folded` convolutions: float [B,3,h,w], ideally already of `dtype` -> features [B,dim]."""
 
     def __init__(self, net: Any, dtype: torch.dtype) -> None:
         self.dtype, self.maxpool = dtype, net.maxpool

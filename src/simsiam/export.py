@@ -1,4 +1,4 @@
-"""A run's encoder for other software: torchvision, timm, safetensors or ONNX; checked against ours before it is kept."""
+"""Export a run's encoder to torchvision, timm, safetensors or ONNX; checked against ours before it is kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from simsiam.runs import ENCODER, atomic, make_writable, read_tensors, write_ten
 
 TARGETS = ("torchvision", "timm", "onnx", "safetensors")
 TOLERANCE = 1e-4
-"""Largest difference of a feature, as a share of the largest feature."""
+"""Largest accepted difference of a feature, relative to the largest feature."""
 
 _ELSE = "Use --to safetensors (its weights) or --to onnx (the whole network)."
 _OPSET = 18
@@ -34,7 +34,7 @@ _OPSET = 18
 
 @dataclass(frozen=True)
 class _Target:
-    """How one kind of file is written, and how it is read by the software that it is for."""
+    """How one kind of file is written, and how its software reads it."""
 
     save: Callable[[Path], None]
     features: Callable[[Path, Tensor], Tensor]
@@ -46,18 +46,18 @@ class _Target:
 def export(
     run: str | Path, to: str, out: str | Path | None = None, *, with_preprocessing: bool = False
 ) -> dict[str, Any]:
-    """Writes the encoder of `run` into one file that other software reads.
+    """Writes the encoder of `run` to a file that other software can read.
 
     Args:
         to: "torchvision" or "timm": a state dict, tensors only, for that library's model of the same name;
-            "safetensors": the weights, and in the header what their use needs;
+            "safetensors": the weights, with what is needed to use them in the header;
             "onnx": the network, float32 [B,3,size,size] -> [B,dim], for any B.
         out: the file, or a folder for it; None: `export/` in the run folder.
         with_preprocessing: ONNX only: the network takes uint8 pixels [B,H,W,3] of any size.
-    Returns {"run", "to", "path", "dim", "max_error", "preprocessing", "use"}: `max_error` is the largest difference to our
-    features on random images, as a share of the largest feature; `preprocessing` what is left to do before the network;
-    `use` a line of Python that reads the file.
-    Raises UserError where the encoder has no counterpart there, or a package is missing.
+    Returns {"run", "to", "path", "dim", "max_error", "preprocessing", "use"}: `max_error` is the largest difference
+    from our features on random images, relative to the largest feature; `preprocessing` what remains to be done before
+    the network; `use` a line of Python that reads the file.
+    Raises UserError if the encoder has no counterpart there, or a package is missing.
     """
     if to not in TARGETS:
         raise UserError(f"Cannot export to {to!r}.{did_you_mean(to, TARGETS)}")
@@ -89,8 +89,8 @@ def export(
         with torch.inference_mode():
             found = target.features(file, images)
         error = float((found - wanted).abs().max() / wanted.abs().max())
-        if not error <= TOLERANCE:  # also where it is not a number
-            raise UserError(f"The features of {to}'s {encoder.spec.name} are not ours, off by {error:.2g}: not kept.")
+        if not error <= TOLERANCE:  # also if it is NaN
+            raise UserError(f"The features of {to}'s {encoder.spec.name} differ from ours by {error:.2g}: not kept.")
     return {
         "run": str(run),
         "to": to,
@@ -103,14 +103,14 @@ def export(
 
 
 def _place(out: Path, name: str) -> Path:
-    """The file to write: `out`, or `name` in it where it is a folder or, new and without an ending, is to be one.
+    """The file to write: `out`, or `name` inside it if it is a folder, or does not exist and has no extension.
 
-    Raises UserError where that would overwrite something else than an earlier export."""
+    Raises UserError if that would overwrite anything but an earlier export."""
     path = out / name if out.is_dir() or not (out.suffix or out.exists()) else out
     own_weights = path.name == f"{ENCODER}.safetensors" and path.with_suffix(".json").exists()
     of_a_run = own_weights or path.parent.name == "checkpoints"
     if path.exists() and (of_a_run or path.suffix != Path(name).suffix):
-        raise UserError(f"{path} exists and is no export: choose another -o.")
+        raise UserError(f"{path} exists and is not an export: choose another -o.")
     return path
 
 
@@ -150,7 +150,7 @@ def _state_dict(library: str, encoder: Encoder, prepare: Preprocessing) -> _Targ
 
 
 def _counterpart(library: str, encoder: Encoder) -> tuple[nn.Module, str]:
-    """The library's own model of the encoder's name, and the code that makes it. Raises UserError."""
+    """The library's own model of the encoder's name, and code that creates it. Raises UserError if it has none."""
     spec, backbone = encoder.spec, encoder.backbone
     ours = spec.name in OURS
     name = spec.name.partition("-")[2] if ours else spec.name.removeprefix("timm/")
@@ -168,10 +168,10 @@ def _counterpart(library: str, encoder: Encoder) -> tuple[nn.Module, str]:
             model = timm.create_model(name, pretrained=False, num_classes=0, **options)
             make = f"model = timm.create_model({_arguments(options, repr(name), 'num_classes=0')})"
     except (ValueError, RuntimeError, TypeError):
-        raise UserError(f"{library} has no {name} like the encoder {spec.name}. {_ELSE}") from None
+        raise UserError(f"{library} has no {name} that matches the encoder {spec.name}. {_ELSE}") from None
     if ours:
         assert isinstance(backbone, ResNet)
-        # From the stem on, at width 64, ours is the same network under the same names.
+        # After the stem, at width 64, ours is the same network with the same names.
         stem = backbone.conv1
         model.conv1 = nn.Conv2d(3, stem.out_channels, 3, stem.stride, 1, bias=False)  # type: ignore[arg-type]
         make += f"; model.conv1 = torch.nn.Conv2d(3, {stem.out_channels}, 3, {stem.stride[0]}, 1, bias=False)"
@@ -186,13 +186,13 @@ def _arguments(options: dict[str, Any], *first: str) -> str:
 
 
 def _fit(model: nn.Module, weights: dict[str, Tensor], library: str, encoder: Encoder) -> None:
-    """Takes the classifier off `model`: what the weights lack. Raises UserError where they lack more, or do not fit."""
+    """Removes `model`'s classifier, which the weights lack. Raises UserError if they lack more or do not fit."""
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError:  # other shapes
         missing, unexpected = [], ["shapes"]
     heads = {name.rpartition(".")[0] for name in missing}
-    classifiers = 1 if library == "torchvision" else 0  # timm builds it without
+    classifiers = 1 if library == "torchvision" else 0  # timm builds the model without one
     if unexpected or len(heads) != classifiers or "" in heads:
         raise UserError(f"The weights of {encoder.spec.name} do not fit into {library}'s model. {_ELSE}")
     for head in heads:
@@ -203,12 +203,12 @@ def _fit(model: nn.Module, weights: dict[str, Tensor], library: str, encoder: En
 
 
 class FromPixels(nn.Module):
-    """An encoder with `Preprocessing` in front of it, all images of a batch of one size.
+    """An encoder with `Preprocessing` in front of it; all images of a batch have the same size.
 
-    In use, `decode` reduces a large image by Pillow's bicubic filter and `plain_view` enlarges a small one bilinearly.
-    Here both are two small matrices that depend on nothing but height and width, so that these may vary. The features
-    are those of `load(run).embed` on the same pixels; of a large JPEG file, which `decode` reads at a reduced scale, they
-    differ a little.
+    Elsewhere, `decode` reduces a large image with Pillow's bicubic filter and `plain_view` enlarges a small one
+    bilinearly. Here both are two small matrices that depend only on height and width, so that these may vary. The
+    features are those of `load(run).embed` on the same pixels; for a large JPEG file, which `decode` reads at a reduced
+    scale, they differ slightly.
     """
 
     def __init__(self, encoder: nn.Module, prepare: Preprocessing) -> None:
@@ -217,7 +217,7 @@ class FromPixels(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """uint8 [B,H,W,3] -> features [B,dim]."""
-        # Lengths are read off an index: they stay variables when the network is traced.
+        # Lengths come from an index, so that they stay variables when the network is traced.
         rows, columns = (torch.arange(pixels.shape[axis], device=pixels.device) for axis in (1, 2))
         height, width = rows[-1:] + 1, columns[-1:] + 1
         short = torch.minimum(height, width)
@@ -227,12 +227,12 @@ class FromPixels(nn.Module):
         return self.encoder(normalise(x, self.prepare.mean, self.prepare.std))
 
     def _kept(self, x: Tensor, short: Tensor) -> Tensor:
-        """Pillow, which reduces, has 8 bits after either direction; `plain_view`, which enlarges, rounds nothing."""
+        """Clamps; if reducing, also rounds like Pillow after each direction. `plain_view`, which enlarges, does not."""
         x = x.clamp(0, 255)
         return torch.where(short > self.prepare.short_side, x.round(), x)
 
     def _resampling(self, source: Tensor, length: Tensor, short: Tensor) -> Tensor:
-        """[size, length]: the short side resized to `short_side`, the central `size` pixels cut out."""
+        """Matrix [size, length] that resizes the short side to `short_side` and keeps the central `size` pixels."""
         size, side = self.prepare.size, self.prepare.short_side
         reduce = short > side
         box = torch.minimum(length, MAX_ASPECT * short)
@@ -264,7 +264,7 @@ def _onnx(encoder: Encoder, prepare: Preprocessing, about: dict[str, Any], from_
 
     def save(file: Path) -> None:
         with warnings.catch_warnings():
-            # torch 2.11 warns of a class of its own.
+            # torch 2.11 warns about one of its own classes.
             warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
             try:
                 program = torch.onnx.export(

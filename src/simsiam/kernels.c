@@ -1,27 +1,27 @@
-/* What a CPU spends its time on besides convolutions and unpacking, each in one pass where torch's operations take a dozen.
+/* CPU kernels for the slow operations besides convolutions and decoding, each in one pass where torch takes a dozen.
 
-   kernels.py compiles this file with the machine's own compiler and calls it; what it computes is told where it is called.
-   GCC and Clang understand it. All memory is row by row; an image's row is [W][3]. */
+   kernels.py compiles this file with the machine's own compiler and calls it; the callers document what it computes.
+   Needs GCC or Clang. All arrays are row-major; an image's row is [W][3]. */
 
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* libgomp's GOMP_parallel: runs a function on so many threads, those that torch's own operations run on. */
+/* libgomp's GOMP_parallel: runs a function on the given number of threads, the ones that torch's operations use. */
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);
 
 typedef float v4 __attribute__((vector_size(16)));
 
-#define ROWS 8    /* of a view that are resized together: the lines between both directions stay in the nearest cache */
-#define RADIUS 11 /* of the widest blur */
-#define SPARE 4   /* values after a row's last that may be read and written; before the first one lie those of another */
+#define ROWS 8    /* of a view, resized together so that the lines between both directions stay in the L1 cache */
+#define RADIUS 11 /* of the blur, at most */
+#define SPARE 4   /* values past a row's end that may be accessed; those before its start belong to another row */
 
 #define ALWAYS static inline __attribute__((always_inline))
 
 static inline v4 load4(const float *from) { v4 v; memcpy(&v, from, sizeof v); return v; }
 
-/* Values are float or bfloat16. */
+/* Reads and writes a value, float or bfloat16. */
 ALWAYS float get(const void *values, long i, long as_float) {
     if (as_float)
         return ((const float *)values)[i];
@@ -38,7 +38,7 @@ ALWAYS void put(void *values, long i, float value, long as_float) {
     }
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    ((uint16_t *)values)[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* to the nearest, ties to even */
+    ((uint16_t *)values)[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16); /* round to nearest, ties to even */
 }
 
 /* --- views ------------------------------------------------------------------------------------------------------- */
@@ -47,9 +47,9 @@ typedef struct {
     const void *images; /* rows of [width][3] each, uint8 or float */
     long batch, height, width, as_float; /* the largest height and width */
     long count, size, to_float;
-    const int64_t *starts, *widths; /* [batch]: where an image's values begin, and its width */
+    const int64_t *starts, *widths; /* [batch]: offset and width of each image */
     const float *geometry; /* [count][10]: start, length, low and high of y, then of x, flip, sigma */
-    const float *colour;   /* [count][18]: the matrix, and what the view's mean colour adds, 3x3 each */
+    const float *colour;   /* [count][18]: a matrix for the pixels and one for the view's mean colour, 3x3 each */
     const float *range;    /* offset, lowest and highest value, 3 each */
     void *views;           /* [count][size][size][3] */
     long next, failed;
@@ -67,9 +67,9 @@ typedef struct {
     long line, row;
 } Room;
 
-#define PERIOD 48 /* values, after which the channel and the place in a vector recur together */
+#define PERIOD 48 /* values, after which both the channel and the position in a vector repeat */
 
-/* A pixel's three values lie beside one another, so a 3x3 matrix is five products with shifted rows. */
+/* A pixel's three values are adjacent, so applying a 3x3 matrix takes five products with shifted rows. */
 typedef struct {
     float weight[5][PERIOD], offset[PERIOD], low[PERIOD], high[PERIOD];
     int mixes;
@@ -79,14 +79,14 @@ static long most_taps(long source, long size, int cubic) {
     return 2 * (long)ceilf((cubic ? 2 : 1) * (source > size ? (float)source / size : 1.0f)) + 1;
 }
 
-/* The filter of a bilinear resize, or Pillow's of a bicubic one, at a distance from its centre. */
+/* The filter of a bilinear resize, or Pillow's bicubic one, at a distance from its centre. */
 static float filter(float far, int cubic) {
     if (!cubic)
         return 1 - far;
     return far < 1 ? (1.5f * far - 2.5f) * far * far + 1 : ((-0.5f * far + 2.5f) * far - 4) * far + 2;
 }
 
-/* The weights of an antialiased resize, as views.resampling has them. */
+/* The weights of an antialiased resize, as in views.resampling. */
 static void resampling(Taps *taps, long size, const float *geometry, int flip, int cubic) {
     float start = geometry[0], length = geometry[1], low = geometry[2], high = geometry[3];
     float step = length / size, scale = step > 1 ? step : 1, reach = cubic ? 2 * scale : scale;
@@ -109,7 +109,7 @@ static void resampling(Taps *taps, long size, const float *geometry, int flip, i
     }
 }
 
-/* One line: the weighted sum of `taps` rows, `count` values of each. */
+/* The weighted sum of `taps` rows of `count` values each, as one line. */
 #define LINE(name, type)                                                                                               \
     static void name(const type *rows, long stride, long taps, const float *weight, long count, float *restrict line) {\
         memset(line, 0, count * sizeof *line);                                                                         \
@@ -124,10 +124,10 @@ static void resampling(Taps *taps, long size, const float *geometry, int flip, i
 LINE(line_of_bytes, uint8_t)
 LINE(line_of_floats, float)
 
-/* ROWS lines that begin at pixel `left`, resized to `columns`. */
+/* Resizes ROWS lines, which start at pixel `left`, to `columns` pixels each. */
 static void across(const Room *room, long left, long columns, float *to) {
     const Taps *x = &room->x;
-    for (long o = 0; o < columns; o++) { /* four values for the three of a pixel: the next one overwrites the last */
+    for (long o = 0; o < columns; o++) { /* four values for a pixel's three: the next pixel overwrites the fourth */
         const float *from = room->lines + (x->first[o] - left) * 3, *weight = x->weight + o * x->most;
         v4 sums[ROWS] = {{0}};
         for (long t = 0; t < x->count[o]; t++)
@@ -143,7 +143,7 @@ static inline float within(float low, float high, float value) {
     return value > high ? high : value;
 }
 
-/* mean: of the view's colours. */
+/* The colour transform of a view; `mean` is the mean colour of its pixels. */
 static Colours colours_of(const Views *v, long view, const double *mean) {
     Colours c = {.mixes = 0};
     for (long k = 0; k < 3; k++) {
@@ -172,7 +172,7 @@ ALWAYS void colour_some(const Colours *c, const float *restrict from, long count
     }
 }
 
-/* Rows of a view from `top` on get their colours and go where they belong. */
+/* Transforms the colours of the rows [top, end) of a view and writes them to the output. */
 static void colour(const Views *v, long view, const Colours *c, const Room *room, const float *rows, long top, long end) {
     long count = v->size * 3;
     for (long y = top; y < end; y++, rows += room->row) {
@@ -188,7 +188,7 @@ static void colour(const Views *v, long view, const Colours *c, const Room *room
     }
 }
 
-/* A view's pixels, into the room; or with their colours where they belong, if these are known. */
+/* Resizes a view into the room or, if its colours are given, applies them and writes the result to the output. */
 static void resize(const Views *v, long view, const Colours *colours, Room *room) {
     const Taps *y = &room->y, *x = &room->x;
     long image = view % v->batch, left = v->width, right = 0, stride = v->widths[image] * 3;
@@ -196,7 +196,7 @@ static void resize(const Views *v, long view, const Colours *colours, Room *room
         left = x->first[o] < left ? x->first[o] : left;
         right = x->first[o] + x->count[o] > right ? x->first[o] + x->count[o] : right;
     }
-    int same = right - left == v->size; /* columns, unless they are mirrored: nothing is left to do across */
+    int same = right - left == v->size; /* neither scaled nor mirrored across: nothing to do there */
     for (long o = 0; o < v->size; o++)
         same &= x->count[o] == 1 && x->first[o] == left + o;
     for (long top = 0; top < v->size; top += ROWS) {
@@ -315,7 +315,7 @@ static void draw(void *given) {
     free(places);
 }
 
-/* 0, or 1 where memory has run out. */
+/* Returns 1 if out of memory, else 0. */
 int views(Parallel parallel, long threads, const void *images, long as_float, long batch, long height, long width,
           long count, long size, long to_float, const int64_t *starts, const int64_t *widths, const float *geometry,
           const float *colour, const float *range, void *views) {
@@ -332,8 +332,8 @@ static void round_off(const float *line, long count, uint8_t *to) {
     }
 }
 
-/* An image [height][width][3] to [rows][columns][3], bicubic, on the thread that asks. As Pillow does: across first, and to
-   whole levels in between. 1 where memory has run out. */
+/* Resizes an image [height][width][3] to [rows][columns][3] on the calling thread, bicubic. Like Pillow, it resizes
+   across first and rounds to whole levels in between. Returns 1 if out of memory, else 0. */
 int reduced(const uint8_t *image, long height, long width, long rows, long columns, uint8_t *to) {
     long y_taps = most_taps(height, rows, 1), x_taps = most_taps(width, columns, 1), count = columns * 3;
     Room room = {.line = width * 3 + SPARE, .row = count + SPARE};
@@ -370,32 +370,32 @@ int reduced(const uint8_t *image, long height, long width, long rows, long colum
 
 /* --- batch normalisation, what is added to it, ReLU ----------------------------------------------------------------
 
-   Values lie in [rows][channels], bfloat16 or float. Rows are cut into chunks, whose sums are added in their order, so the
-   result does not depend on the number of threads. Narrow rows are taken several at a time, as one of `width` values. */
+   Values are [rows][channels], bfloat16 or float. Rows are split into chunks whose sums are added in a fixed order, so
+   the result does not depend on the number of threads. Several narrow rows are processed as one of `width` values. */
 
 #define CHUNKS 64 /* at most */
-#define CHUNK 8192 /* values of one, at least, where there are several */
-#define COLUMNS 64 /* summed up together */
+#define CHUNK 8192 /* values per chunk, at least, if there are several */
+#define COLUMNS 64 /* summed together */
 enum { MEAN, SCALE, SHIFT, SLOPE, BASE, VECTORS };
 #define BLOCK 64   /* rows summed up in float before double takes over */
 
 typedef struct Norm {
     long as_float, rows, channels, width, chunks, relu, threads;
     Parallel parallel;
-    const void *x, *added, *y, *y_gradient; /* `added` is NULL where nothing is */
+    const void *x, *added, *y, *y_gradient; /* `added` is NULL if nothing is added */
     void *to, *to_added;                    /* y; or the gradients of x and of what was added */
-    float *of[VECTORS];                     /* what belongs to a channel, [width] each */
+    float *of[VECTORS];                     /* per-channel vectors, [width] each */
     double *sums;                           /* [chunks][2][width], then the two totals */
     void (*work)(const struct Norm *, long, long, double *);
     long next;
 } Norm;
 
-/* What each phase does of rows [from, to), or of `count` columns from `at` on; arguments that are constants where it is called
-   make versions of their own. Of COLUMNS columns the sums stay in registers. */
+/* The work of each phase on rows [from, to), or on `count` columns from `at` on. Calls with constant arguments compile
+   to specialised versions; the sums of COLUMNS columns stay in registers. */
 
 ALWAYS void sums_of(const Norm *n, long from, long to, double *sums, long at, long count, long as_float) {
     const void *restrict x = n->x;
-    const float *near = n->of[MEAN] + at; /* a value of each channel: squares of differences lose no digits */
+    const float *near = n->of[MEAN] + at; /* one value per channel: squared differences from it lose no digits */
     float sum[COLUMNS], square[COLUMNS];
     for (long start = from; start < to; start += BLOCK) {
         for (long i = 0; i < count; i++)
@@ -452,7 +452,7 @@ ALWAYS void gradient_sums_of(const Norm *n, long from, long to, double *sums, lo
     }
 }
 
-/* Where something was added, the gradient behind the ReLU is there already: it is that of what was added. */
+/* If something was added, the gradient through the ReLU is known already: it is the gradient of what was added. */
 ALWAYS void gradient_of(const Norm *n, long from, long to, long as_float, long relu, long adds) {
     const void *restrict x = n->x, *restrict gradient = adds ? n->to_added : n->y_gradient;
     void *restrict to_x = n->to;
@@ -525,8 +525,8 @@ static void run(Norm *n, void (*work)(const Norm *, long, long, double *)) {
     n->parallel(chunks, n, (unsigned)(n->threads < n->chunks ? n->threads : n->chunks), 0);
 }
 
-/* Makes room; rows of fewer than 64 values are taken by two, four or eight where that comes out even. False where memory has
-   run out. */
+/* Allocates memory. Rows of fewer than 64 values are merged by two, four or eight if their number is divisible.
+   Returns 0 if out of memory. */
 static int begin(Norm *n) {
     long times = 1;
     while (times < 8 && times * n->channels < 64 && n->rows % (2 * times) == 0)
@@ -540,7 +540,7 @@ static int begin(Norm *n) {
     return wide && n->sums;
 }
 
-/* Returns 1 where memory had run out. */
+/* Frees memory. Returns 1 if `begin` ran out of it. */
 static int end(Norm *n) {
     int failed = !n->of[0] || !n->sums;
     free(n->of[0]);
@@ -548,7 +548,7 @@ static int end(Norm *n) {
     return failed;
 }
 
-/* What belongs to the channels, for every row that is taken as one. */
+/* Repeats a per-channel vector for every row merged into one. */
 static void repeat(const Norm *n, long vector) {
     for (long i = n->channels; i < n->width; i++)
         n->of[vector][i] = n->of[vector][i - n->channels];
@@ -559,7 +559,7 @@ static void fill(const Norm *n, const float *values, long vector) {
     repeat(n, vector);
 }
 
-/* [channels]: of the first or the second of the sums. */
+/* [channels]: the total of the first or the second of the sums. */
 static const double *total(const Norm *n, long which) {
     double *restrict to = n->sums + (2 * n->chunks + which) * n->width;
     memset(to, 0, n->channels * sizeof *to);
@@ -572,8 +572,8 @@ static const double *total(const Norm *n, long which) {
     return to;
 }
 
-/* y = norm(x) [+ added], [kept above 0]. `saved` [4][channels] holds mean, scale, shift and 1 / std for the gradient.
-   Returns 1 where memory has run out. */
+/* y = norm(x) [+ added], [ReLU]. `saved` [4][channels] holds mean, scale, shift and 1 / std for the gradient.
+   Returns 1 if out of memory. */
 int norm_forward(Parallel parallel, long threads, long as_float, long rows, long channels, long relu, const void *x,
                  const void *added, void *y, const float *weight, const float *bias, float *running_mean,
                  float *running_var, double momentum, double eps, float *saved) {
@@ -588,7 +588,7 @@ int norm_forward(Parallel parallel, long threads, long as_float, long rows, long
         float *mean = saved, *scale = saved + channels, *shift = scale + channels, *inverse = shift + channels;
         for (long c = 0; c < channels; c++) {
             double off = sum[c] / rows, variance = square[c] / rows - off * off;
-            variance = variance < 0 ? 0 : variance; /* what is not a number stays so */
+            variance = variance < 0 ? 0 : variance; /* NaN stays NaN */
             double middle = off + n.of[MEAN][c], one = 1 / sqrt(variance + eps);
             mean[c] = (float)middle, inverse[c] = (float)one;
             scale[c] = (float)(weight[c] * one), shift[c] = (float)(bias[c] - weight[c] * one * middle);
@@ -602,7 +602,7 @@ int norm_forward(Parallel parallel, long threads, long as_float, long rows, long
     return end(&n);
 }
 
-/* The same by the running statistics. */
+/* The same with the running statistics. */
 int norm_in_use(Parallel parallel, long threads, long as_float, long rows, long channels, long relu, const void *x,
                 const void *added, void *y, const float *weight, const float *bias, const float *mean,
                 const float *variance, double eps) {
@@ -620,7 +620,7 @@ int norm_in_use(Parallel parallel, long threads, long as_float, long rows, long 
     return end(&n);
 }
 
-/* The gradients of x, of what was added (NULL: nothing was), and of weight and bias. */
+/* The gradients of x, of what was added (NULL if nothing was), and of weight and bias. */
 int norm_backward(Parallel parallel, long threads, long as_float, long rows, long channels, long relu, const void *x,
                   const void *y, const void *y_gradient, const float *saved, void *x_gradient,
                   void *added_gradient, float *weight_gradient, float *bias_gradient) {
@@ -656,7 +656,7 @@ typedef struct {
     long next;
 } Largest;
 
-/* A heap whose smallest value is its first: puts the value at `at` where it belongs among those below it. */
+/* Min-heap: moves the value at `at` down to its place. */
 static void sink(float *best, int64_t *which, long count, long at) {
     float value = best[at];
     int64_t column = which[at];
@@ -688,7 +688,7 @@ static void largest_of(const float *values, long columns, long k, float *best, i
             }
         i = end;
     }
-    for (long left = k - 1; left > 0; left--) { /* the smallest goes to the end */
+    for (long left = k - 1; left > 0; left--) { /* heap sort: moves the smallest to the end */
         float value = best[0];
         int64_t column = which[0];
         best[0] = best[left], which[0] = which[left];

@@ -1,7 +1,7 @@
-"""Loops in C for a CPU (kernels.c), compiled once by the machine's own compiler and run on torch's own threads.
+"""CPU kernels in C (kernels.c), compiled once by the machine's own compiler and run on torch's own threads.
 
-Where there is no compiler, or no Linux, their callers do the same by torch's operations, and take longer: so they do with
-SIMSIAM_KERNELS=0 in the environment.
+Without a compiler, on systems other than Linux, or with SIMSIAM_KERNELS=0 in the environment, their callers fall back
+to torch's operations, which take longer.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _building = threading.Lock()
 
 @dataclass(frozen=True)
 class Packed:
-    """Images of several sizes where they lie in a memory map: `views` reads them there, without a copy."""
+    """Images of various sizes in a memory map, from which `views` reads them without copying."""
 
     pixels: NDArray[np.uint8]
-    """[n]: each image [H,W,3], one somewhere after the other."""
+    """[n]: the images, [H,W,3] each, at any offsets."""
     starts: NDArray[np.int64]
-    """[B]: where each begins."""
+    """[B]: where each image begins."""
     sizes: NDArray[np.int32]
     """[B,2]: (height, width)."""
 
@@ -56,11 +56,11 @@ class Packed:
         return Packed(self.pixels, self.starts[part], self.sizes[part])
 
     def to(self, device: torch.device) -> Images:
-        """These where there are kernels for the device, else `padded` on it."""
+        """These images if there are kernels for the device, else `padded` on it."""
         return self if device.type == "cpu" and usable(self) else self.padded().to(device)
 
     def padded(self) -> Tensor:
-        """Copies: uint8 [B,3,H,W] in channels_last, zero at the bottom and right up to the largest height and width."""
+        """A copy: uint8 [B,3,H,W] in channels_last, zero-padded at bottom and right to the largest height and width."""
         (height, width), (least_height, least_width) = self.sizes.max(0).tolist(), self.sizes.min(0).tolist()
         if (height, width) == (least_height, least_width):
             whole = np.lib.stride_tricks.sliding_window_view(self.pixels, 3 * height * width)
@@ -74,8 +74,8 @@ Images = Tensor | Packed
 
 
 def padded(images: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:
-    """Images uint8 [h,w,3] of any sizes as a batch, zero at the bottom and right: uint8 [B,3,H,W] in channels_last, and
-    int64 [B,2] with each one's (height, width)."""
+    """Batches images, uint8 [h,w,3] of any sizes, zero-padded at the bottom and right: uint8 [B,3,H,W] in
+    channels_last, and int64 [B,2] with each one's (height, width)."""
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
     batch = np.zeros((len(images), height, width, 3), np.uint8)
     for row, image in zip(batch, images, strict=True):
@@ -84,7 +84,7 @@ def padded(images: Sequence[NDArray[np.uint8]]) -> tuple[Tensor, Tensor]:
 
 
 def usable(x: Images) -> bool:
-    """Whether what is to be computed lies on a CPU that the kernels could be compiled for."""
+    """Whether the input is on a CPU and the kernels could be compiled."""
     return x.device.type == "cpu" and compiled() is not None
 
 
@@ -96,14 +96,14 @@ def views(
     size: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Crop, antialiased resize, flip, blur and colours of every view, in one go.
+    """Crop, antialiased resize, flip, blur and colours of every view, in one pass.
 
     Args:
         images: B images: uint8 or float [B,3,H,W] on the CPU, or packed.
-        geometry: [n B,10], in pixels: of the height, start and length of the crop and between which limits it may look; the
-            same of the width; 1 to flip; sigma of the blur, 0 for none. View i is one of image i modulo B.
-        colour: [n B,2,3,3]: a matrix for the pixels, and one for the view's mean, which is added.
-        bounds: [3,3]: what else is added to each channel, its lowest and its highest value.
+        geometry: [n B,10], in pixels: start and length of the crop along the height, and the limits of what it may
+            read; the same along the width; 1 to flip; sigma of the blur, 0 for none. View i is of image i modulo B.
+        colour: [n B,2,3,3]: a matrix for the pixels, and one for the view's mean colour, which is added.
+        bounds: [3,3]: the offset added to each channel, its lowest and its highest value.
         dtype: float32 or bfloat16.
     Returns:
         [n B,3,size,size] of that dtype in channels_last.
@@ -125,7 +125,7 @@ def views(
 
 
 def reduced(image: Tensor, height: int, width: int) -> Tensor:
-    """Pillow's bicubic resize of an image, uint8 [H,W,3] on the CPU, to a smaller one; on the thread that asks."""
+    """Pillow's bicubic resize of an image, uint8 [H,W,3] on the CPU, to a smaller one, on the calling thread."""
     assert image.dtype == torch.uint8 and image.is_contiguous() and image.shape[2] == 3
     made = torch.empty(height, width, 3, dtype=torch.uint8)
     _run("reduced", image.data_ptr(), *image.shape[:2], height, width, made.data_ptr())
@@ -133,12 +133,12 @@ def reduced(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def norm(bn: nn.Module, x: Tensor, added: Tensor | None = None, relu: bool = True, views: int = 1) -> Tensor:
-    """relu(bn(x) + added), in four passes over memory, forward and backward, and in one pass in use.
+    """relu(bn(x) + added) in four passes over memory, forward and backward together, or in one at inference.
 
-    bn: batch normalisation of any kind. What the kernels are not made for, float64 or several processes, is left to it and
-    to torch.
+    bn: any kind of batch normalisation. Cases without a kernel, such as float64 or several processes, are left to `bn`
+    and torch.
     x, added: float [B,C,h,w].
-    views: x holds so many batches, one after the other, each of which has statistics of its own.
+    views: number of batches that x concatenates, each normalised by its own statistics.
     """
     if views > 1:
         more = [None] * views if added is None else added.chunk(views)
@@ -163,7 +163,7 @@ def norm(bn: nn.Module, x: Tensor, added: Tensor | None = None, relu: bool = Tru
 def _normalises(bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None) -> bool:
     return (
         (bn.training or not torch.is_grad_enabled())
-        and type(x) is Tensor  # and nothing that stands for one while a model is exported; nor is it traced
+        and type(x) is Tensor  # not a stand-in, as during export
         and not torch.jit.is_tracing()
         and usable(x)
         and x.dtype in (torch.float32, torch.bfloat16)
@@ -171,7 +171,7 @@ def _normalises(bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None) -> bool:
         and bn.affine
         and bn.weight.dtype == torch.float32
         and bn.track_running_stats
-        and x.numel() > bn.training * x.shape[1]  # or torch says that one value has no variance
+        and x.numel() > bn.training * x.shape[1]  # else torch raises: one value has no variance
     )
 
 
@@ -193,7 +193,7 @@ class _Norm(torch.autograd.Function):
         places = _places(x, added, y, weight, bias, running_mean, running_var)
         _call("norm_forward", *_kind(x), relu, *places, momentum, eps, saved.data_ptr())
         ctx.relu, ctx.adds = relu, added is not None
-        # Where nothing was added, x tells what ReLU let pass.
+        # If nothing was added, the backward pass can tell from x what passed the ReLU.
         ctx.save_for_backward(x, y if relu and ctx.adds else None, saved)
         return y
 
@@ -211,7 +211,7 @@ class _Norm(torch.autograd.Function):
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`values.topk(k, dim=1)` of float32 [Q,N] on the CPU, 0 < k <= N, in one pass: values descending, and int64 columns."""
+    """`values.topk(k, dim=1)` of float32 [Q,N] on the CPU, 0 < k <= N, in one pass: sorted values, int64 columns."""
     assert values.dtype == torch.float32 and values.is_contiguous() and 0 < k <= values.shape[1]
     best, which = values.new_empty(len(values), k), torch.empty(len(values), k, dtype=torch.int64)
     if len(values):
@@ -228,7 +228,7 @@ def _kind(x: Tensor) -> tuple[bool, int, int]:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Of those that take the threads to run on."""
+    """Runs a kernel that works on several threads."""
     _run(name, _parallel(), torch.get_num_threads(), *arguments)
 
 
@@ -241,8 +241,8 @@ def _run(name: str, *arguments: Any) -> None:
 
 @functools.cache
 def _parallel() -> int | None:
-    """The address of what starts torch's own threads. Others beside them would make all wait for the system's scheduler."""
-    # A library's handle finds what is in those that it needs: on ARM nothing makes libgomp's names global.
+    """The address of GOMP_parallel, which runs torch's own threads: a second set would compete with them for cores."""
+    # A library's handle also finds the symbols of its dependencies: on ARM nothing makes libgomp's global.
     for library in (str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"), None):
         with contextlib.suppress(OSError, AttributeError):
             return ctypes.cast(ctypes.CDLL(library).GOMP_parallel, ctypes.c_void_p).value
@@ -250,23 +250,23 @@ def _parallel() -> int | None:
 
 
 def wanted() -> bool:
-    """Whether anything may take another way than torch's: not with SIMSIAM_KERNELS=0, nor within `off`."""
+    """Whether alternatives to torch's operations may be used: not with SIMSIAM_KERNELS=0, nor within `off`."""
     return not _off and os.environ.get("SIMSIAM_KERNELS") != "0"
 
 
 def compiled() -> ctypes.CDLL | None:
-    """The library, from the cache or made now, which takes a second; None where that cannot be done."""
+    """The library, from the cache or compiled now, which takes a second; None if unavailable or turned off."""
     return _found()[0] if wanted() else None
 
 
 def lacking() -> str:
-    """Why there is none, for the user; empty where there is one, or where nobody expects it."""
+    """Why there is no library, for the user; empty if there is one, or if none is expected."""
     return _found()[1] if wanted() else ""
 
 
 @contextlib.contextmanager
 def off() -> Iterator[None]:
-    """Torch's operations alone, as where there is no compiler: to compare with."""
+    """Uses torch's operations alone, as without a compiler, for comparison."""
     global _off
     before, _off = _off, True
     try:
@@ -284,10 +284,10 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, "there is no C compiler (cc, gcc or clang)"
     if _parallel() is None:
-        return None, "torch has other threads than GNU's"
+        return None, "torch does not use GNU's OpenMP threads"
     try:
         library = _loaded(compiler)
-    except (OSError, subprocess.SubprocessError, UserError, RuntimeError) as error:  # the last: nobody's home folder
+    except (OSError, subprocess.SubprocessError, UserError, RuntimeError) as error:  # RuntimeError: no home folder
         told = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
         return None, f"{compiler} failed ({(told or [str(error)])[0][:100]})"
     number, address, real = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
@@ -305,18 +305,18 @@ def _loaded(compiler: str) -> ctypes.CDLL:
     built = _build(compiler)
     try:
         return ctypes.CDLL(str(built))
-    except OSError:  # it was damaged since
+    except OSError:  # damaged since it was built
         built.unlink(missing_ok=True)
         return ctypes.CDLL(str(_build(compiler)))
 
 
 def _build(compiler: str) -> Path:
-    """A home folder may be shared by machines: the file's name tells the processor, too."""
+    """Compiles the library if needed. Its name depends on the processor too, as machines may share a home folder."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
     told = "\n".join([_SOURCE.read_text(encoding="utf-8"), compiler, *_FLAGS, *processor])
     key = hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
-    built = cache_folder().resolve() / f"kernels-{key}.so"  # a mere name would be sought among the system's libraries
+    built = cache_folder().resolve() / f"kernels-{key}.so"  # a bare name would be looked up in the system's paths
     with _building:
         if not built.exists():
             with atomic(built) as part:

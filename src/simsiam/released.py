@@ -1,8 +1,8 @@
-"""The authors' released checkpoints -> a run folder that every other verb takes.
+"""Import the authors' released checkpoints as run folders that every other command accepts.
 
-Their pre-training file is {"epoch", "arch", "state_dict", "optimizer"} with the tensors `module.encoder.*` (a torchvision
-ResNet whose fc is the projection MLP) and `module.predictor.*`; their linear-classification file has the names of the
-plain ResNet. Both are pickles: only tensors and plain values are read, a file with code in it is refused.
+Their pre-training file is {"epoch", "arch", "state_dict", "optimizer"} with the tensors `module.encoder.*` (a
+torchvision ResNet whose fc is the projection MLP) and `module.predictor.*`; their linear-classification file has the
+names of the plain ResNet. Both are pickles: only tensors and plain values are read; a file with code in it is refused.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from simsiam.runs import ENVIRONMENT, RECIPE, SUMMARY, Checkpoints, write_json, 
 
 _SIZE = 224
 _FROZEN = "encoder.fc.6.bias"
-"""Of the last projector layer, in their optimiser but never trained; the BN that follows cancels it."""
+"""Bias of the last projector layer: in their optimiser but never trained; the BN that follows cancels it."""
 
 
 def import_released(
     checkpoint: str | Path, out: str | Path, *, encoder: str | None = None, data: str | Path | None = None
 ) -> dict[str, Any]:
-    """Turns a released `.pth.tar`, or a file of the same names, into the run folder `out`.
+    """Turns a released `.pth.tar`, or a file with the same names, into the run folder `out`.
 
     Args:
-        checkpoint: of pre-training (encoder, heads, momentum) or of linear classification (the encoder alone).
-        encoder: one of torchvision's ResNets; None: what the file calls its arch.
-        data: what `simsiam evaluate RUN` takes without DATA; None: torchvision's ImageNet, where it is found.
-    Returns the run's summary, as `train` does; what the file does not tell is None.
-    Raises UserError where the file holds code, is no checkpoint, or does not fit; nothing is written then.
+        checkpoint: from pre-training (encoder, heads, momentum) or from linear classification (encoder only).
+        encoder: one of torchvision's ResNets; None: the `arch` in the file.
+        data: the data of `simsiam evaluate RUN` without DATA; None: torchvision's ImageNet, if it is found.
+    Returns the run's summary, as `train` does; values that the file does not contain are None.
+    Raises UserError, and writes nothing, if the file holds code, is not a checkpoint, or does not fit.
     """
     path, run = Path(checkpoint), Path(out)
     if run.is_file() or (run.is_dir() and any(run.iterdir())):
@@ -55,7 +55,7 @@ def import_released(
     names = {released_name(name): name for name in target.state_dict()}
     _load(target, names, weights, path)
 
-    # Both views pass the first BN in every step; linear classification leaves it in eval mode.
+    # Both views pass through the first BN in every step; linear classification leaves it in eval mode.
     steps = int(weights["encoder.bn1.num_batches_tracked" if pretraining else "bn1.num_batches_tracked"]) // 2
     momentum = _momentum(method, file.get("optimizer")) if pretraining else {}
     with open(path, "rb") as opened:
@@ -96,25 +96,25 @@ def import_released(
 def _read(path: Path) -> Table:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of protocols that torch does not write
+            warnings.simplefilter("ignore")  # about protocols that torch does not write
             file = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
-    except Exception as error:  # torch raises whatever a broken file makes it raise
+    except Exception as error:  # torch raises all kinds of errors on a broken file
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
             raise UserError(
-                f"{path} holds more than tensors: it calls for {code[1]}, and code in a file is never run. Save the "
+                f"{path} holds more than tensors: it refers to {code[1]}, and code in a file is never run. Save the "
                 'weights alone: torch.save({"arch": NAME, "state_dict": model.state_dict()}, FILE).'
             ) from None
-        raise UserError(f"{path} is no PyTorch checkpoint, or it is damaged: give a .pth.tar file.") from None
+        raise UserError(f"{path} is not a PyTorch checkpoint, or is damaged: give a .pth.tar file.") from None
     if not isinstance(file, dict):
         raise UserError(f"{path} holds a {type(file).__name__}, not a checkpoint with a state_dict.")
     return file
 
 
 def _weights(file: Table, path: Path) -> dict[str, Tensor]:
-    """The state dict, `module.` removed: DistributedDataParallel puts it before every name."""
+    """The state dict, without the prefix `module.` that DistributedDataParallel adds to every name."""
     state = file.get("state_dict", file)
     if not isinstance(state, Mapping) or not state:
         raise UserError(f"{path} has no state_dict with weights in it.")
@@ -127,14 +127,14 @@ def _weights(file: Table, path: Path) -> dict[str, Tensor]:
 def _recipe(
     file: Table, weights: dict[str, Tensor], path: Path, encoder: str | None, data: str | Path | None, heads: bool
 ) -> Recipe:
-    """The recipe `imagenet` with what the file tells."""
+    """The recipe `imagenet`, with the settings found in the file."""
     from torchvision import models
 
     arch = encoder or file.get("arch")
     named = {name: models.get_model_builder(name) for name in models.list_models(module=models)}
     known = [name for name, builder in named.items() if builder.__module__ == models.resnet.__name__]
     if not isinstance(arch, str):
-        raise UserError(f"{path} does not name its encoder: add one, like --encoder resnet50.")
+        raise UserError(f"{path} does not name its encoder: add one, e.g. --encoder resnet50.")
     if arch not in known:
         raise UserError(
             f"{path} has the encoder {arch!r}; the released code trains ResNets.{did_you_mean(arch, known)}"
@@ -143,7 +143,7 @@ def _recipe(
     if heads:
         for name in ("encoder.fc.6.weight", "predictor.0.weight"):
             if name not in weights or weights[name].ndim != 2:
-                raise UserError(f"{path} is no checkpoint of the released SimSiam: it has no matrix {name}.")
+                raise UserError(f"{path} is not a checkpoint of the released SimSiam: it has no matrix {name}.")
         widths = {
             "dim": len(weights["encoder.fc.6.weight"]),
             "predictor_hidden": len(weights["predictor.0.weight"]),
@@ -154,12 +154,12 @@ def _recipe(
 
 
 def released_name(name: str) -> str:
-    """Our name of a tensor -> that of the released code; those of a backbone alone are the same."""
+    """The released code's name for our tensor `name`; those of a backbone alone are the same."""
     return re.sub("^projector", "encoder.fc", re.sub("^encoder.backbone", "encoder", name))
 
 
 def _load(target: nn.Module, names: dict[str, str], weights: dict[str, Tensor], path: Path) -> None:
-    """Copies the file's tensors into ours. Raises UserError where names or shapes are not exactly those expected."""
+    """Copies the file's tensors into ours. Raises UserError if names or shapes are not exactly as expected."""
     own = target.state_dict()
     shapes = {name: own[ours].shape for name, ours in names.items()}
     heads = "encoder.fc.6.weight" in names
@@ -187,11 +187,11 @@ def _load(target: nn.Module, names: dict[str, str], weights: dict[str, Tensor], 
 
 
 def _momentum(method: Any, state: Any) -> dict[str, Tensor]:
-    """The momentum of their SGD under the numbers of our parameters; {} where the file has none that fits.
+    """Their SGD's momentum buffers, numbered like our parameters; {} if the file has none that fit.
 
-    torch numbers an optimiser's parameters. Theirs are, with and without --fix-pred-lr: the encoder's, its fc among them
-    with the frozen bias, then the predictor's. Ours are the same without that bias. The learning rate is outside the
-    buffer, so momentum needs no conversion.
+    torch numbers an optimiser's parameters. Theirs, with and without --fix-pred-lr, are the encoder's, including its fc
+    with the frozen bias, then the predictor's. Ours are the same without that bias. The learning rate is not part of
+    the buffers, so they need no conversion.
     """
     trained = [parameter for group in methods.param_groups(method) for parameter in group["params"]]
     frozen = 1 + next(i for i, parameter in enumerate(trained) if parameter is method.projector[6].weight)

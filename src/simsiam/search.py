@@ -1,4 +1,4 @@
-"""Stored embeddings -> the images most alike: exact up to a million vectors, through an index beyond."""
+"""Find the most similar images in stored embeddings: exact up to a million vectors, with an index beyond."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from simsiam.neighbours import top_k, unit_rows
 from simsiam.runs import atomic, keep, read_kept, write_json
 
 EXACT = 1_000_000
-"""Vectors up to which every one is compared: a second at 512 dimensions on 2 cores. Beyond, an index is made and kept."""
+"""Most vectors for an exact search: a second at 512 dimensions on 2 cores. Beyond, an index is built and kept."""
 ALL_PAIRS = 100_000
-"""Images up to which each is compared with each: a minute at 512 dimensions on 2 cores."""
+"""Most images for an exact comparison of all pairs: a minute at 512 dimensions on 2 cores."""
 RECALL = 0.95
-"""Of the true 10 nearest, the share that the index must find, measured on stored vectors."""
+"""The fraction of the true 10 nearest that the index must find, measured on stored vectors."""
 
 INDEX, INDEX_META = "index.usearch", "index.json"
 _FORMAT = 2
-"""Of what an index holds: since 2, vectors of length 1; float16 has no room for others of any scale."""
+"""Version of the index: since 2, vectors have length 1, because float16 cannot represent every scale."""
 _PROBES = 256
 _QUERIES = 4096
 _WIDEST = 4096
@@ -44,16 +44,16 @@ def search(
     device: str = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """The k stored images most alike to each query, by cosine similarity.
+    """Returns the k stored images most similar to each query, by cosine similarity.
 
     Args:
         folder: embeddings, as `simsiam embed` writes them.
-        queries: one or several image files, which the run that made the embeddings embeds; or ids of stored images, which
-            are then left out of their own neighbours. A file counts before an id of the same name.
-        index: True or False to use an index or to compare all; None: an index beyond a million vectors.
-        progress: told in words what takes long.
+        queries: one or several image files, embedded by the run that made the embeddings, or ids of stored images,
+            which are left out of their own neighbours. A file takes precedence over an id of the same name.
+        index: True to use an index, False to compare all vectors; None: an index beyond a million vectors.
+        progress: called with messages about slow steps.
     Returns [{"query", "neighbours": [{"id", "score"}, ...]}, ...], best first; the score is 1 for the same direction.
-    Raises UserError for a query that is neither, for a run that is gone or has other weights by now.
+    Raises UserError for a query that is neither, or if the run is gone or its encoder has changed.
     """
     set_threads()
     if k < 1:
@@ -71,7 +71,7 @@ def search(
     embedded = dict(zip(files, stored.encoder(device).embed(files), strict=True)) if files else {}
     vectors = np.stack([stored.vectors[own[name]] if name in own else embedded[name] for name in names])
 
-    # One more: a stored query finds itself.
+    # One extra, because a stored query finds itself.
     scores, found = by_vectors(stored, vectors, k + 1, index=index, device=device, progress=progress)
     results = []
     for name, best, which in zip(names, scores, found, strict=True):
@@ -93,8 +93,8 @@ def by_vectors(
     device: str = "auto",
     progress: Callable[[str], None] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k stored vectors most alike to each query, [Q,D]: cosine similarities and rows, [Q,k] each, best first; `index`
-    as in `search`."""
+    """The k stored vectors most similar to each query, [Q,D]: cosine similarities and rows, [Q,k] each, best first;
+    `index` as in `search`."""
     k = min(k, len(stored))
     if index or (index is None and len(stored) > EXACT):
         return _by_index(stored, queries, k, progress)
@@ -110,12 +110,12 @@ def nearest(
     device: str = "auto",
     index: Callable[[], tuple[Any, dict[str, Any]]] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k nearest of every vector among the others, itself left out: cosine similarities and rows, [N,k] each.
+    """The k nearest neighbours of every vector, without itself: cosine similarities and rows, [N,k] each.
 
     Args:
-        vectors: float [N,D], or what gives some rows of such an array when it is indexed.
-        queries: float [N,D], what to look for in place of the vectors: row i is another form of vector i.
-        index: gives an index of the vectors where there are more than `ALL_PAIRS`; None: one is made for the purpose.
+        vectors: float [N,D], or an object that returns rows of such an array when indexed.
+        queries: float [N,D], vectors to search for instead: row i is another form of vector i.
+        index: returns an index of the vectors, used for more than `ALL_PAIRS`; None: a temporary one is built.
     """
     queries = vectors if queries is None else queries
     if len(vectors) <= ALL_PAIRS:
@@ -127,7 +127,7 @@ def nearest(
     for start in range(0, len(vectors), _QUERIES):
         rows = np.arange(start, min(start + _QUERIES, len(vectors)))
         near, keys = _through(made, vectors, np.asarray(queries[rows], np.float32), k + 1)
-        # Itself is not always the first: equal vectors come in any order, and an index may miss it.
+        # The vector itself is not always first: equal vectors come in any order, and an index may miss it.
         own = keys == rows[:, None]
         own[~own.any(1), -1] = True
         scores[rows] = near[~own].reshape(len(rows), k)
@@ -144,7 +144,7 @@ def _by_index(
     index, about = open_index(stored, progress)
     index.expansion_search = max(about["expansion"], k)
     _, found = _through(index, stored.vectors, queries, k)
-    # Its own scores are float16's, off by 2e-4, and 1 for a vector of zeros.
+    # The index's own scores are in float16, off by 2e-4, and 1 for a vector of zeros.
     scores = np.empty(found.shape, np.float32)
     for i, rows in enumerate(found):
         near, which = top_k(queries[i : i + 1], stored.vectors[rows], k)
@@ -155,19 +155,19 @@ def _by_index(
 def _through(
     index: Any, vectors: Vectors, queries: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k nearest of each query that the index of the vectors finds: cosine similarities and rows, [Q,k] each."""
+    """The k nearest vectors of each query, found by their index: cosine similarities and rows, [Q,k] each."""
     found = index.search(unit_rows(queries).numpy(), k, threads=torch.get_num_threads())
-    counts = getattr(found, "counts", [len(found.keys)])  # the result of a single query has no dimension for it
-    if min(counts) < k:  # among many equal vectors the index loses its way; what it has not filled is garbage
+    counts = getattr(found, "counts", [len(found.keys)])  # missing in the result of a single query
+    if min(counts) < k:  # with many equal vectors the index finds fewer; entries it has not filled are garbage
         scores, which = top_k(queries, vectors, k)
         return scores.numpy(), which.numpy()
     return 1 - np.atleast_2d(found.distances), np.atleast_2d(found.keys).astype(np.int64)
 
 
 def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None) -> tuple[Any, dict[str, Any]]:
-    """The usearch index (HNSW, cosine, float16) of the embeddings, made and kept beside them where there is none yet.
+    """The usearch index (HNSW, cosine, float16) of the embeddings, built and kept beside them if there is none yet.
 
-    Its search is widened until `RECALL` is reached on stored vectors, compared with the exact neighbours. Returns it with
+    Its search is widened until it reaches `RECALL` of the exact neighbours of stored vectors. Returns it with
     {"format", "vectors", "encoder", "fingerprint", "expansion", "recall_at_10"}.
     """
     from usearch.index import Index
@@ -177,9 +177,9 @@ def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None
     key = {"format": _FORMAT} | {name: stored.meta.get(name) for name in ("vectors", "encoder", "fingerprint")}
     about = read_kept(description)
     if path.exists() and about.keys() >= {"expansion"} and all(about.get(name) == key[name] for name in key):
-        with contextlib.suppress(RuntimeError, ValueError):  # damaged: it is made again
+        with contextlib.suppress(RuntimeError, ValueError):  # damaged: it is built again
             return Index.restore(str(path), view=True), about
-    tell(f"Making an index of {len(stored):,} vectors, once ...")
+    tell(f"Building an index of {len(stored):,} vectors (once) ...")
     index, measured = make_index(stored.vectors)
     about = {**key, **measured}
 
@@ -192,7 +192,7 @@ def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None
         write_json(description, about)
 
     keep(write)
-    tell(f"It finds {100 * about['recall_at_10']:.1f} % of the true 10 nearest (measured).")
+    tell(f"The index finds {100 * about['recall_at_10']:.1f} % of the true 10 nearest neighbours (measured).")
     return index, about
 
 
@@ -209,7 +209,7 @@ def make_index(vectors: Vectors) -> tuple[Any, dict[str, Any]]:
 
 
 def _widen(index: Any, vectors: Vectors) -> tuple[int, float]:
-    """The smallest width of the search, by doubling, that reaches `RECALL`, and the recall there."""
+    """The smallest search width, by doubling up to `_WIDEST`, that reaches `RECALL`, and its recall."""
     rows = np.random.default_rng(0).permutation(len(vectors))[:_PROBES]
     probes = unit_rows(vectors[np.sort(rows)]).numpy()
     k = min(10, len(vectors))

@@ -1,1 +1,1 @@
-"""From the files of a data set to batches of views."""
+"""The data pipeline: from the files of a data set to batches of views."""

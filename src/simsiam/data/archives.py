@@ -1,4 +1,4 @@
-"""Images in tar files, zip files and WebDataset shards, read where they lie."""
+"""Images in tar files, zip files and WebDataset shards, read in place."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ENDINGS = (".tar", *_PACKED_TAR, ".zip")
 
 
 def open_archives(name: str, root: str, files: list[File]) -> ImageSet:
-    """The images in all archives as one image set. Raises UserError where one is damaged, or there are none."""
+    """The images of all archives as one image set. Raises UserError if one is damaged or there are no images."""
     ids: list[str] = []
     inner: list[str] = []
     archive: list[int] = []
@@ -55,7 +55,7 @@ def open_archives(name: str, root: str, files: list[File]) -> ImageSet:
             members = _zip_members(file) if file.id.lower().endswith(".zip") else _tar_members(file)
             side = _side_labels(members)
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-            raise UserError(f"Cannot read {file.path}, copy or download it again: {one_line(error)}") from None
+            raise UserError(f"Cannot read {file.path} ({one_line(error)}): copy or download it again.") from None
         for path, reader in members.items():
             if path.lower().endswith(decode.ENDINGS):
                 ids.append(f"{file.id}/{path}" if len(files) > 1 else path)
@@ -76,13 +76,13 @@ def open_archives(name: str, root: str, files: list[File]) -> ImageSet:
 
 
 def _key(path: str) -> str:
-    """WebDataset's sample key: the path up to the first dot of its last part."""
+    """WebDataset's sample key: the path up to the first dot of the file name."""
     folder, slash, base = path.rpartition("/")
     return folder + slash + base.split(".")[0]
 
 
 def _side_labels(members: dict[str, Callable[[], bytes]]) -> dict[str, Any]:
-    """Sample key -> label, from WebDataset's .cls or .json members."""
+    """Maps sample keys to labels, from WebDataset's .cls or .json members."""
     labels: dict[str, Any] = {}
     for path, reader in members.items():
         try:
@@ -97,15 +97,15 @@ def _side_labels(members: dict[str, Callable[[], bytes]]) -> dict[str, Any]:
                 )
                 if isinstance(value, int | str):
                     labels.setdefault(_key(path), value)
-        except ValueError:  # no JSON, or too large
+        except ValueError:  # not JSON, or too large
             continue
     return labels
 
 
 def _tar_members(file: File) -> dict[str, Callable[[], bytes]]:
-    """Path inside -> reader, by the offsets noted here once."""
+    """Maps the path of each member to its reader, which seeks to the offset found here."""
     ending = next((ending for ending in _PACKED_TAR if file.id.lower().endswith(ending)), None)
-    # A compressed stream has no random access: it is unpacked once.
+    # A compressed stream has no random access, so it is unpacked once.
     source = _Unpacked(file.path, _PACKED_TAR[ending]) if ending else file
     path = source.path
 
@@ -126,18 +126,18 @@ def _tar_members(file: File) -> dict[str, Callable[[], bytes]]:
             if junk(inner):
                 pass
             elif member.isfile():
-                members[inner] = reader(member.offset_data, member.size)  # as tar does, the last of a name wins
+                members[inner] = reader(member.offset_data, member.size)  # as with tar, the last member of a name wins
             elif member.islnk() or member.issym():
                 folder = posixpath.dirname(inner) if member.issym() else ""
                 links[inner] = posixpath.normpath(posixpath.join(folder, member.linkname))
-            tar.members = []  # type: ignore[attr-defined]  # or tarfile keeps every header
-        # tarfile takes a broken header for the end of the archive.
+            tar.members = []  # type: ignore[attr-defined]  # otherwise tarfile keeps every header
+        # tarfile mistakes a broken header for the end of the archive.
         with open(path, "rb") as archive:
             archive.seek(tar.offset)
             if archive.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"broken header at byte {tar.offset}")
     for name, target in links.items():
-        for _ in range(8):  # a link to a link; no more, it may be a circle
+        for _ in range(8):  # links to links; bounded, because they may form a cycle
             target = links.get(target, target)
         if target in members:
             members.setdefault(name, members[target])
@@ -173,12 +173,12 @@ def _zip_members(file: File) -> dict[str, Callable[[], bytes]]:
                 if not held:
                     held.append(zipfile.ZipFile(path))
                 with held[0].open(member) as opened:
-                    return opened.read(member.file_size)  # without a length, it would unpack more than it was told of
+                    return opened.read(member.file_size)  # without a length, it could unpack more than declared
 
         return read
 
     with zipfile.ZipFile(path) as archive:
         infos = [info for info in archive.infolist() if not info.is_dir() and not junk(info.filename)]
     if any(info.flag_bits & 1 for info in infos):
-        raise UserError(f"{path} is protected by a password: unpack it, and name the folder.")
+        raise UserError(f"{path} is password-protected: unpack it and name the folder instead.")
     return {info.filename: reader(info) for info in infos}

@@ -1,4 +1,4 @@
-"""Decode once: a data set's images in one memory-mapped uint8 file, which fills as they are asked for."""
+"""Decode once: a data set's images in one memory-mapped uint8 file, filled on demand."""
 
 from __future__ import annotations
 
@@ -29,36 +29,36 @@ from simsiam.kernels import Packed
 from simsiam.runs import cache_folder, write_json
 
 FORMAT = 7
-"""Part of every cache's key: raise it when the files or what `decode` returns change."""
+"""Stored in every cache's meta.json: raise it when the files or the output of `decode` change."""
 
 PIXELS, RECORDS, REASONS, META = "images.bin", "records.bin", "bad.jsonl", "meta.json"
 _RECORD = np.dtype([("key", "<u8"), ("offset", "<i8"), ("height", "<i4"), ("width", "<i4")])
 _BAD = -1
 _TOGETHER, _TOGETHER_BYTES = 1024, 16 << 20
-"""Decoded images that are written at once, at most."""
+"""Most decoded images, and bytes of them, that are written at once."""
 _SETS = 100
-"""Versions of a set that are remembered, at most."""
+"""Most versions of a set that a cache remembers, as fingerprints."""
 _HEADERS = 64
-"""Images whose headers are read to tell what the others will take on the disk, at most."""
+"""Most images whose headers are read to estimate the disk space that the missing ones need."""
 _FIRST, _SMALL = 4, 3000
-"""Images that tell what kind of files a set has, and the mean bytes of files so small that one thread decodes them faster
-than several: those would take turns at Python's lock."""
+"""Images decoded first to sample the file size, and the mean size in bytes below which one thread is faster than
+several, which would contend for Python's lock."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
-_MORE_ROOM = "Set SIMSIAM_CACHE to a folder with room, or choose a smaller --size."
+_MORE_ROOM = "Set SIMSIAM_CACHE to a folder with more space, or choose a smaller --size."
 
 Progress = Callable[[int, int, int], None]
 Loaded = list[tuple[int, np.ndarray | Exception]]
-"""Rows and their pixels, uint8 [H, W, 3], or why there are none."""
+"""Rows, each with its pixels, uint8 [H, W, 3], or the error that prevented decoding."""
 
 
 class Cache:
-    """The images of a set, rows 0..N-1 in its order, each decoded when it is first asked for. Made by `open_cache`.
+    """The images of a set, rows 0..N-1 in its order, each decoded on first use. Created by `open_cache`.
 
-    The folder is valid at any time: pixels are on disk before the record that tells of them, so a killed process loses
-    what it was about to write and nothing else. Its own process reads them before; a thread waits for the disk, while the
-    next images are decoded. Threads and processes may fill it together, also with a set that has grown in between: a
-    record tells an image by its key, and those of images that this set does not have are left alone.
+    The folder is valid at any time: pixels reach the disk before the record that points to them, so a killed process
+    loses only what it was about to write. The process itself can read them earlier: a thread waits for the disk while
+    the next images are decoded. Threads and processes may fill a cache together, even if the set has grown in between:
+    records identify images by key, and those of images that are not in this set are ignored.
     """
 
     def __init__(self, images: ImageSet, short_side: int | None, directory: Path, workers: int | None) -> None:
@@ -73,18 +73,18 @@ class Cache:
         self._keys = images.keys[self._sorted]
         assert (self._keys[1:] != self._keys[:-1]).all(), "two images have one key"
         self._reasons: dict[int, str] = {}
-        """By key."""
+        """Why an image cannot be decoded, by its key."""
         self._end = 0
-        """Where the next pixels go, bytes."""
+        """Offset of the next pixels, in bytes."""
         self._read_bytes = {RECORDS: 0, REASONS: 0}
         self._mapped = np.zeros(0, np.uint8)
         self._decoded, self._decode_seconds = 0, 0.0
         self._files, self._file_bytes = 0, 0
-        """That were read, about: threads may add at once. Of what is an image already, its pixels count."""
+        """Files read and their bytes (pixels, if opened by Pillow); approximate, because threads may add at once."""
         self._threads = threading.RLock()
         self._processes = FileLock(directory / "lock")
         self._told: Future[None] | None = None
-        """Done when the images that were appended last are on the disk, and their records."""
+        """Done when the images appended last, and their records, are on disk."""
         self._read()
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class Cache:
 
     @property
     def bad(self) -> list[tuple[str, str]]:
-        """(id, reason) of every image that was asked for and cannot be decoded, in the set's order."""
+        """(id, reason) of every image found so far that cannot be decoded, in the set's order."""
         rows = np.flatnonzero(self.heights == _BAD).tolist()
         keys = self.images.keys[rows].tolist()
         return [
@@ -105,15 +105,15 @@ class Cache:
         return train[self.heights[train] != _BAD], held_out[self.heights[held_out] != _BAD]
 
     def missing(self, rows: np.ndarray) -> np.ndarray:
-        """Those of the rows, int64 [B], that were not asked for yet."""
+        """The subset of the rows, int64 [B], that has not been tried yet."""
         return rows[self.heights[rows] == 0]
 
     def decoded(self, rows: np.ndarray) -> np.ndarray:
-        """Those of the rows, int64 [B], whose pixels are there by now."""
+        """The subset of the rows, int64 [B], that has been decoded."""
         return rows[self.heights[rows] > 0]
 
     def uniform(self, rows: np.ndarray) -> tuple[int, int] | None:
-        """(H, W) where none of the rows is missing and all that are not bad have one size, else None."""
+        """(H, W) if none of the rows is missing and all good ones have the same size, else None."""
         there = self.decoded(rows)
         if not len(there) or len(self.missing(rows)):
             return None
@@ -121,16 +121,16 @@ class Cache:
         return (h, w) if (self.heights[there] == h).all() and (self.widths[there] == w).all() else None
 
     def seconds_left(self, rows: np.ndarray) -> float:
-        """What decoding the missing ones of the rows will take, by the speed so far; 0 where none was decoded yet."""
+        """Estimated seconds to decode the missing rows, from the speed so far; 0 if none has been decoded yet."""
         return len(self.missing(rows)) * self._decode_seconds / max(self._decoded, 1)
 
     def usable(self, rows: np.ndarray, progress: Progress | None = None) -> np.ndarray:
-        """bool [B]: which of the rows, int64 [B], can be decoded. The missing ones are decoded now, by `workers` threads.
+        """bool [B]: which of the rows, int64 [B], can be decoded. Decodes the missing ones now, with `workers` threads.
 
         progress: called as progress(done, total, bad) after every image that is decoded.
 
-        Raises UserError where the folder cannot be written or the disk is full, and, before the first is decoded, where
-        all that the set still lacks clearly will not fit on the disk.
+        Raises UserError if the folder cannot be written or the disk is full; before the first image is decoded, also if
+        the images still missing from the set clearly do not fit on the disk.
         """
         missing = self.missing(rows)
         if len(missing):
@@ -142,7 +142,7 @@ class Cache:
         return able
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The pixels of the rows, int64 [B], B > 0, none of them bad: copied out of the memory map. Thread-safe.
+        """The pixels of the rows, int64 [B], B > 0, none of them bad, copied from the memory map. Thread-safe.
 
         Returns uint8 [B, 3, H, W] in channels_last, zero-padded at the bottom and right to the batch's largest height
         and width, and int32 [B, 2] with each image's own (height, width).
@@ -151,15 +151,15 @@ class Cache:
         return packed.padded(), sizes
 
     def packed(self, rows: np.ndarray) -> tuple[Packed, Tensor]:
-        """As `batch`, but nothing is copied: for views to be drawn from the memory map."""
+        """Like `batch` without copying, for views drawn straight from the memory map."""
         rows = np.asarray(rows, dtype=np.int64)
         able = self.usable(rows)
-        assert able.all(), "a bad image has no pixels: ask usable() which are not"
+        assert able.all(), "a bad image has no pixels: filter the rows with usable() first"
         sizes = np.stack([self.heights[rows], self.widths[rows]], axis=1)
         return Packed(self._map(), self._offsets[rows], sizes), torch.from_numpy(sizes)
 
     def expect(self, rows: np.ndarray) -> None:
-        """Has the system read the pixels of those of the rows, int64 [B], that are decoded, if memory does not hold them."""
+        """Asks the operating system to prefetch the pixels of those rows, int64 [B], that are decoded."""
         if not hasattr(os, "posix_fadvise"):
             return
         with open(self.directory / PIXELS, "rb") as file:
@@ -170,12 +170,12 @@ class Cache:
     # --- the files ---
 
     def _check_room(self) -> None:
-        """Raises UserError where the images of the set that are still missing need more than the disk has free."""
-        if self.short_side is None:  # there is no bound on an image, and no verb keeps them whole
+        """Raises UserError if the images still missing from the set need more space than the disk has free."""
+        if self.short_side is None:  # image sizes are unbounded, and no command caches full-size images
             return
         missing, disk = self.missing(np.arange(len(self))), shutil.disk_usage(self.directory)
         most = 3 * MAX_ASPECT * self.short_side**2
-        if len(missing) * most <= disk.free or not disk.total:  # some network file systems tell neither
+        if len(missing) * most <= disk.free or not disk.total:  # some network file systems report neither
             return
         some = np.linspace(0, len(missing) - 1, min(_HEADERS, len(missing))).astype(int)
         needed = len(missing) * float(np.mean([self._expected(row, self.short_side) for row in missing[some].tolist()]))
@@ -186,17 +186,17 @@ class Cache:
             )
 
     def _expected(self, row: int, short_side: int) -> int:
-        """Bytes that an image's pixels will take, by its header; 0 where that cannot be read."""
+        """Bytes that an image's pixels will take, from its header; 0 if that cannot be read."""
         try:
             sides = open_image(self.images.read(row)).size
-        except Exception:  # as in _load: it will be bad, and take no room
+        except Exception:  # as in _load: the image will be bad and take no space
             return 0
         short, long = min(sides), min(max(sides), MAX_ASPECT * min(sides))
         scale = min(1, short_side / short)
         return 3 * round(short * scale) * round(long * scale)
 
     def _fill(self, rows: np.ndarray, progress: Progress | None) -> None:
-        """Decodes the rows, ascending."""
+        """Decodes the rows, which are in ascending order."""
         began, bad, size = time.perf_counter(), 0, 0
         waiting: Loaded = []
         with contextlib.closing(self._loaded(rows)) as results:
@@ -219,42 +219,42 @@ class Cache:
         self._decode_seconds += time.perf_counter() - began
 
     def _loaded(self, rows: np.ndarray) -> Generator[np.ndarray | Exception, None, None]:
-        """What `_load` makes of each."""
+        """The result of `_load` for each row, in order."""
         first = rows[: 0 if self._files else _FIRST]
         yield from map(self._load, first.tolist())
         for start in range(len(first), len(rows), _TOGETHER):
             yield from self._loaded_together(rows[start : start + _TOGETHER].tolist())
 
     def _loaded_together(self, rows: list[int]) -> Generator[np.ndarray | Exception, None, None]:
-        """By `workers` threads, or by one where the files so far are small."""
+        """Loads with `workers` threads, or with one if the files so far are small."""
         workers = 1 if self._file_bytes < _SMALL * self._files else self.workers
         # Full-size photographs are tens of MB each, so fewer are held at once.
         chunk = max(1, min(16, -(-len(rows) // (4 * workers)))) if self.short_side else 1
         return in_order(lambda i: self._load(rows[i]), len(rows), workers, chunk)
 
     def _load(self, row: int) -> np.ndarray | Exception:
-        """uint8 [H, W, 3], or why there are no pixels."""
+        """The pixels, uint8 [H, W, 3], or the error."""
         try:
             content = self.images.read(row)
             size = len(content) if isinstance(content, bytes) else content.width * content.height
             self._files, self._file_bytes = self._files + 1, self._file_bytes + size
             return np.ascontiguousarray(decode(content, self.short_side))
-        except Exception as error:  # also: the file vanished, is not ours to read, has a bad checksum, ...
+        except Exception as error:  # also: the file vanished, is not readable, has a bad checksum, ...
             return error
 
     def flush(self) -> None:
-        """Waits until all that was decoded is on the disk. Raises OSError where it cannot get there."""
+        """Waits until everything decoded is on disk. Raises OSError if it could not be written."""
         with self._threads:
             told, self._told = self._told, None
             if told is not None:
                 told.result()
 
     def _append(self, loaded: Loaded) -> None:
-        """Takes them for decoded; a thread waits for the disk, and tells of them then."""
+        """Writes the pixels and marks the rows as decoded; a thread syncs the disk and then writes the records."""
         with self._threads:
             self.flush()
             taken: Future[None] = Future()
-            disk = ThreadPoolExecutor(1, thread_name_prefix="simsiam-cache")  # new ones: a fork has no threads
+            disk = ThreadPoolExecutor(1, thread_name_prefix="simsiam-cache")  # new: a fork has no threads
             self._told = disk.submit(self._store, loaded, taken)
             disk.shutdown(wait=False)
             taken.result()
@@ -272,11 +272,11 @@ class Cache:
                 _write_from(self.directory / RECORDS, self._read_bytes[RECORDS], records.tobytes())
         except BaseException as error:
             if taken.done():
-                raise  # in flush()
+                raise  # surfaces in flush()
             taken.set_exception(error)
 
     def _write(self, file: BinaryIO, loaded: Loaded) -> tuple[np.ndarray, list[str]]:
-        """Appends the pixels. Returns the records and the lines of reasons that are to tell of them."""
+        """Appends the pixels. Returns their records and the lines of reasons, both still to be written."""
         records, reasons, end = [], {}, self._end
         file.seek(end)
         for row, pixels in loaded:
@@ -286,7 +286,7 @@ class Cache:
             if isinstance(pixels, DecodeError):
                 records.append((key, 0, _BAD, _BAD))
                 reasons[key] = str(pixels)
-            elif isinstance(pixels, Exception):  # of the disk or the network: the next run tries again
+            elif isinstance(pixels, Exception):  # a disk or network error: the next run tries again
                 self._reasons[key], self.heights[row] = f"cannot be read: {pixels}", _BAD
             else:
                 records.append((key, end, *pixels.shape[:2]))
@@ -300,9 +300,9 @@ class Cache:
         return written, [json.dumps({"key": k, "reason": why, "by": VERSION}) + "\n" for k, why in reasons.items()]
 
     def _read(self) -> None:
-        """Takes in what was recorded since the last time, by this process or another.
+        """Reads what this process or another has recorded since the last call.
 
-        A torn record, and one that tells of pixels which the disk does not have, ends what is believed.
+        Stops at the first record that is torn or points to pixels that are not on disk.
         """
         lines = self._unread(REASONS)
         lines = lines[: lines.rfind(b"\n") + 1]
@@ -314,25 +314,25 @@ class Cache:
         sound = (records["height"] == _BAD) | (good & (records["offset"] >= 0) & (ends <= on_disk))
         records = records[: len(records) if sound.all() else int(sound.argmin())]
         good, ends = good[: len(records)], ends[: len(records)]
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: the reasons are lost, no more
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: only the reasons are lost
             found = [line for line in map(json.loads, lines.splitlines()) if line["by"] == VERSION]
             self._reasons |= {line["key"]: line["reason"] for line in found}
         self._read_bytes[REASONS] += len(lines)
         self._read_bytes[RECORDS] += records.nbytes
         self._end = max(self._end, int(ends[good].max(initial=0)))
-        if not good.all():  # what another version of Pillow, or without a plug-in, called bad is tried again
+        if not good.all():  # what another version of Pillow, or one without a plug-in, called bad is retried
             records = records[good | np.isin(records["key"], np.array(list(self._reasons), np.uint64))]
         self._take(records)
 
     def _take(self, records: np.ndarray) -> None:
-        """Those of the records that are of images of this set."""
+        """Applies the records of images that are in this set."""
         order, at = np.argsort(records["key"]), np.empty(len(records), np.int64)
-        at[order] = np.searchsorted(self._keys, records["key"][order])  # four times as fast as out of order
+        at[order] = np.searchsorted(self._keys, records["key"][order])  # four times as fast as unsorted
         at = np.minimum(at, len(self) - 1)
         own = self._keys[at] == records["key"]
         rows, records = self._sorted[at[own]], records[own]
         self._offsets[rows], self.widths[rows] = records["offset"], records["width"]
-        self.heights[rows] = records["height"]  # last: from here on other threads take the row for decoded
+        self.heights[rows] = records["height"]  # last: from here on other threads see the row as decoded
 
     def _unread(self, name: str) -> bytes:
         with open(self.directory / name, "rb") as file:
@@ -349,15 +349,15 @@ class Cache:
 def open_cache(
     images: ImageSet, short_side: int | None, directory: str | Path | None = None, workers: int | None = None
 ) -> Cache:
-    """The cache of `images` at `short_side` (pixels; see `decode`), with what earlier runs have decoded; a new one is empty.
+    """Opens or creates the cache of `images` at `short_side` (pixels; see `decode`), with what earlier runs decoded.
 
-    It lives in a folder of its own under `directory`, or $SIMSIAM_CACHE, or ~/.cache/simsiam. A set finds it again by the
-    place where its images lie, also when some have come, gone or changed since; a set that was moved, by its fingerprint.
+    It has its own folder under `directory`, $SIMSIAM_CACHE or ~/.cache/simsiam. It is found again by the location of
+    the images, even if some were added, removed or changed since; if the set was moved, by its fingerprint.
 
     Args:
-        workers: decoding threads; None: the cores there are, at most 16.
+        workers: decoding threads; None: the available cores, at most 16.
 
-    Raises UserError where the folder cannot be written.
+    Raises UserError if the folder cannot be written.
     """
     base = Path(directory).expanduser() if directory else cache_folder()
     with _explained(base):
@@ -366,7 +366,7 @@ def open_cache(
 
 
 def known_cache(images: ImageSet, short_side: int | None) -> Cache | None:
-    """As `open_cache`, but nothing is written: None where there is none yet, or none that may be read."""
+    """Like `open_cache`, but writes nothing: None if there is no cache yet or it cannot be read."""
     with contextlib.suppress(OSError):
         folder = _known(cache_folder(), images, short_side)
         return None if folder is None else Cache(images, short_side, folder, None)
@@ -380,9 +380,9 @@ def build_cache(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> Cache:
-    """`open_cache`, with every image decoded that can be; the others are listed in `Cache.bad`.
+    """Opens the cache and decodes every image; those that cannot be decoded are listed in `Cache.bad`.
 
-    Raises UserError where no image can be decoded, the folder cannot be written or the disk is full.
+    Raises UserError if no image can be decoded, the folder cannot be written or the disk is full.
     """
     cache = open_cache(images, short_side, directory, workers)
     if not cache.usable(np.arange(len(cache)), progress).any():
@@ -394,14 +394,14 @@ def build_cache(
 
 
 def _folder(base: Path, images: ImageSet, short_side: int | None) -> Path:
-    """The folder under `base` that these images were decoded into, or a new one. It knows them from now on."""
+    """The cache folder of these images under `base`, created if needed; it remembers them from now on."""
     known, kind = _known(base, images, short_side), _kind(short_side)
     if known is not None:
         return _noted(known, images, short_side)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", images.name)[:40] + kind
 
     def free(folder: Path) -> bool:
-        """Not that of images which lay here and lie elsewhere now."""
+        """Whether the folder is not in use by a set that was once here and has moved."""
         meta = _meta(folder, short_side)
         return meta is None or meta["root"] == images.root
 
@@ -419,7 +419,7 @@ def _folder(base: Path, images: ImageSet, short_side: int | None) -> Path:
 
 
 def _known(base: Path, images: ImageSet, short_side: int | None) -> Path | None:
-    """The folder under `base` that these images were decoded into, here or where they lay before."""
+    """The existing cache folder of these images under `base`, from here or before they were moved; None without one."""
     moved = None
     for folder in sorted(base.glob(f"*{_kind(short_side)}*")):
         meta = _meta(folder, short_side)
@@ -427,7 +427,7 @@ def _known(base: Path, images: ImageSet, short_side: int | None) -> Path | None:
             continue
         if meta["root"] == images.root:
             return folder
-        # Only if nothing is left where they were: of a copy, file times and sizes tell too little.
+        # Only if nothing is left at the old location: for a copy, equal file times and sizes prove too little.
         if images.fingerprint in meta["sets"] and not os.path.exists(meta["root"]):
             moved = folder
     return moved
@@ -438,7 +438,7 @@ def _kind(short_side: int | None) -> str:
 
 
 def _meta(folder: Path, short_side: int | None) -> dict[str, Any] | None:
-    """What the folder is about; None where it is no whole cache of this size."""
+    """The folder's meta.json; None if the folder is not a complete cache of this size."""
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         there = all((folder / name).exists() for name in (PIXELS, REASONS, RECORDS))
@@ -450,7 +450,7 @@ def _meta(folder: Path, short_side: int | None) -> dict[str, Any] | None:
 
 
 def _noted(folder: Path, images: ImageSet, short_side: int | None) -> Path:
-    """The folder, which will find these images again, wherever they are moved to, if it may be written."""
+    """The folder, after recording this set in it, if writable, so that it is found again when the images move."""
     with contextlib.suppress(OSError, UserError), FileLock(folder / "lock"):
         meta = _meta(folder, short_side)
         if meta is not None and (meta["root"] != images.root or images.fingerprint not in meta["sets"]):
@@ -460,7 +460,7 @@ def _noted(folder: Path, images: ImageSet, short_side: int | None) -> Path:
 
 
 def _write_from(path: Path, start: int, content: bytes) -> None:
-    """Into the file from byte `start` on, what stood there cut off; on the disk at the end."""
+    """Overwrites the file from byte `start` on, truncates it there and syncs it to disk."""
     with open(path, "r+b") as file:
         file.seek(start)
         file.write(content)
@@ -471,14 +471,14 @@ def _write_from(path: Path, start: int, content: bytes) -> None:
 
 @contextlib.contextmanager
 def _explained(base: Path, cache: Cache | None = None) -> Iterator[None]:
-    """Turns what a folder or a disk refuses into a UserError."""
+    """Turns errors of an unwritable folder or a full disk into a UserError."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL and cache is not None:
             there = cache.decoded(np.arange(len(cache)))
             size = 3 * int((cache.heights[there].astype(np.int64) * cache.widths[there]).sum())
-            needed = f"about {show_bytes(size / len(there) * len(cache))}" if len(there) else "more"
+            needed = f"about {show_bytes(size / len(there) * len(cache))}" if len(there) else "more space"
             raise UserError(
                 f"The disk of {base} is full: the cache of {cache.name} needs {needed}. {_MORE_ROOM}"
             ) from error

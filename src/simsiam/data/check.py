@@ -1,4 +1,4 @@
-"""What is in a data set, before training on it: counts, sizes, modes, bad files, exact duplicates."""
+"""Inspect a data set before training on it: counts, sizes, modes, bad files, exact duplicates."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 def check(
     images: ImageSet, workers: int | None = None, progress: Callable[[int, int, int], None] | None = None
 ) -> dict[str, Any]:
-    """Reads and decodes every image to its end, so that truncated files are found; JSON-ready.
+    """Reads and decodes every image in full, so that truncated files are found.
 
-    Returns a dict with
+    Returns a JSON-ready dict with
         name, images (count, bad ones included), bytes (encoded), splits {"train", "test"},
         bad_files: list of {"path", "reason"},
-        duplicates: list of lists of ids whose content is byte-identical (bad files left out),
-        duplicates_across_splits: how many of those groups hold both training and test images,
-        sizes: upright, {"min", "max": [width, height] of the images with the fewest and the most pixels, "median": of each
-            side on its own, "short_side": {"p5": pixels, ...}}, or None where no image is good,
+        duplicates: list of lists of ids whose content is byte-identical (without bad files),
+        duplicates_across_splits: number of those groups with both training and test images,
+        sizes: upright, {"min", "max": [width, height] of the images with the fewest and the most pixels, "median": of
+            each side separately, "short_side": {"p5": pixels, ...}}, or None if no image is good,
         modes, formats: {Pillow's name: count}, labels: {class: count} or None.
     """
 
@@ -84,7 +84,7 @@ def check(
 
 
 def _sizes(sizes: np.ndarray) -> dict[str, Any]:
-    """Of the images with the fewest and the most pixels, and the median of either side: [width, height] each."""
+    """The "sizes" that `check` returns, from [N,2] (width, height)."""
     short, pixels = sizes.min(axis=1), sizes.astype(np.int64).prod(axis=1)
     return {
         "min": sizes[pixels.argmin()].tolist(),

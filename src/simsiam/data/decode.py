@@ -1,4 +1,4 @@
-"""An encoded image -> upright RGB pixels. A file that cannot be decoded says why; it is never silently replaced."""
+"""Decode images to upright RGB pixels. A file that cannot be decoded raises DecodeError; none is silently replaced."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ HEIC = (".heic", ".heif", ".hif")
 
 
 def _further() -> Iterator[str]:
-    """Endings of what this installation of Pillow, and the plug-in for the photographs of iPhones, can read."""
-    if "avif" in features.modules and features.check("avif"):  # Pillow before 11.3 warns of a name it does not know
+    """Further extensions, which depend on the build of Pillow and on its plug-in for iPhone photographs."""
+    if "avif" in features.modules and features.check("avif"):  # Pillow before 11.3 warns about unknown names
         yield ".avif"
     if features.check("jpg_2000"):
         yield from (".jp2", ".j2k")
@@ -38,13 +38,13 @@ def _further() -> Iterator[str]:
 
 
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", *_further())
-"""Of the files that are taken for images."""
+"""Extensions of the files that are treated as images."""
 
 VERSION = f"Pillow {PIL.__version__}: {' '.join(ENDINGS)}"
-"""What decides which files can be decoded: others may know more."""
+"""Identifies what this installation can decode; another one may decode more."""
 
 MAX_ASPECT = 4
-"""With `short_side`, the long side is centre-cropped to so many short sides: a batch is padded to its widest image."""
+"""With `short_side`, the long side is centre-cropped to at most this many short sides, as batches are padded."""
 
 _UPRIGHT = {  # EXIF tag 0x0112
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,21 +58,21 @@ _UPRIGHT = {  # EXIF tag 0x0112
 
 
 class DecodeError(ValueError):
-    """The image cannot be decoded; the message is the reason, fit for a list of bad files."""
+    """The image cannot be decoded; the message is the reason, ready for a list of bad files."""
 
 
 def check_length(length: int) -> None:
-    """Of an encoded image, bytes, before it is read. Raises DecodeError where it is more than the largest image takes that
-    is decoded: 16 bits for each of four channels."""
+    """Raises DecodeError if an encoded image of `length` bytes, not read yet, is larger than the largest image that is
+    decoded, at 16 bits for each of four channels."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and length > 8 * limit:
         raise DecodeError(
-            f"{length / 1e6:,.0f} MB, more than {limit / 1e6:.0f} megapixels take, Pillow's limit against bombs"
+            f"{length / 1e6:,.0f} MB, too large for Pillow's decompression bomb limit of {limit / 1e6:.0f} megapixels"
         )
 
 
 def open_image(source: bytes | Image.Image) -> Image.Image:
-    """Reads the header only: size, mode and format are known, pixels are not. Raises DecodeError."""
+    """Opens an image, reading only its header: size, mode and format, no pixels. Raises DecodeError."""
     if isinstance(source, Image.Image):
         image = source
     elif not source:
@@ -83,7 +83,7 @@ def open_image(source: bytes | Image.Image) -> Image.Image:
         except Image.UnidentifiedImageError:
             text = all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in source[:64])
             raise DecodeError("text, not an image" if text else "not an image that Pillow can read") from None
-        except Exception as error:  # Pillow's plugins raise whatever a broken header makes them raise
+        except Exception as error:  # Pillow's plug-ins raise all kinds of errors on a broken header
             raise DecodeError(_reason(error)) from None
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
@@ -101,12 +101,12 @@ def decode(source: bytes | Image.Image, short_side: int | None = None) -> np.nda
 
     Args:
         source: the encoded file, or an image opened by Pillow.
-        short_side: pixels. A larger image is reduced, antialiased and aspect kept, to min(H, W) == short_side; a
+        short_side: pixels. A larger image is reduced, antialiased and keeping its aspect, to min(H, W) == short_side; a
             smaller one is never enlarged. A long side of more than `MAX_ASPECT` short sides is centre-cropped.
-            JPEG is decoded at a reduced DCT scale of at least twice the target where that suffices.
+            A large JPEG is decoded at a reduced DCT scale, of at least twice the target.
 
-    Raises DecodeError with the reason: empty, not an image, truncated, too many pixels; MemoryError where the machine is
-    short of it, whatever the file.
+    Raises DecodeError with the reason (empty, not an image, truncated, too many pixels), or MemoryError if the machine
+    runs out of memory, which says nothing about the file.
     """
     image = open_image(source)
     try:
@@ -117,30 +117,30 @@ def decode(source: bytes | Image.Image, short_side: int | None = None) -> np.nda
         if pixels is None:
             image.load()
             pixels = np.array(_to_rgb(image))
-        turn = orientation(image)  # after load(): Pillow turns a TIFF itself, there
+        turn = orientation(image)  # after load(), which rotates a TIFF itself
         if short_side is not None:
             pixels = _reduce(pixels, short_side)
         if turn in _UPRIGHT:
             pixels = np.array(Image.fromarray(pixels).transpose(_UPRIGHT[turn]))
         return pixels
     except Exception as error:  # as above: broken files raise OSError, SyntaxError, ValueError, struct.error, ...
-        if out_of_memory(error):  # which says nothing of the file
-            raise MemoryError("there is too little memory to decode it") from None
+        if out_of_memory(error):  # which says nothing about the file
+            raise MemoryError("not enough memory to decode it") from None
         raise DecodeError(_reason(error)) from None
 
 
 def _jpeg(source: bytes | Image.Image, image: Image.Image) -> np.ndarray | None:
-    """What Pillow makes of a flawless colour JPEG, or of the first in a phone's file of several (MPO), to the last bit, in
-    as little as half of its time; None where Pillow is to be asked itself."""
+    """Decodes an intact colour JPEG, or the first image of a phone's multi-picture file (MPO), bit for bit like Pillow
+    in as little as half the time; None if Pillow itself has to decode it."""
     if isinstance(source, bytes) and image.format in ("JPEG", "MPO") and image.mode == "RGB":
-        with contextlib.suppress(ValueError):  # of these scales of the DCT the least that suffices is Pillow's
+        with contextlib.suppress(ValueError):  # picks the least sufficient DCT scale, as Pillow does
             pixels: np.ndarray = simplejpeg.decode_jpeg(source, min_height=image.height, min_width=image.width)
             return pixels
     return None
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 is upright, and stands for unreadable EXIF too. From 5 on, width and height swap."""
+    """EXIF orientation, 1 to 8: 1, also for unreadable EXIF, is upright; from 5 on, width and height are swapped."""
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # a broken EXIF block does not make the pixels bad
@@ -148,7 +148,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def default_workers() -> int:
-    """Threads for decoding: the cores this process may use, at most 16."""
+    """Number of decoding threads: the cores this process may use, at most 16."""
     return min(16, cpu_quota())
 
 
@@ -157,7 +157,7 @@ def in_order(
 ) -> Generator[T, None, None]:
     """work(0), work(1), ... computed by threads (Pillow releases the GIL) and yielded in order.
 
-    At most `2 * workers * chunk` results are held, so a slow reader bounds the memory.
+    At most `2 * workers * chunk` results are held, which bounds the memory if the consumer is slow.
     """
     workers = workers or default_workers()
     starts = iter(range(0, count, chunk))
@@ -189,7 +189,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("La", "RGBa"):
         image = image.convert(image.mode.upper())
     if image.mode in ("1", "L", "RGB") and isinstance(image.info.get("transparency"), bytes):
-        image = image.copy()  # what Pillow left of the palette that it was converted from says nothing of these pixels
+        image = image.copy()  # left over from a palette that Pillow converted; it does not apply to these pixels
         del image.info["transparency"]
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -199,11 +199,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Grey [H, W] of 16 or 32 bits, or float, to uint8, linearly.
+    """Converts grey [H, W] of 16 or 32 bits, or float, to uint8, linearly.
 
     Pillow's own conversion clips at 255. Integers of up to 16 bits are divided by the full scale of the smallest usual
     depth (8, 10, 12, 14, 16 bits) that holds the image's maximum, because 12-bit cameras save 16-bit files that would
-    come out black. Floats in 0..1 are taken as such; anything else is stretched from its minimum to its maximum.
+    come out black. Floats within 0..1 keep that scale; anything else is stretched from its minimum to its maximum.
     """
     values = pixels.astype(np.float64)
     finite = np.isfinite(values)
@@ -229,7 +229,7 @@ def _reduce(pixels: np.ndarray, short_side: int) -> np.ndarray:
     if short <= short_side:
         return pixels
     size = (round(box_h * short_side / short), round(box_w * short_side / short))
-    # Pillow's antialiased bicubic resize, to a level or two, in a third of its time.
+    # Pillow's antialiased bicubic resize to within a level or two, in a third of the time.
     image = torch.from_numpy(np.ascontiguousarray(pixels))
     if kernels.usable(image):
         return kernels.reduced(image, *size).numpy()

@@ -1,4 +1,4 @@
-"""The demo set: patches of photographs that scikit-image and scikit-learn bring along, so that nothing is fetched."""
+"""The demo set: patches of photographs bundled with scikit-image and scikit-learn, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PHOTOGRAPHS = {
     "sklearn": ("datasets/images", "flower.jpg"),
 }
 SIDE = 32
-"""Pixels, height and width of a patch as it is read."""
-_CROP = (32, 48)  # source pixels, smallest and largest side of a patch
+"""Height and width of a patch as it is read, in pixels."""
+_CROP = (32, 48)  # smallest and largest side of a patch, in source pixels
 _LEFT = 0.7
-_MIN_STD = 12.0  # grey levels; sky, and the black around a retina, show nothing
+_MIN_STD = 12.0  # grey levels; rejects plain sky and the black around a retina
 
 
 class Patch(NamedTuple):
-    """A square of a photograph, source pixels."""
+    """A square of a photograph, in source pixels."""
 
     photograph: int
     left: int
@@ -41,12 +41,12 @@ class Patch(NamedTuple):
 def demo_images(gray: bool = False, train: int = 8000, test: int = 2000) -> ImageSet:
     """About `train` + `test` patches of `SIDE` pixels, the same every time; the class is the photograph.
 
-    Training patches lie in the left 70 % of a photograph, test patches in the rest: they share no pixel.
+    Training patches come from the left 70 % of a photograph, test patches from the rest: they share no pixel.
 
     Args:
-        gray: without colour, which alone tells many of the photographs apart.
+        gray: removes colour, which alone tells many of the photographs apart.
 
-    Raises UserError where scikit-image or scikit-learn is missing.
+    Raises UserError if scikit-image or scikit-learn is missing.
     """
     files = photograph_files()
     opened = [Image.open(io.BytesIO(content)) for content in files.values()]
@@ -59,7 +59,7 @@ def demo_images(gray: bool = False, train: int = 8000, test: int = 2000) -> Imag
     def read(i: int) -> Image.Image:
         at = patches[i]
         box = (at.left, at.top, at.left + at.side, at.top + at.side)
-        # Not resize(box=...): that filters across the box's edge, and so from training into test pixels.
+        # Not resize(box=...): its filter crosses the box's edge and would mix training and test pixels.
         return photographs[at.photograph].crop(box).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
     classes = tuple(files)
@@ -75,7 +75,7 @@ def demo_images(gray: bool = False, train: int = 8000, test: int = 2000) -> Imag
 
 
 def draw(photographs: list[Image.Image], train: int, test: int) -> list[Patch]:
-    """train // P patches of each of the P photographs, then test // P of each; nearly constant ones are drawn again."""
+    """train // P patches of each of the P photographs, then test // P of each; nearly constant ones are redrawn."""
     patches = []
     for split, count in enumerate((train // len(photographs), test // len(photographs))):
         for p, photograph in enumerate(photographs):
@@ -95,7 +95,7 @@ def draw(photographs: list[Image.Image], train: int, test: int) -> list[Patch]:
 
 
 def photograph_files() -> dict[str, bytes]:
-    """Photograph -> its encoded file, read from the installed packages; their own loaders would download."""
+    """Maps each photograph to its encoded file in the installed packages, whose own loaders would download it."""
     found: dict[str, bytes] = {}
     for package, (folder, names) in PHOTOGRAPHS.items():
         spec = importlib.util.find_spec(package)
@@ -106,6 +106,6 @@ def photograph_files() -> dict[str, bytes]:
             except (OSError, AssertionError):
                 pip = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
                 raise UserError(
-                    f"The demo set needs {name} from {pip}: run `pip install --upgrade {pip}`, or name your own images."
+                    f"The demo set needs {name} from {pip}: run `pip install --upgrade {pip}`, or use your own images."
                 ) from None
     return found

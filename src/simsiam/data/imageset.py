@@ -1,4 +1,4 @@
-"""What every source gives: images that are not read yet, the labels and splits that their names and columns tell."""
+"""The image set that every source returns: images read lazily, with labels and splits from names and columns."""
 
 from __future__ import annotations
 
@@ -24,49 +24,49 @@ _JUNK = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|$))")
 _HELD_OUT = 1000
 _ODD = 0x9E3779B97F4A7C15
 _ENOUGH = 0.95
-"""A folder layout means classes or splits when at least this share of the images follows it."""
+"""A folder layout is interpreted as classes or splits if at least this fraction of the images follows it."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """N images that are not read yet."""
+    """N images, read lazily."""
 
     name: str
     root: str
-    """Where they lie: an absolute path, or a name. Stays the same while images come and go."""
+    """Location: an absolute path, or a name. Does not change when images are added or removed."""
     ids: Sequence[str]
     """Unique and stable: the path relative to the data set, or inside the archive."""
     read: Callable[[int], bytes | Image.Image]
-    """Image i as its encoded file, or opened. Thread-safe; raises whatever reading raises."""
+    """Returns image i as its encoded file, or opened by Pillow. Thread-safe; read errors propagate."""
     labels: np.ndarray | None
-    """int64 [N] into `classes`, -1 where unknown; None where there are none, or all are one."""
+    """int64 [N], indices into `classes`, -1 if unknown; None without labels or with a single class."""
     classes: tuple[str, ...] | None
     keys: np.ndarray
-    """uint64 [N], one for each image, all different: changes when its id, size or modification time does, and not when
-    other images come or go."""
+    """uint64 [N], a unique key for each image: changes with its id, size or modification time, not when other images
+    are added or removed."""
     test: np.ndarray
-    """int64, the images of the data's own test and validation splits; empty where it has none."""
+    """int64, indices of the images in the data's own test and validation splits; empty without any."""
     in_order: bool = False
-    """Reading images in another order than theirs takes many times as long."""
+    """Whether reading the images out of order takes many times as long."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex; changes when an image does, and when images come or go."""
+        """Hex digest; changes when an image is changed, added or removed."""
         return hashlib.sha256(self.keys.astype("<u8").tobytes()).hexdigest()
 
     @property
     def train(self) -> np.ndarray:
-        """int64, the images that are not in `test`."""
+        """int64, indices of the images that are not in `test`."""
         return np.setdiff1d(np.arange(len(self)), self.test)
 
     def split(self) -> tuple[np.ndarray, np.ndarray]:
         """The images to train on and those held out for monitoring, int64 each, whether they can be decoded or not.
 
-        Held out is the data's own test split; where it has none, a tenth of the images, at most 1,000. Their ids draw
-        these: a set that grows holds out hardly an image that an earlier run (`--init`) was trained on.
+        The held-out set is the data's own test split or, without one, a tenth of the images, at most 1,000. It is drawn
+        by a hash of the ids: as a set grows, hardly any image that an earlier run (`--init`) trained on is held out.
         """
         if len(self.test):
             return self.train, self.test
@@ -76,7 +76,7 @@ class ImageSet:
 
 
 class File(NamedTuple):
-    """A file on disk as it was found; `mtime` in nanoseconds."""
+    """A file as found on disk; `mtime` in nanoseconds."""
 
     id: str
     path: str
@@ -85,24 +85,24 @@ class File(NamedTuple):
 
 
 def file_keys(files: Iterable[File]) -> np.ndarray:
-    """uint64 [N]: a function of each file's id, size and modification time."""
+    """uint64 [N]: a hash of each file's id, size and modification time."""
     return np.frombuffer(b"".join(_digest(file) for file in files), np.uint64)
 
 
 def member_keys(files: Iterable[tuple[File, str]]) -> np.ndarray:
-    """uint64 [N]: keys of images that lie in a file, by their names in it; they change with the file."""
+    """uint64 [N]: keys of images inside archives, from file and member name; they change with the file."""
     return file_keys(file._replace(id=f"{file.id}\0{name}") for file, name in files)
 
 
 def row_keys(file: File, count: int) -> np.ndarray:
-    """uint64 [count]: keys of images that are the rows of a file; they change with the file."""
+    """uint64 [count]: keys of images that are rows of a file; they change with the file."""
     return numbered(_digest(file), count)
 
 
 def numbered(digest: bytes, count: int) -> np.ndarray:
-    """uint64 [count], all different: keys for images that change only together, with the `digest` of them all."""
+    """uint64 [count], all different: keys for images that change only together, with their common `digest`."""
     start = np.frombuffer(digest[:8], np.uint64)
-    return start + np.arange(count, dtype=np.uint64) * np.uint64(_ODD)  # odd: modulo 2^64 no two are the same
+    return start + np.arange(count, dtype=np.uint64) * np.uint64(_ODD)  # odd, so all are distinct modulo 2^64
 
 
 def _digest(file: File) -> bytes:
@@ -114,12 +114,12 @@ def _hash(text: str) -> bytes:
 
 
 def junk(path: str) -> bool:
-    """Whether a part of the path is hidden, or what macOS adds to archives."""
+    """Whether part of the path is hidden or a __MACOSX folder, which macOS adds to archives."""
     return _JUNK.search(path) is not None
 
 
 def one_line(error: BaseException) -> str:
-    """What the error says, fit for a UserError."""
+    """The text of an error on one line, for a UserError."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -127,10 +127,10 @@ def one_line(error: BaseException) -> str:
 
 
 def layout(paths: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None, np.ndarray]:
-    """Labels, classes and test images that the folders in `paths` spell out: [split/]class/.../image."""
+    """Labels, classes and test images according to the folders in `paths`: [split/]class/.../image."""
     names = [path.rpartition("/")[0] for path in paths]
     images = Counter(names)
-    # Millions of images lie in few folders: all that follows looks at a folder once.
+    # Millions of images are in few folders, so everything below works per folder.
     parts = {name: name.split("/") if name else [] for name in images}
     depth = _shared(parts.values())
     tops = {name: folder[depth].lower() if len(folder) > depth else "" for name, folder in parts.items()}
@@ -148,7 +148,7 @@ def layout(paths: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | N
         if len(folder) > level:
             counts[folder[level]] += images[name]
     test = np.flatnonzero([name in tests for name in names])
-    # One image a folder is a way to store images, not a class.
+    # One image per folder is a way to store images, not a class.
     if len(counts) < 2 or counts.total() < max(_ENOUGH * (len(paths) - len(test)), 2 * len(counts)):
         return None, None, test
     classes = tuple(sorted(counts))
@@ -158,13 +158,13 @@ def layout(paths: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | N
 
 
 def _shared(folders: Collection[list[str]]) -> int:
-    """How many leading folders all of them share."""
+    """The number of leading folders that all have in common."""
     low, high = min(folders), max(folders)
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
 def split_by_name(names: Sequence[str]) -> np.ndarray:
-    """bool, which of the files are test data by their names; none unless some are training data."""
+    """bool [N]: which files are test data according to their names; none unless some are training data."""
     found = [match[-1].lower() if (match := _SPLIT.findall(name)) else "" for name in names]
     is_test = np.array([split in _TEST for split in found], dtype=bool)
     return is_test if any(split in _TRAIN for split in found) else np.zeros(len(names), dtype=bool)
@@ -173,7 +173,7 @@ def split_by_name(names: Sequence[str]) -> np.ndarray:
 def encode(
     values: Sequence[Any], names: Sequence[str] | None = None
 ) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Raw labels (ints or strings; None, NaN and negative: unknown) -> int64 labels and class names."""
+    """Encodes raw labels (ints or strings; None, NaN and negative: unknown) as int64 labels and class names."""
     whole = [_whole(value) for value in values]
     if names and all(number is None or number < len(names) for number in whole):
         labels = np.array([-1 if number is None else number for number in whole], dtype=np.int64)
@@ -181,7 +181,7 @@ def encode(
     numbers = all(number is not None or _unknown(value) for number, value in zip(whole, values, strict=True))
     keys = whole if numbers else [None if _unknown(value) else str(value) for value in values]
     known: list[Any] = sorted({key for key in keys if key is not None})
-    if not 2 <= len(known) <= len(values) / 2:  # a value an image is a name or a caption, not a class
+    if not 2 <= len(known) <= len(values) / 2:  # about one value per image: names or captions, not classes
         return None, None
     index = {key: i for i, key in enumerate(known)}
     return np.array([-1 if key is None else index[key] for key in keys], dtype=np.int64), tuple(

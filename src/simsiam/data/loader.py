@@ -1,4 +1,4 @@
-"""Cache rows -> batches on the device, in an order that is a function of (seed, epoch)."""
+"""Turn cache rows into batches on the device, in an order determined by (seed, epoch)."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ class Batch:
     """The images of one step, or this process's part of them."""
 
     images: Images
-    """uint8 [B,3,H,W] on the device, padded at the bottom and right where sizes differ; or, on a CPU, where they lie."""
+    """uint8 [B,3,H,W] on the device, padded at the bottom and right if sizes differ; or, on a CPU, packed."""
     sizes: Tensor | None
-    """int32 [B,2] (height, width) on the device; None where every image fills the batch."""
+    """int32 [B,2] (height, width) on the device; None if every image fills the batch."""
     index: Tensor
     """int64 [B], each image's position among the training images."""
 
 
 class Loader:
-    """Batches of the given cache rows. A data set that is small lives on the device; of a larger one
-    the next batches are read ahead, or, where kernels draw views from the memory map, nothing is.
+    """Batches of the given cache rows. A small data set is kept on the device; for a larger one the next
+    batches are read ahead, unless kernels draw the views straight from the memory map.
 
-    Images that nobody has decoded yet are decoded on their way into the first epoch's batches, so that training does not
-    wait for the set. The batches are the same as if all had been: a bad image takes no place, and where the others
-    are too few for an epoch's steps, its order begins again.
+    Images not decoded yet are decoded on their way into the first epoch's batches, so that training does not wait for
+    the whole set. The batches are the same either way: bad images are skipped, and if the others are too few for an
+    epoch's steps, its order starts over.
 
     Args:
-        rows: int64 [N], the cache rows to train on, bad images included or not.
-        batch_size: B; the last, incomplete batch of an epoch is dropped, as in the paper. Of several processes each gets
-            its part of every batch, so B is a multiple of their number.
+        rows: int64 [N], the cache rows to train on, with or without bad images.
+        batch_size: B; the last, incomplete batch of an epoch is dropped, as in the paper. With several processes, each
+            gets its part of every batch, so B is a multiple of their number.
     """
 
     def __init__(self, cache: Cache, rows: np.ndarray, batch_size: int, device: torch.device, seed: int) -> None:
@@ -59,9 +59,9 @@ class Loader:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from step `start` of it on.
+        """The batches of one epoch, from its step `start` on.
 
-        Raises UserError where fewer than two images can be decoded, and what `Cache.usable` raises.
+        Raises UserError if fewer than two images can be decoded, and whatever `Cache.usable` raises.
         """
         self._settle()
         part = self.batch_size // ranks.count()
@@ -77,7 +77,7 @@ class Loader:
             yield from map(self._load, chunks if self._decodes() else self._expected(chunks))
 
     def _chunks(self, epoch: int) -> Iterator[np.ndarray]:
-        """For each step the positions of its batch, int64 [B], of all ranks."""
+        """Yields each step's batch over all ranks, as positions int64 [B]."""
         order, at = self.order(epoch), 0
         found = order[:0]
         for _ in range(self.steps_per_epoch):
@@ -98,36 +98,36 @@ class Loader:
             found = found[self.batch_size :]
 
     def _settle(self) -> None:
-        """Takes the images to the device, once all are decoded, where they are of one size and few."""
+        """Moves the images to the device, once all are decoded, if they have one size and are few enough."""
         if self._images is not None:
             return
         left = self.cache.missing(self.rows)
-        if 0 < len(left) < self.batch_size:  # of the incomplete batch that an epoch leaves out
+        if 0 < len(left) < self.batch_size:  # in the incomplete batch that an epoch drops
             self.cache.usable(left)
         size = self.cache.uniform(self.rows)
         most = _RESIDENT_BYTES.get(self.device.type, 0)
-        if self.device.type == "cuda":  # a fifth of what is free: the network and its activations need the rest
+        if self.device.type == "cuda":  # a fifth of the free memory: the network and its activations need the rest
             most = min(most, torch.cuda.mem_get_info(self.device)[0] // 5)
         if size is None or len(self.rows) * 3 * size[0] * size[1] > most:
             return
         good = self.cache.usable(self.rows)
         images = self.cache.batch(self.rows[good])[0]
-        if not good.all():  # a place for each position; nobody asks for a bad one's
+        if not good.all():  # a place for every position; that of a bad image is never read
             there, shape = images, (len(self.rows), *images.shape[1:])
             images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
             images[torch.from_numpy(good)] = there
         self._images = images.to(self.device)
 
     def _reads_ahead(self) -> bool:
-        """Not on a CPU where images are decoded for a step, because each would wait for the other's cores, and take longer;
-        nor where nothing is copied."""
+        """Whether a thread reads ahead. Not on a CPU while images are being decoded, because that and training would
+        compete for its cores, nor if batches are not copied."""
         return self.device.type != "cpu" or not (self._decodes() or kernels.compiled())
 
     def _decodes(self) -> bool:
         return len(self.cache.missing(self.rows)) > 0
 
     def _expected(self, chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """The same, while the system reads the pixels of the next."""
+        """Yields the chunks while the operating system prefetches the pixels of the next one."""
         for chunk, following in itertools.pairwise(itertools.chain(chunks, [None])):
             assert chunk is not None
             if following is not None:
@@ -144,7 +144,7 @@ class Loader:
         return Batch(self._sent(images), None if uniform else self._sent(sizes), self._sent(index))
 
     def _sent(self, values: Tensor) -> Tensor:
-        """On the device, without waiting for what runs there."""
+        """Copies values to the device without waiting for work running there."""
         if self.device.type == "cuda":
             values = values.pin_memory()
         return values.to(self.device, non_blocking=True)

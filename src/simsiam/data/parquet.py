@@ -19,12 +19,15 @@ _HELD_BYTES = 1 << 28
 
 
 def open_parquet(name: str, root: str, files: list[File]) -> ImageSet:
-    """The rows of all files as one image set. Raises UserError where one is damaged, empty or without images."""
+    """The rows of all files as one image set.
+
+    Raises UserError if a file is damaged or lacks a column, or if all are empty.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     metadata: list[Any] = []
-    starts = [0]  # of every row group, and the end
+    starts = [0]  # first row of every row group, and the end
     raw_labels: list[Any] = []
     paths: list[str] = []
     row_names: list[str] = []
@@ -39,7 +42,7 @@ def open_parquet(name: str, root: str, files: list[File]) -> ImageSet:
                 metadata.append(parquet.metadata)
         except (OSError, pa.ArrowException) as error:
             raise UserError(
-                f"Cannot read {file.path} as Parquet, copy or download it again: {one_line(error)}"
+                f"Cannot read {file.path} as Parquet ({one_line(error)}): copy or download it again."
             ) from None
         rows = metadata[-1].num_rows
         row_names += [f"{file.id}#{row}" for row in range(rows)]
@@ -89,7 +92,7 @@ def _columns(schema: Any, file: File) -> tuple[str, str | None, bool, list[str] 
     if image is None:
         there = ", ".join(f"{field.name} ({field.type})" for field in schema)
         raise UserError(
-            f"{file.path} has no image column, but {there}. Images are binary, or a struct with `bytes` (Hugging Face)."
+            f"{file.path} has no image column, only {there}. Images are binary or a struct with `bytes` (Hugging Face)."
         )
     label = next((column for column in [*LABEL_COLUMNS, *declared("ClassLabel")] if column in schema.names), None)
     kind = schema.field(image).type
@@ -98,14 +101,14 @@ def _columns(schema: Any, file: File) -> tuple[str, str | None, bool, list[str] 
 
 
 class _RowGroups:
-    """Row i of Parquet files. A row group is read as a whole; threads share those read last, up to `_HELD_BYTES`."""
+    """Reads row i of Parquet files. Row groups are read whole; threads share those read last, up to `_HELD_BYTES`."""
 
     def __init__(self, paths: list[str], metadata: list[Any], column: str, starts: list[int]) -> None:
         self._paths, self._metadata, self._column, self._starts = paths, metadata, column, starts
         self._groups = [(f, g) for f, meta in enumerate(metadata) for g in range(meta.num_row_groups)]
         self._held: OrderedDict[int, Any] = OrderedDict()
         self._bytes = 0
-        """Of those held; not summed at every read, which took longer than decoding an image of 32 pixels."""
+        """Size of the held groups; summing it at every read took longer than decoding a 32-pixel image."""
         self._lock = threading.Lock()
 
     def __call__(self, i: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Where images come from: a folder, Parquet, tar, zip, WebDataset shards or a torchvision set. None is decoded."""
+"""Find images in a folder, Parquet, tar, zip, WebDataset shards or a torchvision set, without decoding them."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ _NOT_READ = (*decode.HEIC, ".avif", ".jp2", ".j2k", ".dng", ".cr2", ".nef", ".ar
 
 
 def open_images(data: str | Path | None = None) -> ImageSet:
-    """Finds the images of `data` and their labels, where the data has them; reads no pixels.
+    """Finds the images of `data` and their labels, if it has any, without decoding the set.
 
     Args:
         data: None or "demo" for the bundled demo set ("./demo" for a folder of that name), or one of
-            a folder, nested as it may be: class folders give labels, train/ and test/ (or val/) folders the split; where no
-            file has the ending of an image, those without one that begin like an image;
+            a folder of any depth: class folders give labels, train/ and test/ (or val/) folders the split; if no file
+            has a known extension, the files without one that begin like an image;
             a folder of Parquet files or archives only, read as those;
             Parquet: Hugging Face's image column, or raw bytes; file names like test-00000-of-00001 give the split;
             .tar, .tar.gz, .zip, shards by glob or braces, `shard-{000..009}.tar` (WebDataset's .cls, .json labels);
             `CIFAR10:/root` or `CIFAR10`: a torchvision set under that root, $SIMSIAM_DATA or ./data. Never downloaded.
 
-    Raises UserError where there are no images to be found.
+    Raises UserError if no images are found.
     """
     text = "demo" if data is None else os.path.expanduser(os.fspath(data))
     path = Path(text)
     if not text.strip():
         raise UserError("The name of the data is empty. Name a folder that holds images.")
-    if os.path.isfile(path / RECIPE) and os.path.isfile(path / METRICS):  # False where it may not be read
+    if os.path.isfile(path / RECIPE) and os.path.isfile(path / METRICS):  # False if not accessible
         raise UserError(
             f"{data} is a run, not images. To start from its weights: simsiam train DATA --init {shlex.quote(str(data))}."
         )
-    if text == "demo":  # before a folder of that name, or no recipe could ask for the set
+    if text == "demo":  # precedes a folder of that name, or no recipe could refer to the set
         if path.exists():
-            warnings.warn("demo is the bundled set; write ./demo for the one in this folder.", stacklevel=2)
+            warnings.warn("demo is the bundled set; write ./demo for the folder of that name.", stacklevel=2)
         return demo_images()
     if path.is_dir():
         return _from_files(path.resolve().name, str(path.resolve()), _walk(path), str(data))
@@ -60,7 +60,7 @@ def open_images(data: str | Path | None = None) -> ImageSet:
 
 
 def absolute(data: str | Path) -> str:
-    """The name of the data as it means the same from any folder: paths and patterns absolute, names as they are."""
+    """`data` in a form that does not depend on the working directory: paths and patterns absolute, names unchanged."""
     text = os.path.expanduser(os.fspath(data))
     name, colon, root = text.partition(":")
     if text != "demo" and (os.path.exists(text) or _MAGIC.search(text)):
@@ -80,10 +80,10 @@ def _file(id: str, path: str | Path) -> File:
 
 
 def _walk(root: Path) -> list[File]:
-    """All files below `root`, sorted by id; hidden ones and __MACOSX left out, links followed, but not to a folder that
-    is there already or holds `root`: its images would be in the set twice, in training and held out.
+    """All files below `root`, sorted by id, without hidden ones and __MACOSX. Links are followed, except to a folder
+    that is already included or contains `root`: its images would be in the set twice, in training and held out.
 
-    Warns of what cannot be read; raises UserError where that is `root` itself.
+    Warns about what cannot be read; raises UserError if that is `root` itself.
     """
     files: list[File] = []
     unread: list[str] = []
@@ -106,8 +106,8 @@ def _walk(root: Path) -> list[File]:
                         enter(entry.path, f"{prefix}{entry.name}/")
                     elif entry.is_file():
                         files.append(_file(prefix + entry.name, entry.path))
-                    elif entry.is_symlink():  # as git-annex leaves them where the content was not fetched
-                        unread.append(f"{prefix}{entry.name} (a link to nothing)")
+                    elif entry.is_symlink():  # as git-annex leaves if the content was not fetched
+                        unread.append(f"{prefix}{entry.name} (broken link)")
                 except OSError as error:
                     unread.append(f"{prefix}{entry.name} ({error.strerror})")
         pending.extend((entry.path, f"{prefix}{entry.name}/") for entry in links)
@@ -117,7 +117,7 @@ def _walk(root: Path) -> list[File]:
         enter(os.fspath(root), "")
     except OSError as error:
         raise UserError(f"Cannot read {error.filename}: {error.strerror}.") from None
-    while pending:  # links last, so that a folder goes by its own name where it has one here
+    while pending:  # links last, so that a folder inside `root` goes by its real name
         path, prefix = pending.pop()
         try:
             enter(path, prefix)
@@ -142,10 +142,10 @@ def _matching(pattern: str) -> tuple[str, str, list[File]]:
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise UserError(
-            f"{len(missing)} of the {len(paths)} files of {pattern} are missing, the first is {missing[0]}."
+            f"{len(missing)} of the {len(paths)} files of {pattern} are missing; the first is {missing[0]}."
         )
     if not paths:
-        raise UserError(f"No file matches {pattern}. Check it, and quote it so that the shell leaves it alone.")
+        raise UserError(f"No file matches {pattern}. Check it, and quote it so that the shell does not expand it.")
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     files = {file.id: file for file in (_file(os.path.relpath(path, root), path) for path in paths)}
     return os.path.basename(root), os.path.realpath(root), list(files.values())
@@ -183,7 +183,7 @@ def _from_files(name: str, root: str, files: list[File], data: str) -> ImageSet:
                     stacklevel=3,
                 )
             return open_kind(name, root, chosen)
-    # Last: beside files that have their endings, these may be the same ones under other names (Hugging Face's blobs).
+    # Last: next to files with extensions, these may be the same ones under other names (Hugging Face's blobs).
     chosen = [file for file in files if _begins_like_an_image(file)]
     if chosen:
         return _from_images(name, root, chosen)
@@ -191,12 +191,12 @@ def _from_files(name: str, root: str, files: list[File], data: str) -> ImageSet:
         raise UserError(f"{data} is empty. Name a folder that holds images.")
     raise UserError(
         f"No images in {data}: {counted(len(files), 'file')}, none an image: {_count(files)}. "
-        f"Read are {' '.join(ending[1:] for ending in decode.ENDINGS)}, and parquet, tar, zip.{_hint(files)}"
+        f"Supported: {' '.join(ending[1:] for ending in decode.ENDINGS)}, and parquet, tar, zip.{_hint(files)}"
     )
 
 
 def _begins_like_an_image(file: File) -> bool:
-    """Of a file without an ending, as caches and backups have them."""
+    """Whether a file without an extension, as in caches and backups, begins like an image."""
     if os.path.splitext(file.id)[1] or not file.size:
         return False
     try:
@@ -209,7 +209,7 @@ def _begins_like_an_image(file: File) -> bool:
 
 
 def _hint(files: list[File]) -> str:
-    """What to install so that the photographs of iPhones are read, where these hold some and it is missing."""
+    """A hint to install the HEIC plug-in, if the files include iPhone photographs and it is missing."""
     missing = any(file.id.lower().endswith(decode.HEIC) for file in files) and ".heic" not in decode.ENDINGS
     return " To read .heic: pip install pillow-heif." if missing else ""
 

@@ -1,4 +1,4 @@
-"""torchvision's data sets as image sets, from files that are there already."""
+"""torchvision's data sets as image sets, from files already on disk."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def open_torchvision(text: str) -> ImageSet:
-    """`Name` or `Name:root`. CIFAR's own files are pickles; torchvision checks their MD5 before it reads one."""
+    """Opens `Name` or `Name:root`. CIFAR's files are pickles; torchvision checks their MD5 before reading them."""
     name, _, root = text.partition(":")
     if not re.fullmatch(r"[A-Za-z]\w+", name):
         raise UserError(
             f"There is no {text}. Name a folder of images, a Parquet, tar or zip file, or a torchvision data set."
         )
-    from torchvision import datasets  # here: it takes seconds
+    from torchvision import datasets  # here, because it takes seconds
 
     known = {
         key: value
@@ -38,8 +38,8 @@ def open_torchvision(text: str) -> ImageSet:
     if name not in known:
         by_case = next((key for key in known if key.lower() == name.lower()), None)
         hint = f" Did you mean {by_case!r}?" if by_case else did_you_mean(name, known)
-        hint = hint if len(hint) < 60 else " Check the path."  # the list of all 60 helps nobody
-        raise UserError(f"There is no {text}: no file or folder, and no torchvision data set of that name.{hint}")
+        hint = hint if len(hint) < 60 else " Check the path."  # a list of all 60 would not help
+        raise UserError(f"There is no {text}: no such file or folder, and no torchvision data set of that name.{hint}")
     root = os.path.expanduser(root or os.environ.get("SIMSIAM_DATA") or "data")
     train, test = _splits(known[name], name, root)
     parts = [("train", train)] + ([("test", test)] if test is not None else [])
@@ -67,7 +67,7 @@ def open_torchvision(text: str) -> ImageSet:
 
 
 def _splits(kind: Any, name: str, root: str) -> tuple[Any, Any]:
-    """The training and test set of a torchvision class; the test set is None where it has none."""
+    """The training and test set of a torchvision class; the test set is None if it has none."""
     parameters = inspect.signature(kind).parameters
     if name == "EMNIST":
         choices: list[list[dict[str, Any]]] = [[{"split": "balanced", "train": flag}] for flag in (True, False)]

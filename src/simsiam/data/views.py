@@ -1,23 +1,23 @@
-"""A uint8 batch -> random views, the whole batch at once, on the device, each sample with its own draw.
+"""Draw random views of a uint8 batch, the whole batch at once on the device, with a separate draw for each sample.
 
 The paper's augmentation (appendix A) is: random resized crop, colour jitter, grayscale, Gaussian blur, horizontal flip,
-normalisation. All of it but the clamping is linear in the pixels, so each sample's draw folds into
+normalisation. All of it except clamping is linear in the pixels, so each sample's draw folds into
 
     view = W_y @ image @ W_x^T
     result = clamp(C . view + P . mean(view) + t)
 
 with two resampling matrices (crop, antialiased resize, flip and blur), a 3x3 colour matrix C (brightness, contrast,
-saturation, hue, grayscale, normalisation) and another, P, for the view's mean colour, which contrast pulls towards. In space
-that is torchvision's result before it rounds to 8 bits; on a GPU, where the products are in float16, within half of one of
-255 levels. On a CPU with a C compiler the same sums are made without the matrices' zeros, view by view (`kernels`).
-In colour the views deviate from torchvision in three ways, which `tests/test_views.py` bounds image by image:
+saturation, hue, grayscale, normalisation) and another, P, for the view's mean colour, towards which contrast pulls.
+Spatially, that is torchvision's result before rounding to 8 bits; on a GPU, which multiplies in float16, to within half
+of one of 255 levels. On a CPU with a C compiler, `kernels` computes the same sums view by view, without the zeros.
+In colour, the views deviate from torchvision in three ways, which `tests/test_views.py` bounds image by image:
 
 * values are clamped to [0, 255] once, at the end, not after every step;
 * blur therefore sees colours before the clamp;
-* hue turns the colour about the gray axis, where torchvision turns H in HSV. The two agree at thirds of a turn.
+* hue rotates the colour about the gray axis, while torchvision rotates H in HSV. The two agree at thirds of a turn.
 
 On photographs with the paper's jitter, a value is off by 0.5 of 255 levels on average without hue (99 % are within 9)
-and by 3.0 with it (99 % within 25), where leaving hue out would be off by 4.1 (99 % within 48).
+and by 3.0 with it (99 % within 25); omitting hue would give 4.1 (99 % within 48).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from simsiam import kernels
 from simsiam.kernels import Images, Packed
 
 LUMA = (0.299, 0.587, 0.114)
-_ATTEMPTS = 10  # of torchvision's RandomResizedCrop, before it falls back to a central crop
-_RADIUS = 11  # of the blur: 23 taps, as SimCLR's at 224 pixels
-_PIECE = 200_000  # pixels that a CPU takes from one operation to the next, so that they stay in its caches; measured
+_ATTEMPTS = 10  # of torchvision's RandomResizedCrop before it falls back to a central crop
+_RADIUS = 11  # of the blur kernel: 23 taps, as in SimCLR at 224 pixels
+_PIECE = 200_000  # pixels that a CPU processes at a time, so that they stay in its caches; measured
 
 Box = tuple[Tensor, Tensor, Tensor, Tensor]
 """top, left, height and width in whole pixels, float32 [B] each."""
@@ -44,12 +44,12 @@ Box = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """How views are drawn. The defaults are the paper's for ImageNet (appendix A), but for the size."""
+    """How views are drawn. The defaults are the paper's for ImageNet (appendix A)."""
 
     size: int = 224
     """Side of the square view in pixels."""
     scale: tuple[float, float] = (0.2, 1.0)
-    """Area of the crop as a share of the image."""
+    """Area of the crop as a fraction of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Width / height of the crop."""
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
@@ -61,17 +61,17 @@ class ViewSettings:
     """Standard deviation of the blur, in pixels of the view."""
     flip_p: float = 0.5
     solarize_p: float = 0.0
-    """Inverts what is brighter than the middle (BYOL)."""
+    """Probability of inverting pixels brighter than mid-gray (BYOL)."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     count: int = 2
-    """Views of this size that are drawn of an image."""
+    """Number of views of this size per image."""
     second_blur_p: float | None = None
-    """blur_p of every second view, where it is another one (BYOL, Barlow Twins, VICReg)."""
+    """blur_p of every second view, if different (BYOL, Barlow Twins, VICReg)."""
     second_solarize_p: float | None = None
-    """solarize_p of every second view."""
+    """solarize_p of every second view, if different."""
     small_count: int = 0
-    """Further views of small_size pixels, whose crops have small_scale of the area (SwAV's multi-crop)."""
+    """Number of additional views, of small_size pixels and small_scale of the area (SwAV's multi-crop)."""
     small_size: int = 96
     small_scale: tuple[float, float] = (0.05, 0.14)
 
@@ -83,7 +83,7 @@ class ViewSettings:
         for name in ("scale", "small_scale", "ratio", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
-                raise ValueError(f"{name} is [{low}, {high}]: it must be two rising numbers above 0.")
+                raise ValueError(f"{name} is [{low}, {high}]: it must be two positive numbers in ascending order.")
         for name in ("scale", "small_scale"):
             if getattr(self, name)[1] > 1:
                 raise ValueError(
@@ -96,7 +96,7 @@ class ViewSettings:
             raise ValueError("jitter must not be negative, its hue at most 0.5, and std above 0.")
 
     def each(self) -> list[ViewSettings]:
-        """How each of an image's views is drawn: the full ones, then the small ones."""
+        """The settings of each of an image's views: first the full-size ones, then the small ones."""
         second = replace(
             self,
             blur_p=self.blur_p if self.second_blur_p is None else self.second_blur_p,
@@ -111,7 +111,7 @@ def random_views(
 ) -> tuple[Tensor, ...]:
     """A `random_view` of every image for each of the settings.
 
-    Those of equal settings are drawn together: two hundred small operations, once.
+    Views with equal settings are drawn together, so that their two hundred small operations run once.
     """
     views: dict[int, Tensor] = {}
     for each in dict.fromkeys(settings):
@@ -128,8 +128,8 @@ def random_view(
 
     Args:
         images: uint8 or float32 [B,3,H,W] with values 0..255, on the device, in channels_last for speed; padded at the
-            bottom and right where `sizes` is given. Or packed.
-        sizes: int [B,2], each image's own (height, width); None where all fill the batch, or are packed.
+            bottom and right if `sizes` is given. Or `Packed`.
+        sizes: int [B,2], each image's own (height, width); None if all fill the batch, or are packed.
     Returns:
         float32 [B,3,size,size] in channels_last, normalised by mean and std.
     """
@@ -139,7 +139,7 @@ def random_view(
 def _drawn(
     images: Images, settings: ViewSettings, generator: torch.Generator, sizes: Tensor | None, count: int
 ) -> Tensor:
-    """`count` views of every image, float32 [count B,3,size,size]: one of each, then the second of each, ..."""
+    """`count` views of every image, float32 [count B,3,size,size]: the first of each, then the second of each, ..."""
     sizes = (_sides(images) if sizes is None else sizes).repeat(count, 1)
     box, flip, sigma = draw_geometry(sizes, settings, generator)
     top, left, height, width = box
@@ -158,7 +158,7 @@ def _drawn(
         if settings.blur_p > 0:
             kernel = gaussian(sigma, settings.size)
             w_y, w_x = kernel @ w_y, kernel @ w_x
-        # float16 on a GPU: its matrix units, half of the memory's traffic; off by half of a level at most.
+        # float16 on a GPU uses its matrix units and halves the memory traffic; off by half a level at most.
         precision = torch.float16 if images.is_cuda else torch.float32
         images = torch.cat([images] * count) if count > 1 else images  # cat, unlike repeat, keeps channels_last
         view = resample(images, w_y.to(precision), w_x.to(precision)).float()
@@ -172,13 +172,13 @@ def _drawn(
 
 @functools.cache
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """The values on the device, sent there once: on a GPU each sending waits for everything that runs. Not to be changed."""
+    """The values on the device, copied once, since a copy to a GPU waits for all running work. Not to be modified."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _sides(images: Images) -> Tensor:
-    """(height, width) of every image, packed or of a batch without padding, int [B,2]."""
+    """int [B,2], (height, width) of every image, packed or in a batch without padding."""
     if isinstance(images, Packed):
         return torch.from_numpy(images.sizes)
     return torch.stack([torch.full((len(images),), side, device=images.device) for side in images.shape[-2:]], 1)
@@ -189,9 +189,9 @@ def _padded(images: Images) -> Tensor:
 
 
 def solarize(view: Tensor, settings: ViewSettings) -> Tensor:
-    """Pixel values from 128 of 255 on are inverted, in normalised values. [B,3,h,w] -> the same."""
+    """Inverts pixel values from 128 of 255 on, in a normalised view. [B,3,h,w] -> the same shape."""
     mean, std = (_constant(values, view.device)[:, None, None] for values in (settings.mean, settings.std))
-    # Half a level below 128: a torchvision image is rounded before the comparison.
+    # Half a level below 128, because torchvision compares rounded values.
     return torch.where(view >= (127.5 / 255 - mean) / std, (1 - 2 * mean) / std - view, view)
 
 
@@ -206,8 +206,8 @@ def plain_view(
 ) -> Tensor:
     """The view for evaluation: the short side resized to size / share, the central square cut out, normalised.
 
-    Shapes and ranges are those of `random_view`. share 0.875 is the usual 'resize to 256, crop 224'. dtype: float32 or
-    bfloat16, to which the same values are rounded.
+    Shapes and ranges are those of `random_view`. A share of 0.875 is the usual 'resize to 256, crop 224'. dtype:
+    float32, or bfloat16 for the same values, rounded.
     """
     if kernels.usable(images):
         return _plain(images, size, share, sizes, *_scale_and_shift(mean, std, images.device), dtype)
@@ -215,7 +215,7 @@ def plain_view(
 
 
 def plain_pixels(images: Images, size: int, share: float, sizes: Tensor | None = None) -> Tensor:
-    """As `plain_view`, before normalisation: float32 [B,3,size,size] with values 0..255."""
+    """Like `plain_view`, before normalisation: float32 [B,3,size,size] with values 0..255."""
     if sizes is None and isinstance(images, Tensor) and tuple(images.shape[-2:]) == (size, size) and share == 1:
         return images.float()
     if kernels.usable(images):
@@ -236,7 +236,7 @@ def _plain(
     shift: Tensor,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """scale [3] . pixels + shift [3], by the kernels."""
+    """scale [3] * pixels + shift [3], by the kernels."""
     start, length, full = _central(_sides(images) if sizes is None else sizes, size, share)
     zero = torch.zeros_like(full)
     geometry = torch.cat([torch.stack([start, length, zero, full], 2).flatten(1), zero], 1)
@@ -245,7 +245,7 @@ def _plain(
 
 
 def _central(sizes: Tensor, size: int, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the central square of every image starts, how long it is, and the image's sides: [B,2] each, in its pixels."""
+    """Start and length of every image's central square, and the image's sides: [B,2] each, in image pixels."""
     resized = round(size / share) * sizes // sizes.amin(1, keepdim=True)
     step = sizes / resized
     return ((resized - size) / 2).round() * step, size * step, sizes.float()
@@ -258,14 +258,14 @@ def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 
 def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[3] each: (x / 255 - mean) / std is scale . x + shift."""
+    """scale and shift, [3] each, so that (x / 255 - mean) / std = scale * x + shift."""
     spread = _constant(std, device)
     return 1 / (255 * spread), -_constant(mean, device) / spread
 
 
 def draw_geometry(sizes: Tensor, settings: ViewSettings, generator: torch.Generator) -> tuple[Box, Tensor, Tensor]:
-    """What happens to each sample's pixels in space: the crop, whether it is flipped (bool [B]), and the standard
-    deviation of its blur (float32 [B], 0: none)."""
+    """Draws each sample's geometry: the crop, whether it is flipped (bool [B]), and the standard deviation of its blur
+    (float32 [B], 0: none)."""
     box = crop_boxes(sizes, settings, generator)
     u_flip, u_sigma, u_blur = torch.rand(3, len(sizes), device=sizes.device, generator=generator)
     low, high = settings.blur_sigma
@@ -273,8 +273,8 @@ def draw_geometry(sizes: Tensor, settings: ViewSettings, generator: torch.Genera
 
 
 def draw_colour(batch: int, settings: ViewSettings, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """What happens to each sample's colours: factors of brightness, contrast and saturation and turns of hue (float32
-    [B,4], [1,1,1,0] for the unchanged), the order of these four (int64 [B,4]), whether it is gray (bool [B])."""
+    """Draws each sample's colour changes: factors of brightness, contrast and saturation and turns of hue (float32
+    [B,4], [1,1,1,0] for no change), the order of these four (int64 [B,4]), and whether it is gray (bool [B])."""
     device = generator.device
     strength = _constant(settings.jitter, device)
     neutral = _constant((1.0, 1.0, 1.0, 0.0), device)
@@ -297,7 +297,7 @@ def crop_boxes(sizes: Tensor, settings: ViewSettings, generator: torch.Generator
     fits = (width > 0) & (width <= full_w) & (height > 0) & (height <= full_h)
     first = fits.float().argmax(1, keepdim=True)
     found = fits.any(1)
-    # Too narrow or too wide for every attempt: the largest central box of an allowed ratio.
+    # If no attempt fits: the largest central box of an allowed ratio.
     central_w = torch.minimum(full_w, (full_h * settings.ratio[1]).round())[:, 0].clamp(min=1)
     central_h = torch.minimum(full_h, (full_w / settings.ratio[0]).round())[:, 0].clamp(min=1)
     height = torch.where(found, height.gather(1, first)[:, 0], central_h)
@@ -315,8 +315,8 @@ def resampling(
     """Matrices [B,out,source] that resize the pixels [start, start+length) to `out`: antialiased bilinear.
 
     The weights are a triangle of half-width max(length/out, 1) source pixels (Pillow's and torchvision's `antialias`),
-    renormalised to sum to 1. They are cut to the box, as if the crop were made first, or, where `edge` [B] is given, to
-    [0, edge), as if the whole image were resized and cut then. `flip` [B] reverses the rows.
+    renormalised to sum to 1. They are cut to the box, as if the image were cropped first, or, if `edge` [B] is given,
+    to [0, edge), as if the whole image were resized and then cropped. `flip` [B] reverses the rows.
     """
     device = start.device
     start, length = start[:, None, None], length[:, None, None]
@@ -333,7 +333,7 @@ def resampling(
     low, high = (start, start + length) if edge is None else (torch.zeros_like(start), edge[:, None, None])
     weight *= (pixel >= low) & (pixel < high)
     weight /= weight.sum(2, keepdim=True)
-    # Clamped columns carry weight 0, so adding them where another tap already stands changes nothing.
+    # Clamped columns carry weight 0, so adding them onto another tap changes nothing.
     column = pixel.long().clamp_(0, source - 1)
     return torch.zeros(len(start), out, source, device=device).scatter_add_(2, column, weight)
 
@@ -341,7 +341,7 @@ def resampling(
 def gaussian(sigma: Tensor, size: int) -> Tensor:
     """Matrices [B,size,size] that blur along one axis with reflected edges; sigma 0 is the identity.
 
-    The kernel spans 23 pixels, or less where the view is smaller.
+    The kernel spans 23 pixels, or fewer if the view is smaller.
     """
     radius = min(size - 1, _RADIUS)
     offset = torch.arange(-radius, radius + 1, device=sigma.device)
@@ -369,7 +369,7 @@ def resample(images: Tensor, w_y: Tensor, w_x: Tensor) -> Tensor:
 
 
 def _pieces(images: Tensor) -> Iterator[slice]:
-    """Of a batch [B,3,h,w], for a CPU; a GPU takes it whole."""
+    """Slices of a batch [B,3,h,w] for a CPU; a GPU takes it whole."""
     step = max(1, _PIECE // (images.shape[2] * images.shape[3]) if images.device.type == "cpu" else len(images))
     return (slice(start, start + step) for start in range(0, len(images), step))
 
@@ -381,7 +381,7 @@ def colour_matrix(batch: int, settings: ViewSettings, generator: torch.Generator
     """Each sample's colour draw: C and P [B,3,3] of the new colour C . colour + P . mean colour of the view.
 
     The four jitters come in a random order per sample, as in torchvision's ColorJitter. Contrast pulls towards the mean
-    (ITU-R 601 luma) that the view has by then.
+    (ITU-R 601 luma) that the view has at that point.
     """
     factor, order, gray = draw_colour(batch, settings, generator)
     device = factor.device
@@ -412,7 +412,7 @@ def _hue_rotation(turns: Tensor) -> Tensor:
 
 
 def _colour(view: Tensor, matrix: Tensor, offset: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """matrix [B,3,3] . pixel + offset [B,3], kept between `low` and `high` [3]."""
+    """matrix [B,3,3] . pixel + offset [B,3], clamped between `low` and `high` [3]."""
     low, high = low[:, None], high[:, None]
     coloured = torch.empty(view.shape, device=view.device, memory_format=torch.channels_last)
     for piece in _pieces(view):

@@ -1,4 +1,4 @@
-"""Device, precision, memory format, threads and seeds: chosen once at the start, by measuring where it matters."""
+"""Device, precision, memory format, threads and seeds: chosen once at the start, by measuring if it matters."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and how the network runs. `precision` is that of the convolutions, which in fp32 take TF32 on a GPU that has it,
-    as torch does by itself; losses are always float32."""
+    """Where and in which precision the network runs.
+
+    `precision` applies to convolutions; in fp32 they use TF32 on GPUs that support it, torch's default. Losses are
+    always float32.
+    """
 
     device: torch.device
     precision: Literal["bf16", "fp32"]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of every forward pass."""
+        """Return the context manager for every forward pass."""
         import torch
 
         if self.precision == "fp32":
@@ -35,19 +38,19 @@ class Compute:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def place(self, module: torch.nn.Module) -> torch.nn.Module:
-        """The module on the device, convolution weights in channels_last."""
+        """Move the module to the device, with convolution weights in channels_last."""
         import torch
 
         return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def launched() -> int | None:
-    """This process's number, from 0 on, where torchrun started it beside others. Known without importing torch."""
+    """Return this process's rank if torchrun started several processes, else None. Does not import torch."""
     return int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ else None
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """'auto', 'cpu', 'cuda', 'cuda:1', 'mps' -> device. Raises UserError where it is not there."""
+    """Return the device for 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'. Raises UserError if it is not available."""
     import torch
 
     if name == "auto":
@@ -60,7 +63,7 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        if len(reason) > 100:  # a list of every kind that torch knows, or of what a driver would need
+        if len(reason) > 100:  # lists every device type, or what a driver would need
             known = name.partition(":")[0] in ("cuda", "mps")
             reason = "torch finds none on this machine" if known else "torch knows no such device"
         raise UserError(f"Device {name!r} cannot be used ({reason}). Try --device cpu.") from None
@@ -69,8 +72,8 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @contextlib.contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """The caller's random numbers are put back afterwards, and cuDNN takes only kernels that give the same bits every time:
-    a run that is resumed ends with the same weights. Those were as fast as any (docs/results.md)."""
+    """Restore the caller's random state at exit, and restrict cuDNN to deterministic kernels, so that a resumed run
+    ends with the same weights. Those kernels were as fast as any (docs/results.md)."""
     import torch
 
     cuda = device.type == "cuda"
@@ -84,7 +87,7 @@ def repeatable(device: torch.device) -> Iterator[None]:
 
 
 def wait(device: torch.device) -> None:
-    """Until what a GPU was given is done: before a clock is read."""
+    """Wait until a GPU has finished its work, for example before reading a clock."""
     import torch
 
     if device.type == "cuda":
@@ -92,7 +95,7 @@ def wait(device: torch.device) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether torch or numpy say that memory has run out; on a CPU torch has no exception of its own for that."""
+    """Whether torch or numpy ran out of memory; on a CPU torch has no separate exception for that."""
     import torch
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -100,7 +103,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def enough_memory(otherwise: str) -> Iterator[None]:
-    """Raises UserError, which says `otherwise`, where memory runs out."""
+    """Raise UserError with the text `otherwise` if memory runs out."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -110,7 +113,7 @@ def enough_memory(otherwise: str) -> Iterator[None]:
 
 
 def cpu_quota() -> int:
-    """Cores that this process may really use: affinity and the container's cgroup quota, not the machine's count."""
+    """Return the number of cores this process may use, given its affinity and the container's cgroup quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
         with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
@@ -120,8 +123,8 @@ def cpu_quota() -> int:
 
 
 def set_threads(asked: int | None = None) -> int:
-    """Gives torch the cores of the quota, or less where less is asked for, unless OMP_NUM_THREADS says otherwise.
-    Returns the number."""
+    """Let torch use all cores of the quota, or `asked` if that is fewer, unless OMP_NUM_THREADS is set. Returns the
+    number of threads."""
     import torch
 
     _keep_memory()
@@ -134,22 +137,22 @@ def set_threads(asked: int | None = None) -> int:
 class Pace:
     """Keeps a run on a CPU from crawling while other programs use the cores.
 
-    A step is a thousand parallel regions, and each waits for its last thread. Where another program holds a core, that
-    thread waits for its turn every time: measured on 2 cores beside one busy process, a step of 0.13 s takes 13 s on two
-    threads and 0.23 s on one. So where steps take far longer on all threads than they would on half of them, half it is,
-    and all are tried again from time to time.
+    A step is a thousand parallel regions, each of which waits for its last thread. If another program occupies a core,
+    that thread waits for its turn every time: on 2 cores beside one busy process, a step of 0.13 s took 13 s on two
+    threads and 0.23 s on one. So if steps take far longer on all threads than on half of them, the run switches to
+    half, and tries all of them again from time to time.
 
     Args:
-        full: threads where nothing else runs.
-        threads: those at the start: full, or half of them where that was found to be faster.
-        full_seconds, half_seconds: a step on all and on half of them, measured at the start.
-        adapts: False where the last bits of the weights must not depend on what else runs; then it only says so, once.
+        full: number of threads if nothing else runs.
+        threads: the initial number: full, or half of it if that was faster.
+        full_seconds, half_seconds: step time on all and on half of the threads, measured at the start.
+        adapts: False if other load must not affect the last bits of the weights; the user is then only warned, once.
     """
 
     PATIENCE = 3
-    """Slow steps in a row before something is done."""
+    """Slow steps in a row before it reacts."""
     FIRST_WAIT, LONGEST_WAIT, WORTH = 20.0, 600.0, 20.0
-    """Seconds until all threads are tried again; doubled when that was in vain, and at least so many slow steps."""
+    """Seconds until all threads are tried again, doubled after each trial that failed; at least WORTH slow steps."""
 
     def __init__(self, full: int, threads: int, full_seconds: float, half_seconds: float, adapts: bool) -> None:
         self.full, self.half_seconds, self.adapts = full, half_seconds, adapts
@@ -158,7 +161,7 @@ class Pace:
         self._wait = self._until_worth(self.FIRST_WAIT, full_seconds)
 
     def took(self, seconds: float) -> str | None:
-        """Is told what a step took; sets the threads of the next. Returns a line for the user where there is one to say."""
+        """Record the duration of a step and set the threads of the next. Returns a message for the user, if any."""
         if self.threads < self.full:
             self._since += seconds
             if self.adapts and self._since > self._wait:
@@ -176,16 +179,16 @@ class Pace:
     def _give_way(self, seconds: float) -> str | None:
         said, self.warned = self.warned, True
         few = self.full // 2
-        crawl = f"Other programs use the cores: a step takes {seconds:.1f} s on {self.full} threads"
+        crawl = f"Other programs are using the CPU cores: a step takes {seconds:.1f} s on {self.full} threads"
         less = f"{self.half_seconds:.1f} s on {few}"
         if self.adapts:
             self._wait = self._until_worth(2 * self._wait if self._trial else self.FIRST_WAIT, seconds)
             self._trial = False
             self._use(few)
-            line = f"{crawl}, {less}: it goes on with {few}, and tries {self.full} again later."
+            line = f"{crawl}, {less}. Continuing with {few}; {self.full} are tried again later."
         else:
             again = f"OMP_NUM_THREADS={few}"
-            line = f"{crawl}, and {less}. Stop them; or stop this run, and resume it with {again} before the command."
+            line = f"{crawl}, and {less}. Stop those programs, or stop this run and resume it with {again} set."
         return None if said else line
 
     def _until_worth(self, wait: float, seconds: float) -> float:
@@ -199,23 +202,23 @@ class Pace:
 
 
 def _keep_memory() -> None:
-    """Tells glibc to keep freed memory for the next step. By default it gives large blocks back to the system, and every
-    activation of every step is paged in anew: on a CPU that took up to a sixth of a step and a third of the views."""
+    """Make glibc keep freed memory for the next step. By default it returns large blocks to the system, and every
+    activation of every step is paged in again: on a CPU that took up to a sixth of a step and a third of the views."""
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold = -1, -3
-        # An older glibc refuses more than 32 MiB. Where it takes neither, the other is left alone, too: either one ends
-        # its own adapting, and then every block above 128 kB would be paged in anew.
+        # Older versions of glibc refuse more than 32 MiB. If both sizes are refused, the other threshold must stay too:
+        # setting either one stops glibc from adapting them, and every block above 128 kB would be paged in again.
         if mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 32 << 20):
             mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def probe_precision(device: torch.device, step: Callable[[Compute], None]) -> tuple[Literal["bf16", "fp32"], str]:
-    """Times `step` in both precisions and returns the faster with the reason.
+    """Time `step` in both precisions and return the faster one, with the reason.
 
-    Two timed repetitions after one warm-up each; the minimum counts, because noise only ever adds time.
+    One warm-up and two timed repetitions each; the minimum counts, because noise only adds time.
     """
     if device.type == "mps":
         return "fp32", "bf16 autocast is not used on mps"
@@ -241,20 +244,19 @@ def probe_precision(device: torch.device, step: Callable[[Compute], None]) -> tu
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """False where the device emulates bf16; a CPU does so ten times slower than fp32: even trying takes longer than it is
-    worth."""
+    """False if the device emulates bf16. A CPU does so ten times slower than fp32: even trying takes too long."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except AttributeError:  # an internal name of torch
+    except AttributeError:  # a private torch function
         return True
 
 
 def probe_encoder(encoder: torch.nn.Module, size: int, device: torch.device) -> Literal["bf16", "fp32"]:
-    """The faster precision for the forward pass on images of this size."""
+    """Return the faster precision for a forward pass on images of this size."""
     import torch
 
     x = torch.zeros(32, 3, size, size).to(device, memory_format=torch.channels_last)
@@ -268,14 +270,14 @@ def probe_encoder(encoder: torch.nn.Module, size: int, device: torch.device) -> 
 
 
 def generator(device: torch.device, *key: int) -> torch.Generator:
-    """A random generator that is a function of its key (seed, step, ...), so that a resumed run draws the same numbers."""
+    """Return a random generator seeded by its key (seed, step, ...), so that a resumed run draws the same numbers."""
     import torch
 
     return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 def seed_of(*key: int) -> int:
-    """The key as one number, hashed: neighbouring seeds must not give correlated streams."""
+    """Hash the key to one number: neighbouring seeds must not give correlated streams."""
     import hashlib
 
     digest = hashlib.blake2b(",".join(map(str, key)).encode(), digest_size=8).digest()
@@ -283,7 +285,7 @@ def seed_of(*key: int) -> int:
 
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
-    """Versions and hardware, for `environment.json`; of several GPUs the device's, or the current one."""
+    """Return versions and hardware for `environment.json`; with several GPUs, the given or else the current one."""
     import importlib.metadata
 
     import torch

@@ -1,8 +1,8 @@
-"""Fine-tuning: the whole network trained on a share of the labels, from the weights that the images alone gave it.
+"""Fine-tuning: the whole network is trained on a share of the labels, starting from self-supervised weights.
 
-The semi-supervised protocol of SimCLR (arXiv 2002.05709, appendix B.5): random crops and flips, SGD with Nesterov momentum,
-no weight decay. Ours are the choice of the learning rate, on a part of the labels, its cosine decay, and crops of at least a
-fifth of the area.
+The semi-supervised protocol of SimCLR (arXiv 2002.05709, appendix B.5): random crops and flips, SGD with Nesterov
+momentum, no weight decay. Differences: the learning rate is chosen on a part of the labels and decays along a cosine,
+and crops cover at least a fifth of the area.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from simsiam.encoders import Encoder
 from simsiam.optim import learning_rate
 
 RATES = (0.05, 0.5)
-"""Base learning rates (of 256 images) that are tried: which is better depends on the data more than on the weights."""
+"""Base learning rates (per 256 images) to try: which is better depends on the data more than on the weights."""
 _BATCH = 64
 _EPOCHS, _FEWEST_STEPS = 30, 400
 _FEWEST_LABELS = 5
@@ -49,17 +49,18 @@ def finetune(
     seed: int = 0,
     done: Done = lambda part: None,
 ) -> dict[str, Any] | None:
-    """Top-1 accuracy, in percent, on the labelled rows of `test` after training on a share of the labelled rows of `train`.
+    """Return the top-1 accuracy, in percent, on the labelled rows of `test` after training on a share of `train`'s.
 
-    The encoder itself stays as it is. The rows are a function of the seed and the labels, so they are the same for every
-    encoder. The rate is the one of `RATES` that is best on a fifth of them, after training on the others; then all are
-    trained on.
+    The encoder itself is not changed. The rows are a function of the seed and the labels, so they are the same for
+    every encoder. The learning rate is the one of `RATES` that is best on a fifth of the rows after training on the
+    rest; the final training uses all of them.
 
     Args:
-        share: of each class's labelled images, in (0, 1]; at least 5 of each, where there are so many.
-        epochs: None: 30, or as many as make 400 steps.
-        done: is told the share of the work that is done, in [0, 1].
-    Returns {"value", "share", "lr", "epochs", "batch_size", "train", "test"}; None where fewer than two classes have
+        share: of each class's labelled images, in (0, 1]; at least 5 per class, if there are as many.
+        epochs: None: 30, or more if needed for 400 steps.
+        done: called with the completed share of the work, in [0, 1].
+
+    Returns {"value", "share", "lr", "epochs", "batch_size", "train", "test"}; None if fewer than two classes have
     labels or `test` has none.
     """
     check_share(share)
@@ -96,14 +97,14 @@ def finetune(
 
 
 def check_share(share: float) -> None:
-    """Raises UserError where it is not a share of the labels."""
+    """Raise UserError if the share of the labels is not in (0, 1]."""
     if not 0 < share <= 1:
-        raise UserError(f"The share of the labels to fine-tune on is {share:g}: it lies above 0 and is at most 1.")
+        raise UserError(f"The share of the labels to fine-tune on is {share:g}: it must be above 0 and at most 1.")
 
 
 def choose(labels: NDArray[np.int64], train: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
-    """Of each class's labelled rows in `train` the share that is trained on, at least 5: four fifths to learn from, and a
-    fifth to choose the rate on."""
+    """Draw the share of each class's labelled rows in `train`, at least 5. Returns four fifths of them to train on, and
+    a fifth to choose the learning rate on."""
     draws = np.random.default_rng([seed, 0xF17E])
     kept, held_out = [], []
     for label in np.unique(labels[train][labels[train] >= 0]):
@@ -126,7 +127,7 @@ def fit(
     seed: int,
     done: Done,
 ) -> nn.Module:
-    """A copy of the encoder with a linear classifier on top, trained on the rows; in eval mode. A function of the seed."""
+    """Return a copy of the encoder with a linear classifier, trained on the rows, in eval mode; depends on `seed`."""
     assert cache.labels is not None and cache.classes is not None
     head = nn.Linear(encoder.dim, len(cache.classes))
     nn.init.zeros_(head.weight)
@@ -146,7 +147,7 @@ def fit(
             x = random_view(packed.to(compute.device), views, draws, sizes.to(compute.device))
             optimiser.param_groups[0]["lr"] = learning_rate((epoch + step / steps) / epochs, peak)
             optimiser.zero_grad()
-            torch.manual_seed(seed_of(seed, epoch, step, -1))  # dropout's, where there is any
+            torch.manual_seed(seed_of(seed, epoch, step, -1))  # for dropout
             with compute.autocast():
                 scores = network(x)
             F.cross_entropy(scores.float(), torch.from_numpy(cache.labels[part]).to(compute.device)).backward()

@@ -1,4 +1,4 @@
-"""The small networks on top of an encoder, and the slowly moving twins that some methods learn from."""
+"""The MLP heads on top of an encoder, and the momentum (EMA) twins that some methods learn from."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ Norm = Literal["none", "affine", "plain"]
 
 
 def mlp(widths: Sequence[int], *, hidden_norm: bool = True, output_norm: Norm = "none") -> nn.Sequential:
-    """Fully connected layers from widths[0] to widths[-1], ReLU after all but the last.
+    """Build fully connected layers of widths[0] to widths[-1], with ReLU after all but the last.
 
     Args:
-        hidden_norm: BN after every hidden layer.
-        output_norm: BN after the last one, with or without ("plain") affine.
-    A layer that BN follows has no bias: BN would cancel it.
+        hidden_norm: add BN after every hidden layer.
+        output_norm: add BN after the last layer, with affine parameters or without ("plain").
+
+    A layer followed by BN has no bias, because BN would cancel it.
     """
     modules: list[nn.Module] = []
     last = len(widths) - 2
@@ -41,50 +42,50 @@ def mlp(widths: Sequence[int], *, hidden_norm: bool = True, output_norm: Norm = 
 
 
 class Siamese(nn.Module):
-    """What all methods share: one encoder and one projection MLP, the same weights for every view."""
+    """Base class of all methods: one encoder and one projection MLP with the same weights for every view."""
 
     encoder: Encoder
     projector: nn.Module
     sync_bn = True
-    """Over several processes, BN takes its statistics from the whole batch (`ranks.parallel`)."""
+    """With several processes, BN takes its statistics from the whole batch (`ranks.parallel`)."""
     fixed = True
-    """From now on every step does the same operations, waits for nothing, and changes buffers in place: on a GPU they are
-    launched as one graph (`step.Captured`)."""
+    """Whether every step from now on performs the same operations, never synchronises with the device, and changes
+    buffers only in place: a GPU then launches them as one graph (`step.Captured`)."""
 
     @property
     def network(self) -> nn.Sequential:
-        """f: encoder and projection MLP in a row; the same modules, not copies."""
+        """f: encoder and projection MLP in sequence; the same modules, not copies."""
         return nn.Sequential(self.encoder, self.projector)
 
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """float [B,3,h,w] -> features h [B,dim] and projection z [B,d], not normalised."""
+        """Return features h [B,dim] and the projection z [B,d], not normalised, of x, float [B,3,h,w]."""
         h = self.encoder(x)
         return h, self.projector(h)
 
 
 def project(network: nn.Sequential, views: Sequence[Tensor]) -> list[Tensor]:
-    """z = f(x) of each view, [B,d]; each has BN statistics of its own."""
+    """Return z = f(x) of each view, [B,d]; each view has its own BN statistics."""
     encoder, projector = network
     assert isinstance(encoder, Encoder)
     return [projector(h) for h in encoder.each(views)]
 
 
 def twin(module: Module) -> Module:
-    """A copy that gradients never reach: a momentum encoder, a target network."""
+    """Return a copy that never receives gradients: a momentum encoder or target network."""
     return copy.deepcopy(module).requires_grad_(False)
 
 
 @torch.no_grad()
 def follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
-    """slow <- m slow + (1 - m) fast, for weights; BN's statistics are the twin's own, from its own forward passes."""
+    """Update slow <- m slow + (1 - m) fast, weights only: the twin's BN statistics come from its own forward passes."""
     ours: list[Tensor] = list(slow.parameters())
     theirs: list[Tensor] = list(fast.parameters())
     torch._foreach_lerp_(ours, theirs, 1 - momentum)
 
 
 def in_float32(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """A loss computed outside autocast: a product in bf16, divided by a temperature of 0.1, would be off by several
-    percent. The first argument is a tensor, or a list of them."""
+    """Decorate a loss to run outside autocast: a product in bf16, divided by a temperature of 0.1, would be off by
+    several percent. The first argument is a tensor or a list of tensors."""
 
     @functools.wraps(function)
     def outside(*arguments: Arguments.args, **settings: Arguments.kwargs) -> Result:
@@ -99,15 +100,15 @@ def in_float32(function: Callable[Arguments, Result]) -> Callable[Arguments, Res
 
 @in_float32
 def similarities(z: Tensor, vectors: Tensor) -> Tensor:
-    """(z/|z|) . v for every row and vector, in float32: [B,d], [K,d] -> [B,K]."""
+    """Return (z/|z|) . v for every row and vector, in float32: [B,d], [K,d] -> [B,K]."""
     return unit(z) @ wide(vectors).T
 
 
 def wide(z: Tensor) -> Tensor:
-    """z in float32, where it was narrower."""
+    """Return z in float32, or float64 if it already is."""
     return z if z.dtype == torch.float64 else z.float()
 
 
 def unit(z: Tensor) -> Tensor:
-    """z/|z| in float32, rows of [B,d]."""
+    """Return z/|z| in float32 for the rows of [B,d]."""
     return F.normalize(wide(z), dim=1)

@@ -1,4 +1,4 @@
-"""What is measured on held-out images while a run trains: label-free figures everywhere, kNN where labels exist."""
+"""Metrics on held-out images while a run trains: label-free figures always, kNN accuracy if labels exist."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from simsiam.embed import Preprocessing, embed_rows, pixel_rows
 from simsiam.evaluate.knn import accuracy
 
 SAMPLE = 512
-"""Held-out images for the label-free figures."""
+"""Number of held-out images for the label-free figures."""
 _BANK, _QUERIES = 1500, 500
-_K = 20  # 200 neighbours would be more than a class has in so small a bank
+_K = 20  # 200 neighbours would exceed the size of a class in a bank this small
 _VIEW_BATCH = 256
 
 
 class Monitor:
-    """The same held-out images, in the same views, at every look.
+    """Evaluates the same held-out images, in the same views, at every look.
 
     Args:
         train, held_out: int64, the cache rows that are trained on and those that are not.
-        progress: of decoding the few images that it needs, as `Cache.usable` calls it.
+        progress: called while the few images needed are decoded, as by `Cache.usable`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Monitor:
         progress: Progress | None = None,
     ) -> None:
         self.cache, self.views, self.prepare, self.compute = cache, views, prepare, compute
-        # A set too small to hold any out is watched on what it trains on: better than blind.
+        # A set too small to hold any out is monitored on its training images: better than nothing.
         enough = len(held_out) >= 16
         self.of = "held out" if enough else "trained on"
         parts = draw(held_out if enough else train, SAMPLE), draw(train, _BANK), draw(held_out, _QUERIES)
@@ -54,10 +54,10 @@ class Monitor:
         self.labelled = labels is not None and len(self.queries) > 0 and bool((labels[self.queries] >= 0).any())
 
     def look(self, method: nn.Module, knn: bool = True) -> dict[str, Any]:
-        """Figures of the method as it stands, none where its output is not finite, and of which images they are ("of"); its
-        mode is put back.
+        """Return the figures of the method as it is now, and which images they are of ("of").
 
-        Draws nothing from the training's random numbers.
+        There are no figures if the output is not finite. Restores the method's mode and does not use training's random
+        numbers.
         """
         training = method.training
         method.eval()
@@ -68,14 +68,14 @@ class Monitor:
         return {**figures, "of": self.of}
 
     def baselines(self, untrained: Callable[[], nn.Module]) -> dict[str, float]:
-        """kNN accuracy on this sample of the untrained encoder and of raw pixels: what training has to beat."""
+        """Return the kNN accuracy of the untrained encoder and of raw pixels here: what training has to beat."""
         if not self.labelled:
             return {}
         pixels = [pixel_rows(self.prepare, self.cache, rows) for rows in (self.bank, self.queries)]
         return {"knn": self.knn(untrained()), "knn_pixels": self._vote(*pixels)}
 
     def knn(self, encoder: Callable[[Tensor], Tensor]) -> float:
-        """kNN accuracy in percent on this sample."""
+        """Return the kNN accuracy in percent on this sample."""
         return self._vote(
             *(embed_rows(encoder, self.prepare, self.cache, rows, self.compute) for rows in (self.bank, self.queries))
         )
@@ -113,6 +113,6 @@ class Monitor:
 
 
 def draw(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """`most` of the rows, the same ones every time, in order."""
+    """Return at most `most` of the rows, always the same ones, in order."""
     chosen = np.random.default_rng(0).permutation(len(rows))[:most]
     return rows[np.sort(chosen)]

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours by cosine similarity, block by block, so that memory stays bounded."""
+"""Exact nearest neighbours by cosine similarity, computed in blocks to bound memory."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def top_k(
     block: int = 512,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k rows of the bank that are most similar to each query.
+    """Return the k rows of the bank that are most similar to each query.
 
     Args:
         queries, bank: float [Q,D] and [N,D], of any scale; arrays may be read-only or memory-mapped.
         k: at most N (N-1 with `exclude_self`) neighbours are returned.
-        exclude_self: the queries are the bank; row i is left out of its own neighbours, its duplicates are not.
-        block: queries compared at a time.
-        device: where to compute; None is where `bank` lies.
+        exclude_self: the queries are the bank; row i is excluded from its own neighbours, but its duplicates are not.
+        block: number of queries compared at a time.
+        device: where to compute; None: the device of `bank`.
     Returns:
         Cosine similarities, float32 [Q,k], descending, and indices into the bank, int64 [Q,k], on the CPU. A row of
-        zeros has similarity 0 to everything. Equal similarities come in any order.
+        zeros has similarity 0 to everything. Ties are in no particular order.
     Raises:
         UserError: a value is NaN or infinite.
     """
@@ -59,17 +59,19 @@ def top_k(
                 similarity.diagonal(start - first).fill_(-torch.inf)
             best, which = (found.cpu() for found in _largest(similarity, min(k, len(part))))
             which += first
-            if first:  # the best of the bank's earlier blocks compete
+            if first:  # merge with the best of the earlier blocks
                 best, order = torch.cat([scores[rows], best], 1).topk(k, dim=1)
                 which = torch.cat([indices[rows], which], 1).gather(1, order)
             scores[rows, : best.shape[1]], indices[rows, : best.shape[1]] = best, which
-    return scores.clamp_(-1, 1), indices  # rounding goes a little past 1
+    return scores.clamp_(-1, 1), indices  # rounding may exceed 1 slightly
 
 
 def _largest(values: Tensor, k: int, group: int = 16) -> tuple[Tensor, Tensor]:
-    """`values.topk(k, dim=1)`, [Q,N] -> [Q,k] twice. Where rows are long and there is no kernel for it, by way of the maxima
-    of groups of columns: the k groups with the largest hold the k largest values. That reads the rows once and sorts a tenth
-    of them."""
+    """Return `values.topk(k, dim=1)`, [Q,N] -> [Q,k] twice.
+
+    If rows are long and there is no kernel, first take the maxima of groups of columns: the k groups with the largest
+    maxima hold the k largest values. That reads the rows once and sorts a tenth of them.
+    """
     if kernels.usable(values) and k > 0:
         return kernels.largest(values, k)
     count = values.shape[1] // group
@@ -85,15 +87,15 @@ def _largest(values: Tensor, k: int, group: int = 16) -> tuple[Tensor, Tensor]:
 
 
 def unit_rows(rows: Tensor | np.ndarray, device: torch.device | None = None) -> Tensor:
-    """Rows of length 1, float32 [N,D]; a row of zeros stays. Raises UserError where a value is NaN or infinite."""
+    """Scale rows to unit length, float32 [N,D]; rows of zeros stay. Raises UserError if a value is NaN or infinite."""
     if isinstance(rows, np.ndarray):
         rows = torch.from_numpy(rows.astype(np.float32))
     rows = rows.to(device, torch.float32)
-    # By the largest value first: the squares of very large or small values leave the range of float32.
+    # Divide by the largest value first: squares of very large or small values leave the range of float32.
     peak = rows.abs().amax(1, keepdim=True)
     if not peak.isfinite().all():
         raise UserError(
-            "The embeddings are not finite. The encoder diverged: use an earlier checkpoint, or train anew."
+            "The embeddings are not finite: the encoder diverged. Use an earlier checkpoint, or train again."
         )
     rows = rows / torch.where(peak > 0, peak, 1.0)
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Optimisers and the learning-rate schedule of the paper."""
+"""Optimisers and the paper's learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 def learning_rate(progress: float, base: float, warmup: float = 0.0) -> float:
-    """Linear warm-up over the first `warmup` share of training, then half a cosine to 0 (paper, sections 3 and 4.3).
+    """Return the rate: linear warm-up for a `warmup` share of training, then half a cosine to 0 (sections 3 and 4.3).
 
-    progress in [0, 1]: the share of training that is done.
+    progress in [0, 1]: the completed share of training.
     """
     assert 0 <= warmup < 1
     if progress < warmup:
@@ -24,37 +24,37 @@ def learning_rate(progress: float, base: float, warmup: float = 0.0) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How far a run is, by its steps or by the clock, and the learning rate there."""
+    """The progress of a run, by steps or by the clock, and its learning rate."""
 
     peak: float
     """The learning rate after warm-up."""
     steps_per_epoch: int
     epochs: float | None
     seconds: float | None
-    """One of the two is None: a run ends after so many epochs, or so many seconds."""
+    """Exactly one of `epochs` and `seconds` is set; it is the length of the run."""
     warmup_epochs: float = 0.0
-    """Linear from 0 to the peak; half of the run at most."""
+    """Epochs of linear warm-up from 0 to the peak; at most half of the run."""
     by_epoch: bool = False
-    """The rate changes every epoch, as in the released code, not every step. By the clock it always changes."""
+    """Update the rate every epoch, as in the released code, not every step. Ignored if the clock decides."""
 
     @property
     def steps(self) -> int | None:
-        """Of the whole run, at least one; None where the clock decides."""
+        """Number of steps in the whole run, at least one; None if the clock decides."""
         return None if self.epochs is None else max(1, round(self.epochs * self.steps_per_epoch))
 
     def progress(self, step: int, seconds: float) -> float:
-        """The share that is done, in [0, 1], after so many steps and seconds."""
+        """Return the completed share of the run, in [0, 1], after the given steps and seconds."""
         if self.steps is not None:
             return min(step / self.steps, 1.0)
         assert self.seconds is not None
         return min(seconds / self.seconds, 1.0)
 
     def over(self, step: int, seconds: float) -> bool:
-        """Whether the run has had its steps or its time; it has one step at least."""
+        """Whether the run has used up its steps or time; a run has at least one step."""
         return step > 0 and self.progress(step, seconds) >= 1
 
     def rate(self, step: int, seconds: float) -> float:
-        """The learning rate of the step that comes after so many steps and seconds."""
+        """Return the learning rate of the next step, after the given steps and seconds."""
         if self.warmup_epochs and not step:
             return 0.0
         if self.steps is not None:
@@ -64,7 +64,7 @@ class Schedule:
             warmup = self.warmup_epochs * self.steps_per_epoch * (seconds / step if step else 0.0) / self.seconds
         warmup = min(warmup, 0.5)
         progress = self.progress(step, seconds)
-        if self.by_epoch and self.steps is not None and progress >= warmup:  # which may have ended within this epoch
+        if self.by_epoch and self.steps is not None and progress >= warmup:  # warm-up may end within an epoch
             progress = max(warmup, self.progress(step - step % self.steps_per_epoch, seconds))
         return learning_rate(progress, self.peak, warmup)
 
@@ -72,12 +72,13 @@ class Schedule:
 class LARS(torch.optim.Optimizer):
     """SGD with layer-wise adaptive rates (You et al. 2017).
 
-    A parameter's gradient g, weight decay added, is scaled by trust_coefficient * |w| / |g + weight_decay * w|.
+    A parameter's gradient g, weight decay added, is scaled by trust_coefficient * |w| / |g + weight_decay * w|. The
+    learning rate multiplies the velocity, as in all of the methods below but SimCLR, whose velocity includes it.
 
-    vectors: True: every parameter's, by trust_coefficient * |w| / (|g| + weight_decay * |w|), and one without gradient
-        stays as it is: apex's LARC, unclipped, as SwAV, DeepCluster v2 and SimSiam's linear protocol use it. False: biases
-        and BN, of one dimension, have neither that nor weight decay, as in SimCLR, BYOL, Barlow Twins and VICReg. The
-        rate multiplies the velocity, as in all of them but SimCLR, where it is in it.
+    vectors: False: biases and BN, which are one-dimensional, get neither scaling nor weight decay, as in SimCLR, BYOL,
+        Barlow Twins and VICReg. True: every parameter is scaled, by trust_coefficient * |w| / (|g| + weight_decay *
+        |w|), and one with zero gradient gets no weight decay: apex's LARC, unclipped, as in SwAV, DeepCluster v2 and
+        SimSiam's linear protocol.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        assert closure is None, "LARS takes one gradient a step"
+        assert closure is None, "LARS does not support closures"
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

@@ -1,4 +1,4 @@
-"""A few steps before the first one: precision, threads and whether to compile, by measuring."""
+"""Measurements before the first step: precision, number of threads and whether to compile."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from simsiam.recipe import Facts, Reasons, Recipe, default_epochs
 from simsiam.step import Step
 
 _FEW = 64
-"""Images that the choice of a precision takes: all of a batch in float32 would set the memory of the whole run."""
+"""Images for choosing a precision: a whole batch in float32 would determine the memory use of the whole run."""
 
 _STEPS = 8
-"""On a GPU: three of single kernels, one that is captured, and the rest as the run's."""
+"""Steps timed on a GPU: three launched kernel by kernel, one that is captured, and the rest as in the run."""
 _WORTH_COMPILING = 300.0
-"""Seconds of a run. Compiling took 18 s for a ResNet-18 and 38 for a ResNet-50, and saves a fifth to a quarter."""
+"""Shortest run, in seconds, that is compiled. Compiling took 18 s for a ResNet-18 and 38 s for a ResNet-50, and saves a
+fifth to a quarter of the time."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What a few steps at the start have shown."""
+    """The results of the measurements."""
 
     precision: Literal["bf16", "fp32"]
     step_seconds: float
@@ -40,15 +41,15 @@ class Probed:
     """The reason for the precision."""
     threads: int
     full: int
-    """Threads where nothing else runs; `threads` is half of them where that was faster."""
+    """Threads to use if nothing else runs; `threads` is half of them if that was faster."""
     full_seconds: float = 0.0
     half_seconds: float = 0.0
-    """A step on all and on half of them; 0 where that was not tried."""
+    """Step time on all and on half of the threads; 0 if not measured."""
     compiles: bool = False
     why_compiled: str = ""
 
     def pace(self, recipe: Recipe) -> Pace | None:
-        """What watches the threads of the run; None where half of them were not tried."""
+        """Return the monitor of the run's threads; None if half of them were not tried."""
         if not self.half_seconds:
             return None
         adapts = recipe.train.epochs is None and recipe.train.threads is None
@@ -64,13 +65,16 @@ def probe(
     say: Callable[[str], None],
     resumed: bool = False,
 ) -> Probed:
-    """Picks precision, threads and, on a GPU, whether to compile, by measuring. The method is left as it was; torch has all
-    threads.
+    """Choose precision, threads and, on a GPU, whether to compile, by measuring.
 
-    say: is told of what takes long.
-    resumed: the recipe's `train.compile` was settled at the start of the run, perhaps on another machine: where this one
-        cannot compile, the run goes on without.
-    Raises UserError where the user asks to compile what cannot be compiled.
+    The method is left unchanged, and torch with all threads.
+
+    Args:
+        say: called before slow work.
+        resumed: the recipe's `train.compile` was settled when the run began, perhaps on another machine: if this one
+            cannot compile, the run continues uncompiled.
+
+    Raises UserError if the user asks to compile an encoder that cannot be compiled.
     """
     copied = copy.deepcopy(method)
     batch = next(iter(loader.epoch(0)))
@@ -90,8 +94,8 @@ def probe(
         seconds[compute.precision] = min(taken, seconds.get(compute.precision, taken))
 
     full = set_threads(recipe.train.threads)
-    # Half of the threads first: beside another program, all of them may take a minute for what takes a second.
-    # Not with several ranks: they wait for one another in a step, so all have to take as many.
+    # Half of the threads first: if another program uses the cores, all of them may take a minute instead of a second.
+    # Not with several ranks: they wait for one another in every step, so all need the same number.
     halves = device.type == "cpu" and full > 1 and "OMP_NUM_THREADS" not in os.environ and not ranks.several()
     if halves:
         torch.set_num_threads(full // 2)
@@ -102,7 +106,7 @@ def probe(
         length = partial(_length, recipe, loader.steps_per_epoch, facts)
         found = Probed(precision, 0.0, why, full, full)
         return _probe_gpu(copied, recipe, batch, compute, found, length, say, resumed)
-    seconds.clear()  # of few images
+    seconds.clear()  # these were measured on few images
     for _ in range(3):
         step(compute)
     half_seconds, compiles = seconds[precision], False
@@ -132,7 +136,7 @@ def _probe_gpu(
     say: Callable[[str], None],
     resumed: bool = False,
 ) -> Probed:
-    """`found` with the seconds of a step and whether to compile. length: seconds of a step -> seconds of the run."""
+    """Return `found` with the step time and whether to compile. length: seconds per step -> seconds of the run."""
     compute.place(method)
     asked = recipe.train.compile
     plain = 0.0 if asked and not resumed else _step_seconds(method, recipe, batch, compute, False)
@@ -148,23 +152,23 @@ def _probe_gpu(
 
 
 def _compiled(work: Callable[[], float], asked: bool, say: Callable[[str], None]) -> tuple[float, str]:
-    """What `work` returns, and "", or the reason why it cannot be compiled. Raises UserError for one that was asked for."""
-    say("Compiling the encoder: up to a minute the first time.")
+    """Return what `work` returns and "", or 0 and why compiling failed. Raises UserError in that case if `asked`."""
+    say("Compiling the encoder, which takes up to a minute the first time.")
     try:
         return work(), ""
-    except Exception as error:  # no C compiler, a backbone that torch cannot trace, ...: there are many kinds
+    except Exception as error:  # many kinds: no C compiler, a backbone that torch cannot trace, ...
         if asked and out_of_memory(error):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"cannot be compiled here ({lines[0][:100]})"
         if asked:
-            raise UserError(f"train.compile: this encoder {reason}. Leave it out.") from None
+            raise UserError(f"train.compile: this encoder {reason}. Remove that setting.") from None
     _free()
     return 0.0, reason
 
 
 def _step_seconds(method: torch.nn.Module, recipe: Recipe, batch: Batch, compute: Compute, compiles: bool) -> float:
-    """The quickest of a few, on a GPU; the weights stay as they are."""
+    """Return the fastest of a few steps on a GPU; the weights are left unchanged."""
     step = Step(method, None, recipe.views.each(), compute, compiles=compiles)
     times = []
     for number in range(_STEPS):
@@ -180,12 +184,12 @@ def _step_seconds(method: torch.nn.Module, recipe: Recipe, batch: Batch, compute
 
 
 def _free() -> None:
-    gc.collect()  # a step and its graphs refer to one another; the next one needs their memory
+    gc.collect()  # a step and its graphs refer to each other; the next step needs their memory
     torch.cuda.empty_cache()
 
 
 def _length(recipe: Recipe, steps_per_epoch: int, facts: Facts, step_seconds: float) -> float:
-    """Seconds that a run will take, as far as can be told."""
+    """Estimate the duration of a run in seconds."""
     if recipe.train.seconds is not None:
         return recipe.train.seconds
     epochs = recipe.train.epochs
@@ -195,21 +199,23 @@ def _length(recipe: Recipe, steps_per_epoch: int, facts: Facts, step_seconds: fl
 
 
 def settle(recipe: Recipe, probed: Probed, facts: Facts, steps_per_epoch: int) -> tuple[Recipe, Reasons]:
-    """The recipe with what only measuring could tell, and the reason for each: precision, threads, and the epochs where
-    nobody asked for a length."""
+    """Return the recipe with the measured settings, and the reason for each: precision, threads, compilation, and
+    epochs if no length was asked for."""
     reasons: Reasons = [("train.precision", probed.precision, probed.why)]
     if probed.threads < probed.full:
-        reasons.append(("train.threads", str(probed.threads), f"faster than {probed.full}: others use the cores"))
+        reasons.append(
+            ("train.threads", str(probed.threads), f"faster than {probed.full}: other programs use the cores")
+        )
     if probed.why_compiled:
         reasons.append(("train.compile", "true" if probed.compiles else "false", probed.why_compiled))
     compiles = recipe.train.compile
-    if facts.device == "cuda":  # a resumed run does not ask again
+    if facts.device == "cuda":  # kept in the recipe: a resumed run does not decide again
         compiles = probed.compiles or bool(compiles)
     train = replace(recipe.train, precision=probed.precision, compile=compiles)
     if train.epochs is None and train.budget is None:
         epochs, why = default_epochs(facts, probed.step_seconds * steps_per_epoch)
         reasons.append(("train.epochs", f"{epochs:g}", why))
         train = replace(train, epochs=epochs)
-    if probed.half_seconds and train.epochs is not None:  # same weights after a resume: the same threads
+    if probed.half_seconds and train.epochs is not None:  # exact resumption needs the same number of threads
         train = replace(train, threads=probed.threads)
     return replace(recipe, train=train), reasons

@@ -1,7 +1,7 @@
-"""Several processes on one run, as torchrun starts them: who is who, what they share, what they agree on.
+"""Several processes training one run, started by torchrun: ranks, collective operations and agreement.
 
-Each process (rank) trains on its part of every batch. Rank 0 alone writes, shows and measures; its clock counts. In one
-process every function here does nothing, or the obvious.
+Each process (rank) trains on its part of every batch. Rank 0 alone writes, displays and evaluates; its clock counts. In
+a single process every function here is a no-op or trivial.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from simsiam.config import UserError
 T = TypeVar("T")
 
 _PATIENCE = datetime.timedelta(days=1)
-"""Rank 0 may decode or evaluate for hours while the others wait; torchrun itself notices a process that died."""
+"""Rank 0 may decode or evaluate for hours while the others wait; torchrun itself detects dead processes."""
 
 
 def several() -> bool:
@@ -33,30 +33,30 @@ def several() -> bool:
 
 
 def rank() -> int:
-    """This process's number, from 0 on, before it has joined the others too."""
+    """Return this process's rank, even before it has joined the others."""
     return dist.get_rank() if several() else launched() or 0
 
 
 def count() -> int:
-    """Processes on this run."""
+    """Return the number of processes in this run."""
     return dist.get_world_size() if several() else 1
 
 
 def main() -> bool:
-    """Whether this is the process that writes, shows and measures."""
+    """Whether this is the process that writes, displays and evaluates."""
     return rank() == 0
 
 
 def own_key() -> tuple[int, ...]:
-    """What makes a random key this rank's own; nothing in one process."""
+    """Return the rank-specific part of a random key; empty in a single process."""
     return (rank(),) if several() else ()
 
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, where it did, and yields this one's device.
+    """Join the processes started by torchrun, if any, and yield this one's device.
 
-    Raises UserError where a machine has fewer GPUs than processes.
+    Raises UserError if a machine has fewer GPUs than processes.
     """
     if launched() is None or several():
         yield device
@@ -67,12 +67,12 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         if local >= torch.cuda.device_count():
             gpus = torch.cuda.device_count()
             raise UserError(
-                f"torchrun started process {local} here, but there are {gpus} GPUs: lower --nproc-per-node."
+                f"torchrun started local rank {local}, but this machine has {gpus} GPUs: lower --nproc-per-node."
             )
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    # DDP imports this, and its default arguments then keep the group that they find, for good: threads which outlive
-    # the interpreter and, now and then, abort the process at its end. Before there is a group they find none.
+    # DDP imports this module, whose default arguments capture an existing process group for good: its threads then
+    # outlive the interpreter and sometimes abort the process at exit. Imported this early, it finds no group.
     importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(backend, timeout=_PATIENCE)
     try:
@@ -82,7 +82,7 @@ def joined(device: torch.device) -> Iterator[torch.device]:
 
 
 def same(value: Callable[[], T]) -> T:
-    """What rank 0 gets from `value()`, on every rank; its UserError too."""
+    """Return rank 0's result of `value()` on every rank, or raise its UserError there."""
     if not several():
         return value()
     answer: list[Any] = [None]
@@ -99,7 +99,7 @@ def same(value: Callable[[], T]) -> T:
 
 
 def first(work: Callable[[], T]) -> T:
-    """`work()` on rank 0, and when that is done on the others: they find the files that it wrote."""
+    """Run `work()` on rank 0, then on the others, which find the files it wrote."""
     if main():
         done = work()
         same(lambda: None)
@@ -109,7 +109,7 @@ def first(work: Callable[[], T]) -> T:
 
 
 def agree(seconds: float, *flags: bool) -> tuple[float, tuple[bool, ...]]:
-    """Rank 0's seconds, and each flag where any rank raised it. On the CPU: no device waits for it."""
+    """Return rank 0's seconds and, for each flag, whether any rank raised it. On the CPU, so no device waits."""
     if not several():
         return seconds, flags
     said = torch.tensor([seconds if main() else 0.0, *map(float, flags)], dtype=torch.float64)
@@ -121,17 +121,17 @@ def agree(seconds: float, *flags: bool) -> tuple[float, tuple[bool, ...]]:
 
 
 def gather(z: Tensor) -> Tensor:
-    """[B,...] of every rank, concatenated in rank order: [R B,...]; gradients flow back to the rank that each row came
-    from. In one process, z itself."""
+    """Concatenate [B,...] of all ranks in rank order: [R B,...]; gradients flow back to the rank that each row came
+    from. In a single process, return z itself."""
     return cast(Tensor, _Gather.apply(z)) if several() else z
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum of x over the ranks, which gradients flow through; in one process, x itself."""
+    """Return the sum of x over the ranks, differentiably; in a single process, x itself."""
     return cast(Tensor, _Total.apply(x)) if several() else x
 
 
-# torch.distributed.nn.functional has these two; it is deprecated.
+# torch.distributed.nn.functional has both, but is deprecated.
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -158,30 +158,30 @@ class _Total(torch.autograd.Function):
 
 
 def all_ranks(values: Iterable[Tensor], reduce: Literal["sum", "max"] = "sum") -> None:
-    """Reduces each tensor over the ranks, in place."""
+    """Reduce each tensor over the ranks, in place."""
     if several():
         for value in values:
             dist.all_reduce(value, dist.ReduceOp.SUM if reduce == "sum" else dist.ReduceOp.MAX)
 
 
 def as_on_rank_0(values: Iterable[Tensor]) -> None:
-    """Overwrites each tensor with rank 0's."""
+    """Overwrite each tensor with rank 0's."""
     if several():
         for value in values:
             dist.broadcast(value, 0)
 
 
 def parallel(method: nn.Module) -> nn.Module:
-    """What to call in place of `method` in training: its gradients are the mean over the ranks (DDP), and its BN is
-    synchronised, in place (paper, section 3), where `method.sync_bn` does not say otherwise."""
+    """Return the module to call in place of `method` in training: its gradients are averaged over the ranks (DDP), and
+    its BN is synchronised, in place (paper, section 3), unless `method.sync_bn` is False."""
     if not several():
         return method
     device = next(method.parameters()).device
     if getattr(method, "sync_bn", True):
         _synchronise(method, device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers; older ones know no other
-        # BN's running statistics and everything else a method remembers are made equal by the methods themselves.
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers; older ones have no other
+        # The methods themselves keep BN's running statistics and all other buffers equal.
         return nn.parallel.DistributedDataParallel(
             method, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False
         )
@@ -192,13 +192,13 @@ def _synchronise(module: nn.Module, device: torch.device) -> None:
     plain, activated = (_CPUSyncBatchNorm, _CPUSyncBatchNormAct) if on_cpu else (nn.SyncBatchNorm, _SyncBatchNormAct)
     for norm in module.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            # The class alone is exchanged: parameters, buffers and their names stay what the optimiser and checkpoints know.
+            # Only the class changes: the optimiser and checkpoints rely on the parameters, buffers and their names.
             norm.__class__ = activated if hasattr(norm, "act") else plain
             norm.process_group = None  # type: ignore[assignment]
 
 
 class _CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """torch's SyncBatchNorm has no CPU."""
+    """SyncBatchNorm for CPUs, which torch's does not support."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
@@ -209,7 +209,7 @@ class _CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         x = input if input.dtype == torch.float64 else input.float()
         axes = [axis for axis in range(x.ndim) if axis != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
-        rows = x.numel() // x.shape[1] * count()  # parts of a batch are equal
+        rows = x.numel() // x.shape[1] * count()  # all ranks have equal parts of a batch
         mean = total(x.sum(axes)) / rows
         variance = total((x - mean.view(shape)).square().sum(axes)) / rows
         if self.running_mean is not None and self.running_var is not None:
@@ -226,7 +226,7 @@ class _CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class _Activated:
-    """timm's BatchNormAct2d, of EfficientNets and others, is BN with the activation in it."""
+    """BatchNormAct2d of timm (EfficientNets and others): BN that includes the activation."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self.act(self.drop(super().forward(input)))  # type: ignore[attr-defined, misc]

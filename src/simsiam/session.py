@@ -1,4 +1,4 @@
-"""A run under way: its clock and figures, its checkpoints, the guard, and what a signal does to it."""
+"""The state of a run in progress: clock, figures, checkpoints, collapse guard and signal handling."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 _FLUSH_SECONDS = 1.0
 _MONITOR_SHARE = 0.05
-"""Of the time, that looks at the held-out images may take."""
+"""Largest share of the time that evaluating held-out images may take."""
 _LOOKS = 20
 
 
 @dataclass(kw_only=True)
 class Session:
-    """What the loop works on, and everything around a step that is not the step."""
+    """Everything the training loop works on, and all that surrounds a step."""
 
     run: Path
     recipe: Recipe
@@ -50,18 +50,18 @@ class Session:
     monitor: Monitor
     listener: Listener
     fingerprint: str
-    """Of the data: a run is resumed on the same images only."""
+    """Hash of the data: a run can be resumed on the same images only."""
     pace: Pace | None = None
-    """None where the threads are the user's own choice, or the device is no CPU."""
+    """None if the number of threads is fixed (`Probed.pace`) or the device is not a CPU."""
     step: int = 0
     seconds: float = 0.0
-    """Spent in the loop so far, looks and checkpoints included."""
+    """Time spent in the loop so far, including looks and checkpoints."""
     training_seconds: float = 0.0
-    """Of these, those without looks and checkpoints."""
+    """The same without looks and checkpoints."""
     latest: dict[str, Any] = field(default_factory=dict)
-    """The newest loss, std and effective rank."""
+    """The newest loss, std, effective rank and largest possible rank."""
     looked_at: int = -1
-    """The step of the last look."""
+    """The step of the last look at the held-out images."""
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.run)
@@ -73,13 +73,13 @@ class Session:
         self.board: Any = None
 
     def claim(self, resume: bool) -> None:
-        """Takes the run folder. Raises UserError where another process trains there, or has begun to in the meantime."""
+        """Lock the run folder. Raises UserError if another process trains there, or has started to in the meantime."""
         self._lock = claim(self.run)
         if not resume:
             check_unused(self.run)
 
     def open(self, resume: bool) -> None:
-        """Loads the last checkpoint, where the run is resumed and has one, and opens the files that it writes."""
+        """Load the last checkpoint, if the run is resumed and has one, and open the output files."""
         found = self.checkpoints.load() if resume else None
         if found is not None:
             tensors, state = found
@@ -93,7 +93,7 @@ class Session:
             _load_optimizer(self.optimizer, tensors)
         if not ranks.main():
             return
-        # At step 0 nothing is kept: what a run begins with is looked at again.
+        # At step 0 no metrics are kept: the initial state is evaluated again.
         self.metrics = Metrics(self.run, (self.step or -1) if found else None)
         if self.recipe.train.tensorboard:
             try:
@@ -103,7 +103,7 @@ class Session:
             self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.step)
 
     def begin(self, untrained: Callable[[], torch.nn.Module]) -> None:
-        """Starts the clock; a new run is first looked at and saved, so that there is a healthy state from the start."""
+        """Start the clock; a new run is first evaluated and saved, so a healthy state exists from the start."""
         now = time.perf_counter()
         self._origin = now - self.seconds
         self._look_seconds = 0.0
@@ -113,7 +113,7 @@ class Session:
         self._flushed = self._looked = self._saved = self._kept = time.perf_counter()
 
     def stepped(self, loss: Tensor, std: Tensor, took: float) -> None:
-        """Counts a step, which took so many seconds; nothing here waits for the device."""
+        """Record a step and its duration in seconds, without waiting for the device."""
         line = self.pace.took(took) if self.pace is not None else None
         if line is not None:
             self.listener.say(line)
@@ -124,7 +124,7 @@ class Session:
         self.seconds = time.perf_counter() - self._origin
 
     def agree(self, stopped: list[str]) -> bool:
-        """Takes rank 0's clock and any rank's signal. Returns whether rank 0's guard stops the run."""
+        """Adopt rank 0's clock and any rank's signal. Returns whether rank 0's guard stops the run."""
         own = bool(stopped)
         self.seconds, (signalled, guarded) = ranks.agree(self.seconds, own, ranks.main() and self.guard_stops)
         if signalled and not own:
@@ -133,16 +133,16 @@ class Session:
 
     @property
     def over(self) -> bool:
-        """Whether the schedule has come to its end."""
+        """Whether the schedule has ended."""
         return self.schedule.over(self.step, self.seconds)
 
     @property
     def due(self) -> bool:
-        """Reading a figure waits for the device, so it happens about once a second."""
+        """Whether to flush: about once a second, because reading a figure waits for the device."""
         return self.step == 1 or self.over or time.perf_counter() - self._flushed >= _FLUSH_SECONDS
 
     def flush(self, rate: float) -> None:
-        """Writes and shows the figures since the last flush, asks the guard, and looks and saves where it is time."""
+        """Write and display the figures since the last flush, update the guard, and evaluate and save if it is time."""
         loss, std = float(torch.stack(self._losses).mean()), float(torch.stack(self._stds).mean())
         now = time.perf_counter()
         elapsed, self.seconds = now - self._flushed, now - self._origin
@@ -166,7 +166,7 @@ class Session:
         before = self.verdict.name
         self.guards[0].look(judge(loss, std))
         pause = self._look_seconds / _MONITOR_SHARE
-        if self.guards[1].suspects:  # settled by looking again at once
+        if self.guards[1].suspects:  # another look settles it at once
             pause = 0.0
         elif not suspicious(std, self.loader.batch_size // ranks.count()):
             pause = max(pause, (whole or math.inf) / _LOOKS)
@@ -184,7 +184,7 @@ class Session:
         self.seconds = self._flushed - self._origin
 
     def look(self, known: Mapping[str, float] | None = None) -> None:
-        """Measures the held-out images; `known` figures take the place of measured ones."""
+        """Evaluate the held-out images; `known` figures replace measured ones."""
         start = time.perf_counter()
         figures = {**self.monitor.look(self.method, knn="knn" not in (known or {})), **(known or {})}
         if self.step:
@@ -199,13 +199,13 @@ class Session:
 
     @property
     def verdict(self) -> Verdict:
-        """The standing one: what the training batches show first, then what the held-out images show."""
+        """The current verdict: that of the training batches, or if it is healthy, that of the held-out images."""
         batches, held_out = (guard.verdict for guard in self.guards)
         return batches if batches.name != "healthy" else held_out
 
     @property
     def _sound(self) -> bool:
-        """Whether the weights of this very step were looked at, and neither that look nor the batches so far were bad."""
+        """Whether the current weights were evaluated, and neither that look nor the batches so far were bad."""
         return (
             self.looked_at == self.step and self.verdict.name == "healthy" and not any(g.suspects for g in self.guards)
         )
@@ -216,7 +216,8 @@ class Session:
         return self.verdict.name != "healthy" and self.recipe.train.on_collapse == "stop"
 
     def record(self, kind: str, figures: Mapping[str, Any]) -> None:
-        """A line of `metrics.jsonl`. A figure that is not finite has no place in JSON; the verdict says so."""
+        """Write a line of `metrics.jsonl`. JSON has no NaN or infinity: such figures become null, and the verdict
+        reports them."""
         plain = {key: value if finite(value) else None for key, value in figures.items()}
         assert self.metrics is not None, "only rank 0 records, and after open()"
         self.metrics.write(kind=kind, **plain)
@@ -226,8 +227,8 @@ class Session:
                     self.board.add_scalar(f"{kind}/{key}", value, self.step)
 
     def save(self) -> None:
-        """A checkpoint of all that the next step depends on, under `HEALTHY` too where a look has found the weights so:
-        directions can vanish between two looks while the std of the batches stays what it was."""
+        """Save a checkpoint of all that the next step depends on. It becomes `HEALTHY` too only if a look found these
+        weights healthy: directions can vanish between two looks without changing the std of the batches."""
         tensors = {f"method.{name}": value for name, value in self.method.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": v for key, v in state.items() if isinstance(v, Tensor)}
@@ -239,17 +240,17 @@ class Session:
             "latest": {key: value for key, value in self.latest.items() if finite(value)},
             "verdicts": [asdict(guard.verdict) for guard in self.guards],
         }
-        # The loss is from before the last step: weights that this step destroyed would pass for healthy.
+        # The loss predates the last update: weights destroyed by that update would pass as healthy.
         healthy = self._sound and all(bool(value.isfinite().all()) for value in tensors.values())
         self.checkpoints.save(self.step, tensors, state, healthy=healthy)
 
     def saved_step(self) -> int:
-        """The step of the newest checkpoint."""
+        """Return the step of the newest checkpoint, or 0."""
         path = self.checkpoints.named(LAST)
         return 0 if path is None else int(path.stem.removeprefix("step-"))
 
     def back_to_healthy(self) -> int:
-        """Puts the last healthy weights into the method; returns their step. There always is such a state: the first."""
+        """Load the last healthy weights into the method and return their step. The initial state is always there."""
         found = self.checkpoints.load(HEALTHY)
         assert found is not None
         self._load(found[0])
@@ -270,20 +271,20 @@ class Session:
 
 
 def images_changed(data: str, run: Path) -> UserError:
-    """What to say where a run cannot be resumed on the images that are there."""
+    """Return the error for a run that cannot be resumed because its images are different."""
     return UserError(
-        f"The images of {data} have changed since {run} began: bring them back, "
-        f"or start a new run from its weights: --init {shlex.quote(str(run))}."
+        f"The images in {data} have changed since {run} started: restore them, "
+        f"or start a new run from its weights with --init {shlex.quote(str(run))}."
     )
 
 
 def method_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The method's state dict out of a checkpoint's tensors."""
+    """Return the method's state dict from a checkpoint's tensors."""
     return {name.removeprefix("method."): value for name, value in tensors.items() if name.startswith("method.")}
 
 
 def finite(value: Any) -> bool:
-    """False for NaN and infinity only."""
+    """False only for NaN and infinity."""
     return not isinstance(value, float) or math.isfinite(value)
 
 
@@ -295,7 +296,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
             _, index, key = name.split(".", 2)
             parameter = parameters[int(index)]
             if value.shape == parameter.shape:
-                # A fused step walks both by address: in another memory format it would mix up the elements.
+                # A fused step pairs elements by address: different memory formats would mix them up.
                 value = torch.empty_like(parameter).copy_(value)
             state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -303,8 +304,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tens
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[str]]:
-    """SIGINT, SIGTERM and SIGHUP put their name into the list; a second one is not waited for. Only the main thread may
-    ask."""
+    """Yield a list that receives the names of SIGINT, SIGTERM and SIGHUP; in a single process a second
+    signal interrupts at once. The list stays empty outside the main thread."""
     stopped: list[str] = []
     if threading.current_thread() is not threading.main_thread():
         yield stopped
@@ -312,12 +313,12 @@ def signals() -> Iterator[list[str]]:
 
     def note(number: int, _: Any) -> None:
         if ranks.several() and stopped:
-            return  # torchrun passes on what the terminal has sent already
+            return  # torchrun forwards what the terminal has already sent
         if stopped:
             raise KeyboardInterrupt
         stopped.append(signal.Signals(number).name)
 
-    # SIGHUP: the terminal was closed. Windows has none; nohup ignores it, and that stays.
+    # SIGHUP: the terminal was closed. Windows lacks it; if nohup has it ignored, it stays ignored.
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)

@@ -17,20 +17,21 @@ from simsiam.encoders import Encoder
 from simsiam.kernels import Images
 
 _WARM = 3
-"""Calls before a capture: libraries set themselves up, and constants are sent to the device."""
+"""Calls before a capture, during which libraries initialise and constants are sent to the device."""
 
 
 class Step:
-    """Takes one step on a batch.
+    """Performs one training step on a batch.
 
     A step is a thousand operations, many of a few microseconds: launched one by one, they leave a GPU waiting for the
-    processor. Captured once, they are launched together, and the numbers stay the same.
+    CPU. Captured once as CUDA graphs, they are launched together, with the same results.
 
     Args:
-        optimizer: None to leave the weights as they are.
-        captures: whether to launch graphs; None: on a GPU, in one process. A method can forbid it (`Siamese.fixed`).
-        compiles: whether the encoder is compiled, which fuses BN, ReLU and shortcut.
-        say: is told, once, where no graph can be made.
+        optimizer: None to leave the weights unchanged.
+        captures: whether to use CUDA graphs; None: on a GPU, in a single process. A method can forbid it
+            (`Siamese.fixed`).
+        compiles: whether to compile the encoder, which fuses BN, ReLU and shortcut.
+        say: called once if no graph can be captured.
     """
 
     def __init__(
@@ -56,13 +57,13 @@ class Step:
         self._differentiated = Captured(self._differentiate, say) if captures else None
 
     def __call__(self, batch: Batch, *key: int) -> tuple[Tensor, Tensor]:
-        """Loss and std, scalars that nobody waits for. What is random is a function of the key and the rank."""
+        """Return loss and std, scalars still on the device. Random numbers are a function of the key and the rank."""
         views = self.views(batch, *key)
-        torch.manual_seed(seed_of(*key, -1, *ranks.own_key()))  # dropout's, where there is any
+        torch.manual_seed(seed_of(*key, -1, *ranks.own_key()))  # for dropout
         return self.update(views, batch.index)
 
     def update(self, views: Sequence[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
-        """The step without its views."""
+        """Perform the step on the given views."""
         captured = self._differentiated if getattr(self.method, "fixed", True) else None
         loss, std = (captured or self._differentiate)(*views, index)
         if self.optimizer is not None:
@@ -70,7 +71,7 @@ class Step:
         return loss.clone(), std.clone()
 
     def views(self, batch: Batch, *key: int) -> tuple[Tensor, ...]:
-        """float32 [B,3,size,size] for every setting, normalised."""
+        """Return a view for every setting: float32 [B,3,size,size], normalised."""
         self._draws.manual_seed(seed_of(*key, *ranks.own_key()))
         images, whole = batch.images, batch.sizes is None
         if whole and isinstance(images, Tensor) and self._drawn is not None and self._drawn.takes(images):
@@ -90,7 +91,7 @@ class Step:
 
     @contextlib.contextmanager
     def _compiled(self) -> Iterator[None]:
-        """Only here: whatever else runs the encoders, in another mode or size, runs them as they are."""
+        """Use the compiled encoders only in here: other code runs them in other modes or sizes, uncompiled."""
         for encoder, fused in self._fused.items():
             encoder.together = fused  # type: ignore[assignment, method-assign]
         try:
@@ -101,10 +102,10 @@ class Step:
 
 
 class Captured:
-    """A function of tensors whose kernels are the same at every call, launched as one CUDA graph.
+    """A function of tensors that launches the same kernels at every call, replayed as one CUDA graph.
 
-    Its results are overwritten by the next call. Where CUDA refuses to capture it, say because a backbone looks at values,
-    it is called as it is.
+    The next call overwrites its results. If CUDA refuses the capture, for example because a backbone inspects values,
+    the function is called directly.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Captured:
         self._outputs: tuple[Tensor, ...] = ()
 
     def takes(self, *inputs: Tensor) -> bool:
-        """False where the captured inputs are of another shape."""
+        """Whether the inputs have the shapes of the captured ones; True before the capture."""
         return not self._inputs or [each.shape for each in inputs] == [own.shape for own in self._inputs]
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -138,7 +139,7 @@ class Captured:
         return self._outputs
 
     def _beside(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """On a stream of its own, as the capture will be: autograd keeps the stream of a weight's first use."""
+        """Run on a side stream, as the capture does: autograd keeps the stream of a weight's first use."""
         device = inputs[0].device
         main, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         side.wait_stream(main)
@@ -153,27 +154,28 @@ class Captured:
         own = tuple(torch.empty_like(each).copy_(each) for each in inputs)
         graph = torch.cuda.CUDAGraph()
         if self._draws is not None and hasattr(graph, "register_generator_state"):
-            with warnings.catch_warnings():  # of torch 2.14, whose graphs find their generators themselves
+            with warnings.catch_warnings():  # torch 2.14 warns: its graphs find generators themselves
                 warnings.simplefilter("ignore")
                 graph.register_generator_state(self._draws)
-        with torch.cuda.device(device):  # a graph holds what is launched on its own stream, which is of one device
+        with torch.cuda.device(device):  # a graph records one stream, which belongs to one device
             try:
-                # Of this thread alone: others decode and read ahead meanwhile.
+                # thread_local: other threads decode and read ahead meanwhile.
                 with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
                     self._outputs = self._function(*own)
             except RuntimeError as error:
-                torch.cuda.set_stream(main)  # torch leaves that of the capture in place
+                torch.cuda.set_stream(main)  # torch leaves the capture's stream in place
                 self._free_generators(device)
                 if out_of_memory(error):
                     raise
                 self._refused = True
                 reason = str(error).splitlines()[0][:100]
-                self._say(f"No CUDA graph of this step can be made ({reason}): it runs slower.")
+                self._say(f"No CUDA graph of the training step could be captured ({reason}): training will be slower.")
             else:
                 self._graph, self._inputs = graph, own
 
     def _free_generators(self, device: torch.device) -> None:
-        """A capture that failed leaves them waiting for its end, up to torch 2.11: the next draw would be refused."""
+        """Release the generators: up to torch 2.11 a failed capture leaves them waiting for its end, and the next draw
+        would fail."""
         for draws in (torch.cuda.default_generators[device.index or 0], self._draws):
             if draws is not None:
                 draws.graphsafe_set_state(draws.clone_state())

@@ -1,11 +1,11 @@
-"""Embeddings in, a dict of numbers out: one evaluation per file; the file name is the registry.
+"""Evaluations of embeddings: one module per evaluation, registered by its file name.
 
-A module has a docstring, `NEEDS_LABELS`, `BY_KIND` where `score` gives more figures than its "value" (the names of those
-that belong to the features and not to the settings), and
+A module has a docstring, `NEEDS_LABELS`, optionally `BY_KIND` (the names of figures besides "value" that depend on the
+features and not on the settings), and
 
-    score(features, *, seed=0, **settings) -> dict     "value", the figure to compare, and the settings that it used
+    score(features, *, seed=0, **settings) -> dict     "value", the figure to compare, and the settings used
 
-which tests/test_evaluate.py checks for every file. Accuracies are in percent.
+which tests/test_evaluate.py checks for every module. Accuracies are in percent.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from simsiam.config import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder made of a data set. Raises UserError where a value is NaN or infinite."""
+    """The features of a data set from one encoder. Raises UserError if a value is NaN or infinite."""
 
     train: Tensor
     """float [N,D]"""
     train_labels: Tensor | None
-    """int64 [N] in 0..classes-1, -1 where unknown; None where there are none"""
+    """int64 [N] in 0..classes-1, -1 if unknown; None for a data set without labels"""
     test: Tensor
     """float [M,D]; M may be 0"""
     test_labels: Tensor | None
@@ -44,7 +44,7 @@ class Features:
             check_finite(rows)
 
     def labelled(self) -> Features | None:
-        """The rows whose label is known; None without test rows or without two classes to tell apart."""
+        """Return the rows with known labels; None without test rows or with fewer than two classes to train on."""
         if self.train_labels is None or self.test_labels is None:
             return None
         train, test = self.train_labels >= 0, self.test_labels >= 0
@@ -57,8 +57,8 @@ class Features:
 
 
 def check_finite(rows: Tensor) -> None:
-    """Raises UserError where an encoder's features hold NaN or infinity."""
-    if rows.numel() and not torch.stack(rows.aminmax()).isfinite().all():  # isfinite() of all would copy them
+    """Raise UserError if an encoder's features contain NaN or infinity."""
+    if rows.numel() and not torch.stack(rows.aminmax()).isfinite().all():  # isfinite() of all rows would copy them
         raise UserError(
             "The encoder's features are not finite: its training diverged. "
             "Evaluate an earlier checkpoint, or train again with a lower train.lr."
@@ -66,12 +66,12 @@ def check_finite(rows: Tensor) -> None:
 
 
 def names() -> list[str]:
-    """All evaluations."""
+    """Return the names of all evaluations."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def get(name: str) -> ModuleType:
-    """The evaluation's module. Raises UserError for an unknown name."""
+    """Return the evaluation's module. Raises UserError if the name is unknown."""
     if name not in names():
         raise UserError(f"Unknown evaluation {name!r}.{did_you_mean(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
@@ -84,11 +84,12 @@ def compare(
     seed: int = 0,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any] | None]:
-    """Every named evaluation on every kind of features ("trained", "untrained", "pixels") of the same images, which are made
-    and let go one kind after the other: of a million images, one kind takes 10 GB.
+    """Run every named evaluation on every kind of features ("trained", "untrained", "pixels") of the same images.
 
-    Returns, ready for JSON, {name: {kind: value, ..., setting: value, ...}}; what a module names in `BY_KIND` is itself
-    a table by kind. None for an evaluation that needs labels where there are not enough of them.
+    Features are computed and released one kind at a time: for a million images, one kind takes 10 GB.
+
+    Returns, ready for JSON, {name: {kind: value, ..., setting: value, ...}}; a figure in a module's `BY_KIND` is itself
+    a table by kind. None for an evaluation that needs labels if there are too few.
     Raises UserError for an unknown evaluation or setting, and for features that are not finite.
     """
     asked = {name: (get(name), dict((settings or {}).get(name, {}))) for name in names}
@@ -125,7 +126,7 @@ def _side_by_side(module: ModuleType, scores: dict[str, dict[str, Any]]) -> dict
 
 
 def sample_rows(count: int, most: int, generator: torch.Generator) -> Tensor:
-    """Which of `count` rows to use where `most` are enough: a random choice, ascending, or all of them.
+    """Return a random choice of `most` of `count` rows, ascending, or all rows if there are no more than that.
 
     int64 [min(count, most)] in 0..count-1.
     """

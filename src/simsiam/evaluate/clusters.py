@@ -1,4 +1,4 @@
-"""What k-means finds without labels, held against the classes: one cluster for each class, matched at best."""
+"""k-means clusters compared with the classes: one cluster per class, under the best one-to-one matching."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ BY_KIND = ("nmi", "ari")
 
 
 def score(features: Features, *, seed: int = 0) -> dict[str, Any]:
-    """Clusters of the test rows: accuracy in percent under the best one-to-one matching with the classes ("value"),
-    normalised mutual information and adjusted Rand index, both at most 1."""
+    """Cluster the test rows and compare with the classes.
+
+    Returns the accuracy in percent under the best one-to-one matching ("value"), normalised mutual information and
+    adjusted Rand index, both at most 1.
+    """
     data = features.labelled()
     assert data is not None and data.test_labels is not None
     labels = data.test_labels.cpu().numpy()

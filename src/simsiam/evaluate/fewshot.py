@@ -1,7 +1,6 @@
-"""A classifier that saw only a few labelled images of each class, averaged over random choices of them.
+"""Linear classifier trained on a few labelled images per class, averaged over random draws of them.
 
-The other training images of known label are there all the same, so all of these set the scale of the features
-(`standardise`).
+The features are standardised with all labelled training images, not only with those drawn (`standardise`).
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ def score(
     C: float = 3.0,
     most_test: int = 5000,
 ) -> dict[str, Any]:
-    """Mean top-1 accuracy at the largest usable number of labels per class, and the std over the draws.
+    """Return the mean top-1 accuracy at the largest usable number of labels per class, and the std over the draws.
 
-    The draws depend on the seed and the labels alone, so they are the same for every encoder. Classes without a
-    training image cannot be drawn: their test rows count as misses. A number of labels that some class lacks is left
-    out; the value is None where that leaves none.
+    The draws depend on the seed and the labels only, so they are the same for every encoder. Test rows of classes
+    without training images count as errors. A number of labels that some class does not have is skipped; if none is
+    left, the value is None.
 
     Args:
-        C: inverse strength of the L2 penalty. Fixed, because a handful of labels is too few to choose it on; on CIFAR-10
+        C: inverse strength of the L2 penalty. Fixed, because a handful of labels is too few to choose it; on CIFAR-10
             the accuracy varies by about a point between 1 and 30.
-        most_test: test rows that are used; more are sampled.
+        most_test: maximum number of test rows; a random sample if there are more.
     """
     data = features.labelled()
     assert data is not None and data.train_labels is not None and data.test_labels is not None and draws > 0
@@ -71,7 +70,7 @@ def score(
 
 
 def choose(labels: Tensor, count: int, draws: int, seed: int) -> Tensor:
-    """`count` random rows of every class that occurs, without repeats: labels int64 [N] -> rows int64 [draws,n]."""
+    """Draw `count` random rows of every class that occurs, without replacement: labels int64 [N] -> int64 [draws,n]."""
     members = [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
     random = generator(torch.device("cpu"), seed, 1, count)
     chosen = [[rows[torch.randperm(len(rows), generator=random)[:count]] for rows in members] for _ in range(draws)]

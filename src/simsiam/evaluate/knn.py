@@ -1,9 +1,9 @@
-"""Weighted nearest neighbours: the training images that are most similar vote on the class.
+"""Weighted kNN classifier: the most similar training images vote on the class.
 
-As InstDisc does it (Wu et al. 2018), by which the paper monitors training (figure 2): cosine similarity, k = 200, votes
-weighted exp(similarity / T). T is 0.1 here, as in other projects (the paper tells neither; its authors take 0.2), so k and
-T stand beside every figure. Where a class has fewer than 1,000 images, 200 neighbours would reach far into the others: k is
-20 there unless it is given.
+As in InstDisc (Wu et al. 2018), which the paper uses to monitor training (figure 2): cosine similarity, k = 200, votes
+weighted by exp(similarity / T). T is 0.1 here, as in other projects (the paper states neither k nor T; its authors use
+0.2), so every figure is reported with its k and T. If classes have fewer than 1,000 images, 200 neighbours would reach
+far into other classes: k is then 20 by default.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _MANY, _K, _SMALL_K = 1000, 200, 20
 
 
 def usual_k(train_labels: Tensor) -> int:
-    """k where nobody asks for another: by the median class's images among the labels, int64 [N], -1 where unknown."""
+    """Return the default k, by the median number of images per class. Labels: int64 [N], -1 if unknown."""
     counts = train_labels[train_labels >= 0].bincount()
     return _K if len(counts) and float(counts[counts > 0].double().median()) >= _MANY else _SMALL_K
 
 
 def score(features: Features, *, seed: int = 0, k: int | None = None, T: float = 0.1) -> dict[str, Any]:
-    """Top-1 accuracy; k is `usual_k` where it is None. Nothing is drawn, so the seed is not used."""
+    """Return the top-1 accuracy; k = None means `usual_k`. Nothing is random, so the seed is not used."""
     data = features.labelled()
     assert data is not None and data.train_labels is not None and data.test_labels is not None
     if k is None:
@@ -42,17 +42,20 @@ def score(features: Features, *, seed: int = 0, k: int | None = None, T: float =
 
 
 def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int, T: float = 0.1) -> float:
-    """Percent of test rows whose neighbours vote for the right class, in 0..100; NaN where no test label is known.
+    """Return the percentage of test rows whose neighbours vote for the right class.
 
-    A constant output gives every test row the same votes, so it scores the share of one class: chance. Tied classes
-    go to the lower number.
+    NaN without known training labels or without known test labels.
+
+    A constant output gives every test row the same votes, so it scores the share of one class: chance. Ties go to the
+    lower class number.
 
     Args:
         train, test: float [N,D] and [M,D], of any scale.
         train_labels, test_labels: int64 [N] and [M]; rows labelled -1 are left out.
-        k: neighbours that vote, at most N.
-        T: temperature; the lower, the more the nearest count.
-    Raises UserError where a feature is not finite.
+        k: number of neighbours that vote, at most N.
+        T: temperature; the lower, the more weight the nearest get.
+
+    Raises UserError if a feature is not finite.
     """
     assert T > 0
     train, train_labels = train[train_labels >= 0], train_labels[train_labels >= 0].cpu()

@@ -1,4 +1,4 @@
-"""A linear classifier on the frozen features: how much of the classes can be read off them with one plane each.
+"""Linear classifier on the frozen features.
 
 `score` is multinomial logistic regression, solved to the optimum; `sgd_probe` is the paper's protocol.
 """
@@ -23,10 +23,10 @@ STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def score(features: Features, *, seed: int = 0, C: float | None = None, tune_rows: int = 10_000) -> dict[str, Any]:
-    """Top-1 accuracy of logistic regression on standardised features.
+    """Return the top-1 accuracy of logistic regression on standardised features.
 
     C, the inverse strength of the L2 penalty as in scikit-learn, is the best of `STRENGTHS` on a random 80/20 split of
-    at most `tune_rows` training rows; the test rows have no part in it. The fit then takes every training row.
+    at most `tune_rows` training rows; the test rows are not used. The final fit uses all training rows.
     """
     data = features.labelled()
     assert data is not None and data.train_labels is not None and data.test_labels is not None
@@ -40,8 +40,8 @@ def score(features: Features, *, seed: int = 0, C: float | None = None, tune_row
 
 
 def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero mean and equal spread in every channel, by the training rows' figures, scaled so that a row has length
-    about 1: a penalty then means the same at every width. A channel that is constant but for rounding becomes 0."""
+    """Standardise every channel by the training rows' mean and std, then scale rows to length about 1, so that a
+    penalty means the same at every width. A channel that is constant up to rounding becomes 0."""
     train, test = train.float(), test.float()
     mean, std = train.mean(0), train.std(0, correction=0)
     varies = std > (1e-5 * mean.abs()).clamp(min=1e-30)
@@ -50,12 +50,12 @@ def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit(x: Tensor, labels: Tensor, classes: int, C: float, start: Tensor | None = None, steps: int = 200) -> Tensor:
-    """Minimises |W|^2 / (2 C) + sum of cross-entropies, the intercept free, with L-BFGS.
+    """Minimise |W|^2 / (2 C) + sum of cross-entropies, with an unpenalised intercept, by L-BFGS.
 
     Args:
         x: float32 [...,n,D]; leading dimensions are separate problems, solved together.
         labels: int64 [...,n].
-        start: a solution nearby, as returned.
+        start: a nearby solution, in the format of the result.
     Returns:
         float32 [...,classes,D+1]: weights, then the intercept.
     """
@@ -73,10 +73,10 @@ def fit(x: Tensor, labels: Tensor, classes: int, C: float, start: Tensor | None 
 
     def closure() -> float:
         log_p, weight = F.log_softmax(_logits(theta, x), dim=-1), theta[..., :-1]
-        # In float64: near the optimum the line search compares losses that float32 rounds to one.
+        # In float64: near the optimum the line search compares losses that are equal in float32.
         cross_entropy = -log_p.gather(-1, right).double().sum() / n
-        # By hand: autograd would multiply x^T by the residual, which is four times slower than residual^T by x. In place:
-        # with many classes, a value for every row and class is more than the features.
+        # By hand: autograd would multiply x^T by the residual, four times slower than residual^T by x. In place: with
+        # many classes, one value per row and class takes more memory than the features.
         residual = log_p.exp_()
         residual.scatter_(-1, right, residual.gather(-1, right) - 1).div_(n)
         theta.grad = torch.cat([residual.mT @ x + penalty * weight, residual.sum(-2)[..., None]], -1)
@@ -87,7 +87,7 @@ def fit(x: Tensor, labels: Tensor, classes: int, C: float, start: Tensor | None 
 
 
 def accuracy(theta: Tensor, x: Tensor, labels: Tensor) -> Tensor:
-    """Percent of the rows x [M,D] that each solution [...,classes,D+1] classifies rightly: [...]."""
+    """Return the percentage of the rows x [M,D] that each solution [...,classes,D+1] classifies correctly: [...]."""
     return (_logits(theta, x).argmax(-1) == labels).double().mean(-1) * 100
 
 
@@ -105,9 +105,9 @@ def _choose(x: Tensor, labels: Tensor, classes: int, seed: int) -> float:
         theta = fit(x[kept], labels[kept], classes, C, theta)
         loss = F.cross_entropy(_logits(theta, x[held_out]), labels[held_out])
         now = float(accuracy(theta, x[held_out], labels[held_out])), -float(loss)
-        if now > value:  # few rows often tie, and then the loss tells
+        if now > value:  # with few rows ties are common; the loss breaks them
             best, value = C, now
-        # A fall past one standard error: weaker penalties would be no better, and they are the slow ones.
+        # Down by more than one standard error: weaker penalties would be no better, and they are the slow ones.
         if now[0] < value[0] - 50 / len(held_out) ** 0.5:
             break
     return best
@@ -125,11 +125,11 @@ def sgd_probe(
     batch_size: int = 4096,
     lr: float = 0.1,
 ) -> dict[str, Any]:
-    """The paper's linear protocol (appendix A; lr as in the released code): LARS (apex's LARC) on frozen features, cosine
-    decay per epoch, no weight decay, no normalisation. The value is that of the last epoch.
+    """Train by the paper's linear protocol (appendix A; lr as in the released code); the value is the last epoch's.
 
-    It was made for ImageNet: LARS moves the weights by a small share of their size, so with few steps (less than some
-    20,000 rows at these settings) they stay near their start.
+    LARS (apex's LARC) on frozen features, cosine decay per epoch, no weight decay, no normalisation. It was designed
+    for ImageNet: LARS moves the weights by a small share of their size, so with few steps (fewer than about 20,000 rows
+    at these settings) they stay near their initial values.
 
     Args:
         views_of_epoch: epoch -> float [N,D], the pooled features of that epoch's random crops and flips, rows in the
@@ -137,8 +137,9 @@ def sgd_probe(
         labels, test_labels: int64 [N] and [M]; rows labelled -1 are left out.
         test: float [M,D], features of the plain test view.
         batch_size: at most N.
-        lr: of 256 samples; the rate is lr * batch_size / 256.
-    Raises UserError where a feature is not finite.
+        lr: per 256 samples; the rate is lr * batch_size / 256.
+
+    Raises UserError if a feature is not finite.
     """
     device, known = test.device, labels >= 0
     labels = labels[known].to(device)

@@ -1,4 +1,4 @@
-"""Search as it is used: of the training images nearest to a test image, how many are of its class."""
+"""Retrieval precision: the share of a test image's nearest training images that have its class."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ BY_KIND = ("nearest",)
 
 
 def score(features: Features, *, seed: int = 0, k: int = 10) -> dict[str, Any]:
-    """Precision among the k nearest by cosine similarity, mean over the test rows, in percent ("value"), and that of the
-    nearest alone. Chance is the share of a class. Nothing is drawn, so the seed is not used."""
+    """Return the precision among the k nearest by cosine similarity, in percent, averaged over the test rows ("value"),
+    and that of the nearest alone. Chance is the share of a class. Nothing is random, so the seed is not used."""
     data = features.labelled()
     assert data is not None and data.train_labels is not None and data.test_labels is not None
     assert k >= 1

@@ -1,32 +1,32 @@
-"""One paper per file; the file name is the registry.
+"""The self-supervised methods: one module per paper, registered by its file name.
 
-A method module has a class `Method(nn.Module)` and a dataclass `Settings`, and says in `CITATION` and `PUBLISHED` where
-they come from. The contract, which tests/test_methods.py checks for every file:
+Each module defines a class `Method(nn.Module)` and a dataclass `Settings`, and names its sources in `CITATION` and
+`PUBLISHED`. The contract, which tests/test_methods.py checks for every module:
 
     CITATION, PUBLISHED      text with the paper's arXiv number; {setting: figure}
-    VIEWS                    how many views of an image it takes, the default first
-    DEFAULTS                 {recipe: table}: what it changes in the recipes "imagenet", "cifar" and "thin", learning rate
-                             and weight decay at least; a recipe that is not there keeps its own
-    ONE_DEVICE               if its DEFAULTS have a batch for many devices: a table for the batch of one
-    Settings                 frozen dataclass; its defaults are the paper's; `dim`, the width of z, is among them, and
-                             refused by a ValueError where it is below 1
+    VIEWS                    supported numbers of views per image, the default first
+    DEFAULTS                 {recipe: table}: overrides for the recipes "imagenet", "cifar" and "thin", at least the
+                             learning rate and weight decay; a recipe without an entry is used unchanged
+    ONE_DEVICE               optional overrides for when the multi-device batch in DEFAULTS is reduced to one device's
+    Settings                 frozen dataclass with the paper's values as defaults; one field is `dim`, the width of z,
+                             which raises ValueError if it is below 1
 
     Method(encoder, settings)
-    forward(views, index) -> (loss, stats)   views: list of float [B,3,h,w]; index: int64 [B], the images' positions;
-                                             loss: float32 scalar; stats: detached scalars, "std" among them
-    embed(x) -> (h, z)                       features and projection, for monitors
-  and, where a method needs it, the hooks without gradient:
+    forward(views, index) -> (loss, stats)   views: list of float [B,3,h,w]; index: int64 [B], positions in the training
+                                             set; loss: float32 scalar; stats: detached scalars, including "std"
+    embed(x) -> (h, z)                       features and projection, for monitoring
+  and, if needed, these hooks, which run without gradient:
     param_groups() -> list                   torch parameter groups; "fixed_lr": True keeps the initial learning rate,
                                              "lr_scale" multiplies it
-    allocate(images)                         makes buffers for what it remembers of each image
-    before_training(batches)                 once, with (views, index) of the images in whole batches; autocast is on
-    before_epoch(epoch)                      at the start of each epoch
-    fixed                                    False until every step does the same operations (`Siamese.fixed`)
-    sync_bn = False                          BN's statistics stay each process's own, where several share a run
-    after_step(progress)                     progress in [0, 1]: the share of training that was done before this step
+    allocate(images)                         creates buffers that hold something for each image
+    before_training(batches)                 called once with (views, index) of all whole batches, under autocast
+    before_epoch(epoch)                      called at the start of each epoch
+    fixed                                    False until every step performs the same operations (`Siamese.fixed`)
+    sync_bn = False                          in multi-process runs, each process keeps its own BN statistics
+    after_step(progress)                     progress in [0, 1]: the share of training completed before this step
 
-A method is handed a built encoder and never sees labels or files. Queues, prototypes and EMA twins are buffers or
-submodules, so the state dict holds all that a resumed run needs.
+A method receives a built encoder and never sees labels or files. Queues, prototypes and EMA networks are buffers or
+submodules, so the state dict holds everything a resumed run needs.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def names() -> list[str]:
 
 
 def get(name: str) -> ModuleType:
-    """The method's module. Raises UserError for an unknown name."""
+    """Return the method's module. Raises UserError if the name is unknown."""
     if name not in names():
         raise UserError(f"Unknown method {name!r}.{did_you_mean(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
 
 
 def param_groups(method: nn.Module) -> list[dict[str, Any]]:
-    """The method's own parameter groups, or one group of all that is trained."""
+    """Return the method's own parameter groups, or a single group of all trainable parameters."""
     if hasattr(method, "param_groups"):
         groups: list[dict[str, Any]] = method.param_groups()  # type: ignore[operator]
         return groups

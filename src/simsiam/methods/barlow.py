@@ -47,31 +47,33 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Defaults: the released code's for ImageNet. The paper (section 2.2) has lambda 0.005 and weight decay 1.5e-6."""
+    """Defaults: those of the released code for ImageNet. The paper (section 2.2) uses lambda 0.005 and weight decay
+    1.5e-6."""
 
     dim: int = 8192
     """Width of z."""
     projector_hidden: int = 8192
     """Width of the projector's two hidden layers."""
     weight: float = 0.0051
-    """lambda, of the redundancy term."""
+    """lambda, the weight of the redundancy term."""
     scale: float = 0.024
-    """Factor of the whole loss, as in the released code. LARS ignores it but for weight decay, which counts 42 times as much
-    beside it, and for biases and BN, whose rate there, 0.0048, is this times 0.2. On W GPUs that code takes 1/W of the
-    loss's gradient: on its 32, biases and BN moved 32 times less than they do here."""
+    """Scale of the whole loss, as in the released code. LARS cancels it, except that weight decay weighs 1/scale = 42
+    times as much relative to the gradient, and that the learning rate of biases and BN, 0.0048 in the released code, is
+    scale * 0.2. That code also divides the loss's gradient by the number of GPUs: on its 32, biases and BN moved 32
+    times less than here."""
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.projector_hidden < 1:
             raise ValueError("dim and projector_hidden must be at least 1.")
         if self.weight < 0 or self.scale <= 0:
-            raise ValueError("weight must not be negative and scale above 0.")
+            raise ValueError("weight must not be negative and scale must be above 0.")
 
 
 @in_float32
 def barlow_twins(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
-    """sum_i (1 - C_ii)^2 + lambda sum_(i != j) C_ij^2 with the cross-correlation C of the two views (eq. 1 and 2).
+    """Return sum_i (1 - C_ii)^2 + lambda sum_(i != j) C_ij^2, C the cross-correlation of the two views (eq. 1 and 2).
 
-    z: float [B,d]; C is [d,d], over the batch of all ranks.
+    z: float [B,d]; C is [d,d], over the batches of all ranks.
     """
     first, second = standardise(gather(wide(z1))), standardise(gather(wide(z2)))
     correlation = first.T @ second / len(first)
@@ -82,12 +84,12 @@ def barlow_twins(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
 
 
 def standardise(z: Tensor) -> Tensor:
-    """Mean 0 and std 1 over the batch, [B,d] -> [B,d]: BN without affine."""
+    """Scale to mean 0 and std 1 over the batch, [B,d] -> [B,d]: BN without affine parameters."""
     return (z - z.mean(0)) * (z.var(0, correction=0) + 1e-5).rsqrt()
 
 
 class Method(Siamese):
-    """Makes the channels of z agree between the views, and differ from one another. No negatives, no asymmetry."""
+    """Makes every channel of z agree between the views and decorrelates the channels. No negatives, no asymmetry."""
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()

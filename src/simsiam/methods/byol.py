@@ -24,8 +24,8 @@ PUBLISHED = {
 }
 VIEWS = (2,)
 DEFAULTS: dict[str, dict[str, Any]] = {
-    # The released code's preset for the 100 epochs of this recipe; for 300 it has lr 0.3, for 1000 (the paper) lr 0.2,
-    # weight decay 1.5e-6 and momentum 0.996.
+    # The released preset for 100 epochs, this recipe's length. The preset for 300 epochs has lr 0.3, the one for 1000
+    # (as in the paper) lr 0.2, weight decay 1.5e-6 and momentum 0.996.
     "imagenet": {
         "method": {"momentum": 0.99},
         "train": {
@@ -62,9 +62,9 @@ class Settings:
     dim: int = 256
     """Width of the projection and of the prediction."""
     hidden: int = 4096
-    """Width of the hidden layer in both MLPs."""
+    """Width of the hidden layer of both MLPs."""
     momentum: float = 0.996
-    """tau_base of the target network; it rises to 1 along half a cosine."""
+    """tau_base, the initial EMA momentum of the target network; it rises to 1 along half a cosine."""
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.hidden < 1:
@@ -74,17 +74,17 @@ class Settings:
 
 
 def regression(q: Tensor, z: Tensor) -> Tensor:
-    """|q/|q| - z/|z||^2 = 2 - 2 cos(q, z) (eq. 2), mean over the batch. [B,d] each -> scalar in [0, 4]."""
+    """Return |q/|q| - z/|z||^2 = 2 - 2 cos(q, z) (eq. 2), averaged over the batch. [B,d] each -> scalar in [0, 4]."""
     return 2 - 2 * (unit(q) * unit(z)).sum(1).mean()
 
 
 def target_momentum(base: float, progress: float) -> float:
-    """tau = 1 - (1 - tau_base) (cos(pi k/K) + 1)/2 (section 3.3); progress k/K in [0, 1]."""
+    """Return tau = 1 - (1 - tau_base) (cos(pi k/K) + 1)/2 (section 3.3); progress is k/K in [0, 1]."""
     return 1 - (1 - base) * (math.cos(math.pi * progress) + 1) / 2
 
 
 class Method(Siamese):
-    """Online network with a predictor; a target network, its slow twin, gives what is to be predicted."""
+    """An online network whose predictor predicts the output of a target network, its EMA."""
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""DeepCluster v2: M. Caron et al., "Deep Clustering for Unsupervised Learning of Visual Features", in SwAV's revision."""
+"""DeepCluster v2: M. Caron et al., "Deep Clustering for Unsupervised Learning of Visual Features", revised for SwAV."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PUBLISHED = {
 }
 VIEWS = range(2, 17)
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "imagenet": swav.DEFAULTS["imagenet"],  # version 2 is of the same paper, in the same setting
+    "imagenet": swav.DEFAULTS["imagenet"],  # version 2 comes from the SwAV paper, in the same setting
     "cifar": {"method": {"prototypes": 1000}, "train": {"lr": 0.06, "weight_decay": 5e-4}},
     "thin": {
         "method": {"prototypes": 200, "projector_hidden": 512},
@@ -45,13 +45,13 @@ class Settings:
     projector_hidden: int = 2048
     """Width of the projection head's hidden layer."""
     prototypes: int = 3000
-    """K, clusters of each clustering; no more than there are images."""
+    """K, clusters per clustering, limited to the number of images."""
     heads: int = 3
-    """Clusterings, each from its own draw of initial centroids."""
+    """Number of clusterings, each with its own random initial centroids."""
     temperature: float = 0.1
     """tau of the prediction."""
     iterations: int = 10
-    """Of k-means, before each epoch."""
+    """k-means iterations before each epoch."""
 
     def __post_init__(self) -> None:
         if min(self.dim, self.projector_hidden, self.prototypes, self.heads, self.iterations) < 1:
@@ -61,9 +61,9 @@ class Settings:
 
 
 def spherical_kmeans(x: Tensor, k: int, iterations: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Centroids [k,d] on the unit sphere and the nearest one of each row, int64 [N]. x: float [N,d], rows of length 1.
+    """Return centroids [k,d] on the unit sphere and the index of each row's nearest one, int64 [N].
 
-    A cluster that loses its last member keeps its centroid.
+    x: float [N,d], rows of unit length. A cluster that becomes empty keeps its centroid.
     """
     centroids = x[torch.randperm(len(x), generator=draws, device=draws.device)[:k].to(x.device)]
     assigned = nearest_centroid(x, centroids)
@@ -76,23 +76,23 @@ def spherical_kmeans(x: Tensor, k: int, iterations: int, draws: torch.Generator)
 
 
 def _sums(x: Tensor, assigned: Tensor, k: int) -> Tensor:
-    """[k,d]: of the rows of each cluster, the same to the last bit every time."""
+    """Sum the rows of each cluster: [k,d], reproducible to the last bit."""
     sums = x.new_zeros(k, x.shape[1])
-    if x.is_cuda:  # where index_add_ adds in any order, and index_put_ sorts; on a CPU it is the other way round
+    if x.is_cuda:  # index_add_ adds in arbitrary order here, but index_put_ sorts; on a CPU it is the reverse
         return sums.index_put_((assigned,), x, accumulate=True)
     return sums.index_add_(0, assigned, x)
 
 
 def nearest_centroid(x: Tensor, centroids: Tensor) -> Tensor:
-    """int64 [N]: the centroid of largest cosine, a part of the rows at a time."""
+    """Return the index of the centroid with the largest cosine similarity, int64 [N], computed in chunks of rows."""
     return torch.cat([(part @ centroids.T).argmax(1) for part in x.split(8192)])
 
 
 class Method(Siamese):
     """Alternates between clustering the features of the last epoch and predicting each image's cluster.
 
-    The features are those that the network had when an image last came by (version 2: no extra pass over the data),
-    remembered for two views. Unlike the released code, each view is its own forward pass, with BN statistics of its own.
+    The features are those computed when an image was last seen in training (version 2: no extra pass over the data),
+    stored for two views. Unlike in the released code, each view is a separate forward pass with its own BN statistics.
     """
 
     memory: Tensor
@@ -114,28 +114,28 @@ class Method(Siamese):
         self.register_buffer("prototypes", torch.zeros(settings.heads, clusters, settings.dim))
 
     def before_training(self, batches: Iterable[tuple[list[Tensor], Tensor]]) -> None:
-        """Fills the memory: one pass over the data."""
+        """Fill the memory with one pass over the data."""
         for views, index in batches:
             self._remember([unit(z) for z in project(self.network, views[:2])], index)
 
     @torch.no_grad()
     def before_epoch(self, epoch: int) -> None:
-        rows = self.memory[0].norm(dim=1).nonzero()[:, 0]  # an incomplete last batch leaves images that were never seen
-        self.assigned.fill_(-100)  # cross_entropy leaves these out
+        rows = self.memory[0].norm(dim=1).nonzero()[:, 0]  # images of an incomplete last batch have no features
+        self.assigned.fill_(-100)  # ignored by cross_entropy
         for head, prototypes in enumerate(self.prototypes):
             draws = generator(torch.device("cpu"), int(self.seed), epoch, head)
             x = self.memory[head % 2, rows]
             centroids, self.assigned[head, rows] = spherical_kmeans(x, len(prototypes), self.settings.iterations, draws)
             prototypes.zero_()
             prototypes[: len(centroids)] = centroids
-        as_on_rank_0([self.prototypes, self.assigned])  # sums on a GPU differ in their last bits
+        as_on_rank_0([self.prototypes, self.assigned])  # sums on a GPU may differ in the last bits
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         raw = project(self.network, views)
         z = [unit(each) for each in raw]
         assigned = self.assigned[:, index]
         known = (assigned >= 0).sum(1)
-        all_ranks([known])  # of the whole batch: the ranks' gradients are averaged
+        all_ranks([known])  # over the whole batch, because the ranks' gradients are averaged
         losses = [
             self._cross_entropy(similarities(each, prototypes), targets, clustered)
             for each in z
@@ -146,7 +146,7 @@ class Method(Siamese):
         return torch.stack(losses).mean(), {"std": spread(*raw[:2])}
 
     def _cross_entropy(self, scores: Tensor, targets: Tensor, known: Tensor) -> Tensor:
-        """Mean over the `known` images that have a cluster; 0 where none has."""
+        """Return the mean over the `known` images of all ranks that have a cluster; 0 if none has."""
         total = F.cross_entropy(wide(scores) / self.settings.temperature, targets, reduction="sum")
         return total * count() / known.clamp(min=1)
 

@@ -24,8 +24,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "train": {"lr": 0.125, "weight_decay": 1e-4, "batch_size": 32},
         "views": {"count": 4},
     },
-    # lightly's benchmark, which the published figure is from: rate 0.06 at batch 128, the predictor's decays too (it trains
-    # 200 epochs).
+    # lightly's benchmark, the source of the published figure: 200 epochs, learning rate 0.06 at batch 128, which decays
+    # for the predictor too.
     "cifar": {
         "method": {"projector_layers": 2, "projector_hidden": 2048, "predictor_fixed_lr": False},
         "train": {"lr": 0.12, "weight_decay": 5e-4, "batch_size": 128},
@@ -41,20 +41,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Defaults: SimSiam's for ImageNet, whose names these are."""
+    """Defaults: SimSiam's for ImageNet, with the same names."""
 
     dim: int = 2048
     """d, width of z and p."""
     projector_layers: int = 3
     """Fully connected layers of the projection MLP."""
     projector_hidden: int | None = None
-    """Width of its hidden layers; None: the backbone's."""
+    """Width of its hidden layers; None: the backbone's feature width."""
     predictor_hidden: int | None = None
     """Width of the prediction MLP's hidden layer; None: d/4."""
     predictor_fixed_lr: bool = True
     """The predictor keeps the initial learning rate."""
     predictor_lr: float = 1.0
-    """Its learning rate in multiples of the encoder's."""
+    """The predictor's learning rate as a multiple of the encoder's."""
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.projector_layers < 1:
@@ -64,9 +64,9 @@ class Settings:
 
 
 def averaged_target_loss(p: list[Tensor], z: list[Tensor]) -> Tensor:
-    """Mean over the K views of D(p_i, mean of z_j over j != i). [B,d] each -> scalar in [-1, 1].
+    """Return the mean over the K views of D(p_i, mean of z_j over j != i). [B,d] each -> scalar in [-1, 1].
 
-    One view's z is a noisy target; the mean over several is a steadier one (section 3).
+    A single view's z is a noisy target; the mean of several is more stable (section 3).
     """
     z = [wide(each) for each in z]
     total = torch.stack(z).sum(0)

@@ -50,31 +50,31 @@ class Settings:
     dim: int = 128
     """Width of q and k."""
     projector_hidden: int | None = None
-    """Width of the MLP head's hidden layer; None: the backbone's."""
+    """Width of the MLP head's hidden layer; None: the backbone's feature width."""
     queue: int = 65536
-    """K, the negatives that are kept: keys of earlier batches."""
+    """K, the number of negatives kept: keys of earlier batches."""
     momentum: float = 0.999
-    """m of the key encoder."""
+    """m, the EMA momentum of the key encoder."""
     temperature: float = 0.2
     """tau of InfoNCE."""
     symmetric: bool = False
-    """Each view is query once and key once (the SimSiam paper's table 4), instead of the first query, the second key.
-    The loss is the mean of the two; the authors' notebook for CIFAR-10 has their sum."""
+    """Use each view once as query and once as key (the SimSiam paper's table 4) instead of the first as query and the
+    second as key. The loss is the mean of the two terms; the authors' CIFAR-10 notebook uses their sum."""
     bn_groups: int = 8
-    """Parts of a batch with BN statistics of their own: what the paper's 8 GPUs do. Less where the batch is small."""
+    """Parts of a batch with separate BN statistics, emulating the paper's 8 GPUs. Fewer if the batch is small."""
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.queue < 1 or self.bn_groups < 1:
             raise ValueError("dim, queue and bn_groups must be at least 1.")
         if not 0 <= self.momentum < 1 or self.temperature <= 0:
-            raise ValueError("momentum must be at least 0 and below 1, temperature above 0.")
+            raise ValueError("momentum must be at least 0 and below 1, and temperature must be above 0.")
 
 
 @in_float32
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """-log softmax of q.k+ among q.k+ and q.k- over the queue (MoCo, eq. 1), mean over the batch.
+    """Return -log softmax of q.k+ among q.k+ and q.k- over the queue (MoCo, eq. 1), averaged over the batch.
 
-    q, k: float [B,d] with rows of length 1; queue: [K,d], the same.
+    q, k: float [B,d], rows of unit length; queue: [K,d], likewise.
     """
     positive = (q * k).sum(1, keepdim=True)
     logits = torch.cat([positive, q @ queue.T], 1) / temperature
@@ -82,11 +82,12 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
 
 
 class Method(Siamese):
-    """Query encoder and its momentum twin, the key encoder; a queue of keys.
+    """A query encoder, its momentum twin (the key encoder) and a queue of keys.
 
-    Shuffled BN (MoCo, section 3.3): within one BN batch a query could find its key by the batch's statistics. Here a
-    batch is cut into `bn_groups` parts, each with its own statistics, and the keys are dealt to the parts in a random order:
-    what G devices do, on one. Over several processes each has its share of the parts, at least two of them.
+    Shuffled BN (MoCo, section 3.3): within one BN batch a query could identify its key by the batch statistics. Here a
+    batch is split into `bn_groups` parts, each with its own statistics, and the keys are assigned to the parts in
+    random order, which emulates several devices on one. With several processes each gets its share of the parts, at
+    least two.
     """
 
     sync_bn = False
@@ -105,7 +106,7 @@ class Method(Siamese):
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         pairs = [(0, 1), (1, 0)] if self.settings.symmetric else [(0, 1)]
-        negatives = self.queue.clone()  # the backward pass needs them as they are now
+        negatives = self.queue.clone()  # the backward pass needs the values from before _enqueue
         losses, keys, queries = [], [], []
         for query, key in pairs:
             z = self._grouped(self.network, views[query])
@@ -118,14 +119,14 @@ class Method(Siamese):
 
     @torch.no_grad()
     def _keys(self, x: Tensor) -> Tensor:
-        # torch's own generator, which the loop seeds for every step. Unlike randperm, nothing here waits for the device.
+        # torch's global generator is seeded for every step. Unlike randperm, this does not synchronise with the device.
         order = torch.rand(len(x), device=x.device).argsort()
         shuffled = self._grouped(self.key_network, x[order])
         return unit(shuffled)[order.argsort()]
 
     def _grouped(self, network: nn.Sequential, x: Tensor) -> Tensor:
         most = self.settings.bn_groups
-        groups = max(1, min(max(min(most, 2), most // count()), len(x) // 2))  # BN needs two images
+        groups = max(1, min(max(min(most, 2), most // count()), len(x) // 2))  # BN needs at least two images
         return torch.cat(project(network, x.tensor_split(groups)))
 
     @torch.no_grad()

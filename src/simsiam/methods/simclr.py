@@ -35,7 +35,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         },
         "views": {"scale": [0.08, 1.0], "jitter": [0.8, 0.8, 0.8, 0.2]},
     },
-    # In the setting of the SimSiam paper's appendix D, which tells neither the head nor the temperature: these are ours.
+    # The setting of the SimSiam paper's appendix D, which states neither head nor temperature: these are our choice.
     "cifar": {
         "method": {"temperature": 0.5, "dim": 128, "projector_hidden": 512},
         "train": {"lr": 0.03, "weight_decay": 5e-4},
@@ -56,28 +56,28 @@ class Settings:
     projector_layers: int = 2
     """Fully connected layers of the projection head (3 in the SimSiam paper, appendix C)."""
     projector_hidden: int | None = None
-    """Width of its hidden layers; None: the backbone's."""
+    """Width of its hidden layers; None: the backbone's feature width."""
     temperature: float = 0.1
     """tau of NT-Xent."""
     predictor: bool = False
-    """A prediction MLP on one side, as SimSiam has (SimSiam paper, section 6.2)."""
+    """A prediction MLP on one side, as in SimSiam (SimSiam paper, section 6.2)."""
     stop_gradient: bool = False
     """No gradient through the other side (SimSiam paper, section 6.2)."""
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.projector_layers < 1 or self.temperature <= 0:
-            raise ValueError("dim and projector_layers must be at least 1 and temperature above 0.")
+            raise ValueError("dim and projector_layers must be at least 1, and temperature must be above 0.")
 
 
 @in_float32
 def nt_xent(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, temperature: float) -> Tensor:
-    """The normalised temperature-scaled cross-entropy (eq. 1), mean over the 2B queries.
+    """Return the normalised temperature-scaled cross-entropy (eq. 1), averaged over the 2B queries.
 
-    The released code has twice that, which LARS cancels but for biases and BN.
+    The released code uses twice this loss; LARS cancels the factor except for biases and BN.
 
     q, k: float [B,d], the queries and keys of the two views; in SimCLR q = k = z. The key of the other view is the
-    positive, the other 2B-2 keys are the negatives; an image's own key in the same view is neither. The keys of all
-    ranks count, with rank order in their rows.
+    positive and the other 2B-2 keys are the negatives; an image's key in the same view is excluded. Keys of all ranks
+    are used, with rows in rank order.
     """
     queries = torch.cat([unit(q1), unit(q2)])
     keys = torch.cat([gather(unit(k1)), gather(unit(k2))])
@@ -91,10 +91,10 @@ def nt_xent(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, temperature: float) 
 
 
 class Method(Siamese):
-    """Each image's two views against all others of the batch.
+    """Contrasts the two views of each image with all other images of the batch.
 
-    Unlike in the released code, each view is its own forward pass, with BN statistics of its own; the head's last BN has an
-    offset, too, and its weights start as PyTorch draws them (there: Gaussian, std 0.01).
+    Unlike in the released code, each view is a separate forward pass with its own BN statistics; the head's last BN has
+    an offset, and the head's weights have PyTorch's default initialisation (there: Gaussian, std 0.01).
     """
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:

@@ -20,44 +20,46 @@ PUBLISHED = {
     "CIFAR-10, ResNet-18, 800 epochs, linear": 91.8,
 }
 VIEWS = (2, 4, 6, 8)
-DEFAULTS: dict[str, dict[str, Any]] = {}  # the recipes themselves are SimSiam's
+DEFAULTS: dict[str, dict[str, Any]] = {}  # the recipes already are SimSiam's
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Defaults: the paper's for ImageNet (section 3, and for the predictor's rate table 1c). The rest are ablations."""
+    """Defaults: the paper's for ImageNet (section 3; for the predictor's learning rate, table 1c). The rest are
+    ablations."""
 
     dim: int = 2048
     """d, width of z and p."""
     projector_layers: int = 3
     """Fully connected layers of the projection MLP (2 on CIFAR-10, appendix D)."""
     projector_hidden: int | None = None
-    """Width of its hidden layers; None: the backbone's, as in the released code."""
+    """Width of its hidden layers; None: the backbone's feature width, as in the released code."""
     predictor_hidden: int | None = None
     """Width of the prediction MLP's hidden layer; None: d/4, the paper's bottleneck."""
     predictor: bool = True
     """False: h is the identity (table 1a); the network collapses."""
     predictor_trained: bool = True
-    """False: h stays as it was drawn (table 1b); training does not converge."""
+    """False: h keeps its random initial weights (table 1b); training does not converge."""
     predictor_fixed_lr: bool = True
-    """The predictor keeps the initial learning rate (table 1c, 68.1), from the first step on, also where the
-    encoder's warms up; False: it has the encoder's (67.7)."""
+    """The predictor keeps the initial learning rate (table 1c, 68.1) from the first step on, even while the encoder's
+    warms up; False: it follows the encoder's (67.7)."""
     predictor_lr: float = 1.0
-    """Its learning rate in multiples of the encoder's. Above 1 it stays nearer to its optimum, and more directions of z
-    survive the first steps (Y. Tian et al., arXiv 2102.06810): on short runs of thin nets 10 helps (docs/log.md)."""
+    """The predictor's learning rate as a multiple of the encoder's. Above 1 the predictor stays closer to its optimum,
+    and more directions of z survive the first steps (Y. Tian et al., arXiv 2102.06810): 10 helps in short runs of thin
+    networks (docs/log.md)."""
     stop_gradient: bool = True
     """False: gradient flows through both sides (figure 2); the network collapses."""
     bn: Literal["none", "hidden", "default", "all"] = "default"
-    """BN in the heads (table 3): nowhere; on hidden layers; also on z; also on p."""
+    """BN in the heads (table 3): none, on hidden layers only, also on z ("default"), or also on p ("all")."""
     similarity: Literal["cosine", "softmax"] = "cosine"
     """D: negative cosine, or the cross-entropy of the softmax over channels (section 4.5)."""
     symmetric: bool = True
-    """False: D(p1, z2) alone (section 4.6). With views.count=4 it takes two such pairs of each image."""
+    """False: D(p1, z2) alone (section 4.6). With views.count=4 it uses two such pairs per image."""
     target_steps: int = 1
-    """Steps for which the weights that compute the targets are kept (section 5.2, k-step alternation); 0: an epoch."""
+    """Steps between updates of the weights that compute the targets (section 5.2, k-step alternation); 0: one epoch."""
     target_momentum: float | None = None
-    """m of a moving average over an image's projections as its target (section 5.2: 0.8, without predictor); None: z itself
-    is the target."""
+    """m of a moving average of each image's projections, used as its target (section 5.2: 0.8, without predictor);
+    None: z itself is the target."""
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.projector_layers < 1:
@@ -73,41 +75,41 @@ class Settings:
 
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    """D(p, z) = -(p/|p|) . (z/|z|), mean over the batch, in float32 (eq. 1). [B,d] each -> scalar in [-1, 1]."""
+    """Return D(p, z) = -(p/|p|) . (z/|z|), averaged over the batch, in float32 (eq. 1). [B,d] each -> [-1, 1]."""
     return -F.cosine_similarity(wide(p), wide(z), dim=1, eps=1e-8).mean()
 
 
 def softmax_cross_entropy(p: Tensor, z: Tensor) -> Tensor:
-    """D(p, z) = -softmax(z) . log softmax(p), mean over the batch (section 4.5). [B,d] each -> scalar >= 0."""
+    """Return D(p, z) = -softmax(z) . log softmax(p), averaged over the batch (section 4.5). [B,d] each -> [0, inf)."""
     return -(wide(z).softmax(1) * wide(p).log_softmax(1)).sum(1).mean()
 
 
 def projection_mlp(
     inner: int, hidden: int, dim: int, layers: int, bn: Literal["none", "hidden", "default", "all"] = "default"
 ) -> nn.Sequential:
-    """BN after every layer, ReLU after all but the last, whose BN has no affine (section 3, 'projection MLP').
+    """Projection MLP: BN after every layer, ReLU after all but the last, whose BN is not affine (section 3).
 
-    The released code keeps a bias before that last BN, frozen; it has no effect on z, so ours has none.
+    The released code has a bias before that last BN, frozen; it has no effect on z and is omitted here.
     """
     widths = [inner, *[hidden] * (layers - 1), dim]
     return mlp(widths, hidden_norm=bn != "none", output_norm="none" if bn in ("none", "hidden") else "plain")
 
 
 def prediction_mlp(dim: int, hidden: int, bn: Literal["none", "hidden", "default", "all"] = "default") -> nn.Sequential:
-    """A bottleneck: BN and ReLU on the hidden layer, neither at the output (section 3, 'prediction MLP')."""
+    """Prediction MLP: a bottleneck with BN and ReLU on the hidden layer and neither on the output (section 3)."""
     return mlp([dim, hidden, dim], hidden_norm=bn != "none", output_norm="affine" if bn == "all" else "none")
 
 
 def encoder_and_predictor(method: Siamese, predictor: nn.Module, fixed_lr: bool, lr: float) -> list[dict[str, Any]]:
-    """The parameter groups of f and, where it has any to train, of h, which may keep the initial learning rate and has
-    `lr` times the one of f."""
+    """Return the parameter groups of f and, if it has trainable parameters, of h, which may keep the initial learning
+    rate and whose rate is `lr` times that of f."""
     groups: list[dict[str, Any]] = [{"params": [*method.encoder.parameters(), *method.projector.parameters()]}]
     trained = [parameter for parameter in predictor.parameters() if parameter.requires_grad]
     return groups + ([{"params": trained, "fixed_lr": fixed_lr, "lr_scale": lr}] if trained else [])
 
 
 class Method(Siamese):
-    """f = encoder + projector, one set of weights for both views; h = predictor."""
+    """f = encoder + projector, with the same weights for all views; h = predictor."""
 
     target: nn.Sequential
     target_age: Tensor
@@ -132,7 +134,7 @@ class Method(Siamese):
 
     @staticmethod
     def _in_host(method: Any, *_: Any) -> None:
-        """`target_age`, known without waiting for the device; None: to be read."""
+        """Reset `_age`, a host copy of `target_age` that saves device synchronisation; None: not read yet."""
         method._age = None
 
     def allocate(self, images: int) -> None:
@@ -141,9 +143,9 @@ class Method(Siamese):
             self.register_buffer("remembered", torch.zeros(images, dtype=torch.bool))
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """L = D(p1, stopgrad(z2))/2 + D(p2, stopgrad(z1))/2 (eq. 4), mean over the pairs where there are several.
+        """Return L = D(p1, stopgrad(z2))/2 + D(p2, stopgrad(z1))/2 (eq. 4), averaged over the pairs, and stats.
 
-        Each view is its own forward pass, so each has its own BN statistics.
+        Each view is a separate forward pass, so each has its own BN statistics.
         """
         z = project(self.network, views)
         p = [self.predictor(each) for each in z]
@@ -160,17 +162,17 @@ class Method(Siamese):
         return loss, {"std": spread(*z)}
 
     def _targets(self, views: list[Tensor], z: list[Tensor], index: Tensor) -> list[Tensor]:
-        """What p is drawn to: z of the other view, or what section 5.2 puts in its place."""
+        """Return the targets of p: z of the other view, or its replacement from section 5.2."""
         settings = self.settings
         if settings.target_momentum is not None:
             with torch.no_grad():
                 old, known = self.memory[index], self.remembered[index][:, None]
                 m = torch.where(known, settings.target_momentum, 0.0)
                 targets = [m * old + (1 - m) * each.float() for each in z]
-                # One new augmentation a step, as in the paper: the second view is it.
+                # One new augmentation per step, as in the paper: the second view.
                 seen = gather(index)
                 self.memory[seen] = gather(targets[1])
-                self.remembered.index_fill_(0, seen, True)  # to assign True would send it to a GPU, and wait
+                self.remembered.index_fill_(0, seen, True)  # assigning True would copy it to the GPU and wait
             return targets
         if settings.target_steps == 1:
             return z
@@ -190,7 +192,7 @@ class Method(Siamese):
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        """The target takes over the weights as they are, BN's statistics too: they are the same network, k steps ago."""
+        """Copy the current weights and BN statistics to the target: it is the same network, k steps ago."""
         self.target.load_state_dict(self.network.state_dict())
         self.target_age.zero_()
         self._age = 0

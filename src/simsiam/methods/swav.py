@@ -52,7 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 ONE_DEVICE = {"method": {"queue": 3840}, "train": {"lr": 0.6, "warmup_epochs": 0}}
-"""The released script for a batch of 256, but for freeze_steps: 5005 there, an epoch of ImageNet."""
+"""As in the released script for batch 256, except freeze_steps, which is 5005 there (one epoch of ImageNet)."""
 
 
 @dataclass(frozen=True)
@@ -66,47 +66,47 @@ class Settings:
     projector_hidden: int = 2048
     """Width of its hidden layers."""
     prototypes: int = 3000
-    """K, the trainable vectors that a code assigns an image to."""
+    """K, the number of trainable prototypes that a code assigns images to."""
     temperature: float = 0.1
     """tau of the prediction."""
     epsilon: float = 0.05
     """Entropy regularisation of the codes; below 0.025 they would leave the range of float32."""
     sinkhorn_iterations: int = 3
     queue: int = 0
-    """Features of earlier batches that help to compute the codes, where a batch is small against K; 0: none."""
+    """Features of earlier batches that are added when computing the codes, for batches small relative to K; 0: none."""
     queue_epoch: int = 15
-    """The epoch, the first being 0, from which the queue is used."""
+    """The epoch, counted from 0, from which the queue is used."""
     freeze_steps: int = 313
-    """Steps during which the prototypes stay as they were drawn."""
+    """Initial steps during which the prototypes are frozen."""
     predictor: bool = False
-    """A prediction MLP before the prediction (SimSiam paper, section 6.2)."""
+    """Apply a prediction MLP to z before it is compared with the prototypes (SimSiam paper, section 6.2)."""
     stop_gradient: bool = True
     """False: gradient flows through the codes too (SimSiam paper, section 6.2: diverges)."""
     normalised_in_graph: bool = False
-    """The prototypes are normalised in the forward pass too, and their gradient is that of their directions (SimSiam paper,
-    section 6.2)."""
+    """Also normalise the prototypes in the forward pass, so that their gradient is that of their directions (SimSiam
+    paper, section 6.2)."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "projector_layers", "projector_hidden", "prototypes", "sinkhorn_iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
         if min(self.queue, self.queue_epoch, self.freeze_steps) < 0 or self.temperature <= 0:
-            raise ValueError("queue, queue_epoch and freeze_steps must not be negative, temperature above 0.")
+            raise ValueError("queue, queue_epoch and freeze_steps must not be negative; temperature must be above 0.")
         if self.epsilon < 0.025:
             raise ValueError(f"epsilon is {self.epsilon:g}: it must be at least 0.025.")
 
 
 @in_float32
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Codes q: assignments of B features to K prototypes that use every prototype equally (section 3.1, eq. 3 to 5).
+    """Return codes q: assignments of B features to K prototypes that use all prototypes equally (section 3.1, eq. 3-5).
 
-    scores: float [B,K], cosines; with several ranks, this rank's rows. Returns [B,K] in float32, rows summing to 1. The last
-    scaling is that of the rows; after enough iterations each column sums to B/K as well.
+    scores: float [B,K], cosines; with several ranks, this rank's rows. Returns float32 [B,K] with rows summing to 1,
+    because rows are scaled last; after enough iterations each column sums to B/K as well.
     """
     scores = wide(scores) / epsilon
     largest = scores.detach().amax()
     ranks.all_ranks([largest], "max")
-    q = torch.exp(scores - largest)  # a common factor, which the scaling cancels: without it exp could overflow
+    q = torch.exp(scores - largest)  # prevents overflow; the scaling cancels this factor
     for _ in range(iterations):
         columns = ranks.total(q.sum(0))
         q = q / columns.clamp(min=torch.finfo(q.dtype).tiny)
@@ -116,9 +116,9 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 
 @in_float32
 def swapped_prediction(scores: list[Tensor], codes: list[Tensor], temperature: float) -> Tensor:
-    """Cross-entropy of each code with the prediction from every other view (eq. 2), mean over pairs and batch.
+    """Return the mean cross-entropy of each code with the prediction from every other view (eq. 2).
 
-    scores: [B,K] of every view; codes: [B,K] of the first, full-size views.
+    scores: [B,K] of every view; codes: [B,K] of the full-size views, which come first. Mean over pairs and batch.
     """
     predictions = [F.log_softmax(wide(each) / temperature, 1) for each in scores]
     losses = [
@@ -131,10 +131,10 @@ def swapped_prediction(scores: list[Tensor], codes: list[Tensor], temperature: f
 
 
 class Method(Siamese):
-    """Each view predicts the code that the other got, among prototypes that are trained along.
+    """Each view predicts the code of the other, an assignment to jointly trained prototypes.
 
-    Unlike the released code, each view is its own forward pass, with BN statistics of its own; the prototypes start Gaussian
-    on the sphere; the queue fills from the first step.
+    Unlike in the released code, each view is a separate forward pass with its own BN statistics; the prototypes are
+    initialised as normalised Gaussian vectors; the queue fills from the first step.
     """
 
     queue: Tensor
@@ -162,12 +162,12 @@ class Method(Siamese):
 
     @staticmethod
     def _in_host(method: Any, *_: Any) -> None:
-        """What the buffers tell, known without waiting for the device; None: to be read."""
+        """Reset the host copies of buffer values, which save device synchronisation; None: not read yet."""
         method._queue_ready, method._epoch = False, None
 
     @property
     def fixed(self) -> bool:  # type: ignore[override]
-        """False until the queue, where there is one, is in use."""
+        """False until the queue, if any, is in use."""
         return not self.settings.queue or self._queue_ready
 
     def before_epoch(self, epoch: int) -> None:
@@ -193,7 +193,7 @@ class Method(Siamese):
     def _code(self, z: Tensor, prototypes: Tensor, slot: int) -> Tensor:
         rows = z
         if self._use_queue():
-            rows = torch.cat([self.queue[slot, ranks.rank() :: ranks.count()], z])  # each rank brings its part
+            rows = torch.cat([self.queue[slot, ranks.rank() :: ranks.count()], z])  # each rank contributes its part
         return sinkhorn(similarities(rows, prototypes), self.settings.epsilon, self.settings.sinkhorn_iterations)[
             -len(z) :
         ]
@@ -202,7 +202,7 @@ class Method(Siamese):
         if self.settings.queue and not self._queue_ready:
             self._epoch = int(self.epoch) if self._epoch is None else self._epoch
             if self._epoch >= self.settings.queue_epoch:
-                self._queue_ready = bool(self.queue[:, -1].any())  # features have length 1: it is full
+                self._queue_ready = bool(self.queue[:, -1].any())  # rows have unit length, unset ones are 0
         return self._queue_ready
 
     def _enqueue(self, z: list[Tensor]) -> None:
@@ -212,5 +212,5 @@ class Method(Siamese):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Prototypes stay on the sphere. That undoes what weight decay did to them while they are frozen, too."""
+        """Project the prototypes back onto the sphere; while they are frozen, this also undoes weight decay."""
         self.prototypes.weight.copy_(unit(self.prototypes.weight))

@@ -45,11 +45,11 @@ class Settings:
     projector_hidden: int = 8192
     """Width of the expander's two hidden layers."""
     invariance: float = 25.0
-    """lambda"""
+    """lambda, the weight of the invariance term."""
     variance: float = 25.0
-    """mu"""
+    """mu, the weight of the variance term."""
     covariance: float = 1.0
-    """nu"""
+    """nu, the weight of the covariance term."""
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.projector_hidden < 1:
@@ -59,12 +59,12 @@ class Settings:
 
 
 def variance_term(z: Tensor) -> Tensor:
-    """Hinge that keeps the std of every channel above 1 (eq. 1): mean over channels of max(0, 1 - std). z: float [B,d]."""
+    """Hinge loss that keeps the std of every channel above 1 (eq. 1): mean of max(0, 1 - std). z: float [B,d]."""
     return F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
 
 
 def covariance_term(z: Tensor) -> Tensor:
-    """Sum of the squared off-diagonal entries of the covariance, over d (eq. 3 and 4). z: float [B,d]."""
+    """Sum of the squared off-diagonal entries of the covariance, divided by d (eq. 3 and 4). z: float [B,d]."""
     centred = z - z.mean(0)
     covariance = centred.T @ centred / (len(z) - 1)
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / z.shape[1]
@@ -72,10 +72,10 @@ def covariance_term(z: Tensor) -> Tensor:
 
 @in_float32
 def vicreg(z1: Tensor, z2: Tensor, invariance: float, variance: float, covariance: float) -> Tensor:
-    """lambda s + mu [v(z1) + v(z2)] + nu [c(z1) + c(z2)] (eq. 6), with v halved as in the released code.
+    """Return lambda s + mu [v(z1) + v(z2)] + nu [c(z1) + c(z2)] (eq. 6), with v halved as in the released code.
 
-    z: float [B,d], over the batch of all ranks; s is the mean squared distance of the two views' entries, as in the
-    released code too, where eq. 5 sums over the channels.
+    z: float [B,d]; computed over the batches of all ranks. s is the mean squared difference of the views' entries, also
+    as in the released code; eq. 5 sums over the channels instead.
     """
     first, second = gather(wide(z1)), gather(wide(z2))
     v = (variance_term(first) + variance_term(second)) / 2
@@ -84,7 +84,7 @@ def vicreg(z1: Tensor, z2: Tensor, invariance: float, variance: float, covarianc
 
 
 class Method(Siamese):
-    """Brings the views of an image together while every channel of z keeps its variance and none repeats another."""
+    """Pulls the views of an image together, keeps the variance of every channel of z, and decorrelates the channels."""
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__()

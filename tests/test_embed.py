@@ -131,6 +131,16 @@ def test_embedding_again_computes_only_what_is_new(run: Path, copy: Path, tmp_pa
     assert np.array_equal(np.load(out / "vectors.npy")[ids.index("yy.png")], first[0])
 
 
+def test_embeddings_of_other_data_are_not_replaced(run: Path, copy: Path, tmp_path: Path) -> None:
+    shutil.copytree(copy, tmp_path / "first")
+    shutil.copytree(copy, tmp_path / "second")
+    embed_to(run, tmp_path / "first", tmp_path / "out")
+    with pytest.raises(UserError, match=r"out holds embeddings of .*first: choose another -o, or delete it"):
+        embed_to(run, tmp_path / "second", tmp_path / "out")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert embed_to(run, tmp_path / "moved", tmp_path / "out")["new"] == 0
+
+
 def test_where_the_memory_is_short_a_batch_is_embedded_in_parts(
     run: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -284,7 +284,7 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_ignored_kinds_are_warned_about(tmp_path: Path) -> None:
     write(tmp_path, "1.png", "2.psd", "3.PSD", "more.zip", "notes.txt")
-    with pytest.warns(UserWarning, match=r"1 file read, others left out: \.psd 2, \.zip 1\.$"):
+    with pytest.warns(UserWarning, match=r"1 file used\. Left out, being of other kinds: \.psd 2, \.zip 1\.$"):
         assert open_images(tmp_path).ids == ["1.png"]
 
 
@@ -306,7 +306,7 @@ def test_photographs_of_iphones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         open_images(tmp_path / "photos")
     write(tmp_path / "photos", "1.png")
     with pytest.warns(
-        UserWarning, match=r"1 file read, others left out: \.heic 1, \.heif 1\. .*pip install pillow-heif"
+        UserWarning, match=r"1 file used\. Left out, .* \.heic 1, \.heif 1\. .*pip install pillow-heif"
     ):
         assert open_images(tmp_path / "photos").ids == ["1.png"]
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -398,7 +399,7 @@ def test_resume_refuses_other_images_and_says_what_it_ignores(
         simsiam.train(mine, run, epochs=9, listener=Stop(signal.SIGINT, 3), **SMALL)
     listener = Recorder()
     (mine / "new.png").write_bytes(next(photos.rglob("*.png")).read_bytes())
-    with pytest.raises(UserError, match="have changed") as kept:  # as a notebook keeps its last error, and what it met
+    with pytest.raises(UserError, match="other names, sizes or times of change") as kept:  # as a notebook keeps its last error, and what it met
         simsiam.train(photos, run, resume=True, epochs=3, listener=listener)
     (mine / "new.png").unlink()
     with pytest.raises(Interrupted):
@@ -408,7 +409,7 @@ def test_resume_refuses_other_images_and_says_what_it_ignores(
     assert read_recipe(run / "config.toml")["data"] == str(mine)
     for path in list(mine.iterdir())[:38]:
         path.unlink()
-    with pytest.raises(UserError, match=r"have changed.*--init"):  # fewer than a batch
+    with pytest.raises(UserError, match=r"other names, sizes.*--init"):  # fewer than a batch
         simsiam.train(out=run, resume=True)
 
 
@@ -534,6 +535,12 @@ def test_divergence_is_named_and_the_start_is_kept(photos: Path, tmp_path: Path)
     assert summary["verdict"] == "diverged" and summary["knn"] is None and summary["loss"] is None
     kept, _ = Checkpoints(tmp_path / "run").load("HEALTHY")
     assert all(torch.isfinite(value).all() for value in kept.values())
+    says = rf"run diverged: this is the last encoder that was healthy, from step {summary['encoder_step']}\."
+    with pytest.warns(UserWarning, match=says):
+        simsiam.load(tmp_path / "run")
+    listener = Recorder()
+    evaluate_run(tmp_path / "run", names="knn", listener=listener)
+    assert any(re.search(says, line) for line in listener.lines)
 
 
 def test_weights_that_the_last_step_destroyed_are_not_called_healthy(

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import shlex
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -226,6 +227,16 @@ def read_encoder(run: Path) -> tuple[Encoder, Preprocessing, dict[str, Any]]:
     return encoder.eval(), prepare, meta
 
 
+def failure(run: str | Path, meta: dict[str, Any]) -> str | None:
+    """What the user of a run's encoder, described by its `encoder.json`, has to know if training failed; None if not."""
+    verdict, step = meta.get("verdict"), meta.get("step")
+    return {
+        "diverged": f"{run} diverged: this is the last encoder that was healthy, from step {step}.",
+        "collapsed": f"{run} collapsed: its vectors are nearly the same for all images.",
+        "partial": f"{run} collapsed partly: its vectors use few directions.",
+    }.get(str(verdict))
+
+
 def compute_of(run: Path, encoder: Encoder, prepare: Preprocessing, device: torch.device) -> Compute:
     """How to compute with a run's encoder on a device: in its training precision, so that results match those at the
     end of training and are the same every time. If that is unknown, was chosen on another kind of device or would be
@@ -287,6 +298,8 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             self.compute_.place(self.encoder_)
             self._in_use = in_use(self.encoder_, self.compute_)
             self.opened_ = asked
+            if failed := failure(self.run, self.meta_):
+                warnings.warn(failed, stacklevel=2)
         return self
 
     def fit(self, images: Any = None, y: Any = None) -> Self:
@@ -355,7 +368,8 @@ def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
         try:
             return decode(Path(image).read_bytes(), short_side)
         except (OSError, DecodeError) as error:
-            raise UserError(f"Cannot read the image {os.fspath(image)}: {error}.") from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"Cannot read the image {os.fspath(image)}: {reason}.") from None
     if isinstance(image, Image.Image):
         try:
             return decode(image.copy(), short_side)  # decoding modifies its input

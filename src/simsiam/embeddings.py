@@ -38,13 +38,13 @@ def embed_to(
     A folder already filled by this encoder is updated: images whose pixels are embedded already keep their vectors.
 
     Returns {"vectors", "dim", "new", "bad_files"}: rows, their length, the number computed now, and unreadable files.
-    Raises UserError if `out` holds embeddings of another encoder, or something else.
+    Raises UserError if `out` holds embeddings of another encoder or of other data, or something else.
     """
     from simsiam.data.cache import build_cache
 
     encoder = ImageEncoder(os.fspath(run), device).open()
     out = Path(out)
-    known = _known(out, encoder.meta_)
+    known = _known(out, encoder.meta_, absolute(data))
     images = open_images(data)
     make_writable(out)  # or fail now, not after hours of embedding
     try:
@@ -221,16 +221,23 @@ def _made_by(meta: dict[str, Any], sha256: str = "sha256") -> tuple[Any, Any]:
     return meta.get(sha256), meta.get("preprocessing")
 
 
-def _known(out: Path, encoder: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
-    """Maps pixel hashes to the vectors in `out` that this encoder (given by its `encoder.json`) made before."""
+def _known(out: Path, encoder: dict[str, Any], data: str) -> dict[str, NDArray[np.float32]]:
+    """Maps pixel hashes to the vectors in `out` that this encoder (given by its `encoder.json`) made before.
+
+    Raises UserError if it holds something else: vectors of another encoder, or of other data that still exists.
+    """
     if not out.exists() or (out.is_dir() and _unfinished(out) == {*out.iterdir()}):
         return {}
     if not (out / META).exists() and not (out / VECTORS).exists():
         raise UserError(f"{out} holds something other than embeddings: choose another -o.")
     if not (out / META).exists():  # a killed write
         return {}
-    if _made_by(read_json(out / META), "encoder") != _made_by(encoder):
+    meta = read_json(out / META)
+    if _made_by(meta, "encoder") != _made_by(encoder):
         raise UserError(f"{out} holds embeddings of another encoder: choose another -o, or delete it.")
+    theirs = str(meta.get("data"))
+    if theirs != data and (not os.path.isabs(theirs) or os.path.exists(theirs)):  # otherwise it was moved
+        raise UserError(f"{out} holds embeddings of {theirs}: choose another -o, or delete it.")
     try:
         stored = read_embeddings(out, ["pixels"])
     except UserError:  # damaged: everything is embedded again

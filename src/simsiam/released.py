@@ -134,7 +134,10 @@ def _recipe(
     named = {name: models.get_model_builder(name) for name in models.list_models(module=models)}
     known = [name for name, builder in named.items() if builder.__module__ == models.resnet.__name__]
     if not isinstance(arch, str):
-        raise UserError(f"{path} does not name its encoder: add one, e.g. --encoder resnet50.")
+        raise UserError(
+            f"{path} does not name its encoder, as the released code's checkpoints do: if it is of one of torchvision's "
+            "ResNets, add --encoder resnet50, for example."
+        )
     if arch not in known:
         raise UserError(
             f"{path} has the encoder {arch!r}; the released code trains ResNets.{did_you_mean(arch, known)}"

@@ -273,8 +273,8 @@ class Session:
 def images_changed(data: str, run: Path) -> UserError:
     """Return the error for a run that cannot be resumed because its images are different."""
     return UserError(
-        f"The images in {data} have changed since {run} started: restore them, "
-        f"or start a new run from its weights with --init {shlex.quote(str(run))}."
+        f"The images in {data} have other names, sizes or times of change than when {run} started: restore them (copy with "
+        f"cp -a or rsync -a), or start a new run from its weights with --init {shlex.quote(str(run))}."
     )
 
 

@@ -179,7 +179,7 @@ def _from_files(name: str, root: str, files: list[File], data: str) -> ImageSet:
             ignored = [file for file in files if file.id.lower().endswith(others)]
             if ignored:
                 warnings.warn(
-                    f"{data}: {counted(len(chosen), 'file')} read, others left out: {_count(ignored)}.{_hint(ignored)}",
+                    f"{data}: {counted(len(chosen), 'file')} used. Left out, being of other kinds: {_count(ignored)}.{_hint(ignored)}",
                     stacklevel=3,
                 )
             return open_kind(name, root, chosen)

@@ -1,4 +1,4 @@
-"""What every test shares: a cache folder of the session's own, so that nothing is written to the home folder."""
+"""Shared fixtures, and a temporary cache folder, so that nothing is written to the home folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Work this small only loses by a second thread, a hundredfold on a busy machine."""
+    """Use one thread: a second one only slows down work this small, a hundredfold on a busy machine."""
     import torch
 
     before = torch.get_num_threads()
@@ -29,8 +29,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what holds there alone: a GPU takes other defaults, reads ahead, rounds otherwise, and is through before the
-    guard, which looks once a second, has seen much. All other tests run on a GPU where there is one."""
+    """Hide the GPU from tests that hold only on a CPU: a GPU has other defaults, reads ahead, rounds differently, and
+    finishes before the guard, which checks once a second, has seen much. All other tests use a GPU if there is one."""
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -38,7 +38,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 96 small images in 3 class folders, of several sizes, with one broken file."""
+    """A folder of 96 small images of several sizes in 3 class folders, and one broken file."""
     import numpy as np
     from PIL import Image
 
@@ -59,7 +59,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def stored(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Embeddings of the photos, beside the run that made them. Tests add to the folder and change nothing in it."""
+    """Embeddings of the photos, beside the run that made them. Tests may add files to the folder but not change any."""
     import simsiam
     from simsiam.embeddings import embed_to
     from test_train import SMALL

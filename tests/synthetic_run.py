@@ -1,4 +1,4 @@
-"""A plausible run folder without training: shapes in colours, embeddings that separate the classes."""
+"""A plausible run folder without training: coloured shapes, and embeddings that separate the classes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BAD_FILES = [{"path": f"holiday/{i}.jpg", "reason": "empty file (0 bytes)"} for 
 
 
 def pictures(labels: np.ndarray, side: int = 48) -> np.ndarray:
-    """uint8 [N,side,side,3]: one hue and one stripe width per class, noise on top."""
+    """uint8 [N,side,side,3]: one hue and stripe width per class, plus noise."""
     rng = np.random.default_rng(0)
     grid = np.arange(side)
     out = np.empty((len(labels), side, side, 3), np.uint8)
@@ -67,7 +67,7 @@ def make_run(
     labelled: bool = True,
     verdict: str = "healthy",
 ) -> Path:
-    """Writes every file that `train` and `evaluate` leave behind and returns the folder."""
+    """Write every file that `train` and `evaluate` write, and return the folder."""
     rng = np.random.default_rng(1)
     labels = rng.integers(0, len(classes), items) if labels is None else labels
     thumbnails = pictures(labels) if thumbnails is None else thumbnails

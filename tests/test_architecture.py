@@ -1,4 +1,4 @@
-"""The house rules that a machine can check."""
+"""Machine-checkable rules of the code base."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOM = {name: room for room, names in ROOMS.items() for name in names}
 
 
 def imports(path: Path) -> set[str]:
-    """Every module of the package that a file imports, anywhere in it, TYPE_CHECKING blocks left out."""
+    """Return all modules of the package that a file imports, at any level, except in TYPE_CHECKING blocks."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:

@@ -1,4 +1,4 @@
-"""Evaluating a run as its user does."""
+"""Evaluation of a run, as a user does it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_damaged_files_of_a_run_are_named_or_done_without(run: Path, tmp_path: P
     (own / "environment.json").write_text('{"device": "quantum:3"}')
     assert evaluate_run(own, names="collapse")["collapse"]["std"] > 0
     (own / "evaluation.json").write_text("[]")
-    with pytest.raises(UserError, match=r"evaluation.json: it holds no JSON object"):
+    with pytest.raises(UserError, match=r"evaluation.json: it is not a JSON object"):
         evaluate_run(own, names="collapse")
 
 
@@ -122,7 +122,7 @@ def test_labels_are_missed_only_where_something_needs_them(capsys: pytest.Captur
 
 def test_its_own_images_are_known_again_where_they_lie_now(run: Path, photos: Path, tmp_path: Path) -> None:
     own = shutil.copytree(run, tmp_path / "run")
-    moved = shutil.copytree(photos, tmp_path / "moved")  # with the times of change, as `mv` keeps them
+    moved = shutil.copytree(photos, tmp_path / "moved")  # keeps modification times, like `mv`
     result = evaluate_run(own, moved, names=["knn", "collapse"])
     assert result["file"] == str(own / "evaluation.json") and result["data"] == str(moved)
     assert result["collapse"]["effective_rank_features"] > 0, "beside what training said of z"

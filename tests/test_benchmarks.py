@@ -1,4 +1,4 @@
-"""benchmarks/: what makes its figures comparable, without measuring any."""
+"""benchmarks/: what makes the figures comparable, tested without measuring."""
 
 from __future__ import annotations
 
@@ -63,6 +63,6 @@ def test_a_window_leaves_the_first_steps_out(peers: Any, monkeypatch: pytest.Mon
     clock = peers.Clock(seconds=2.0, batch=10, device=torch.device("cpu"), warmup=2)
     steps = 0
     while not clock.over():
-        now += 100.0 if steps == 0 else 0.5  # the second step takes long, too, but is not counted
+        now += 100.0 if steps == 0 else 0.5  # the slow first step must not count
         steps += 1
     assert clock.rate == pytest.approx(10 / 0.5)

@@ -1,4 +1,4 @@
-"""The command line as a stable contract: verbs, exit status, what goes to stdout and what to stderr."""
+"""The command line as a stable contract: commands, exit status, stdout and stderr."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def simsiam_cli(*arguments: object, cwd: Path | None = None) -> subprocess.Compl
 def called(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str
 ) -> tuple[object, str, str]:
-    """Status, stdout and stderr of the command line, called in this process."""
+    """Run the command line in this process; return exit status, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["simsiam", *arguments])
     with pytest.raises(SystemExit) as left:
         cli.main()
@@ -75,8 +75,8 @@ def test_import_and_version_are_light() -> None:
     ("arguments", "says"),
     [
         (["train", "--epoch", "3"], "No such option: --epoch. Did you mean --epochs? "),
-        (["train", "--weight-decay", "0"], "A setting that is no option is written weight_decay=VALUE. "),
-        (["search", "d", "i", "--K", "3"], "No such option: --K. `"),
+        (["train", "--weight-decay", "0"], "Settings without an option are written weight_decay=VALUE. "),
+        (["search", "d", "i", "--K", "3"], "No such option: --K. See `"),
     ],
 )
 def test_an_option_that_is_none_is_answered_with_what_was_meant(
@@ -106,7 +106,7 @@ def test_every_command_is_a_function_that_the_docs_name() -> None:
     for _, path, given in calls:
         module, _, name = path.rpartition(".")
         function = getattr(importlib.import_module(f"simsiam.{module}"), name)
-        inspect.signature(function).bind(*filter(None, given.split(", ")))  # called as the docs call it
+        inspect.signature(function).bind(*filter(None, given.split(", ")))  # called as in the docs
 
 
 def test_what_python_offers_is_listed_and_still_light() -> None:
@@ -218,7 +218,7 @@ def test_a_mistake_is_one_clear_line_and_status_2(
 
 
 def test_a_mistake_ends_the_process_so(photos: Path, run: Path, tmp_path: Path) -> None:
-    """One of those above, as a shell sees it."""
+    """One of the cases above, in a separate process."""
     done = simsiam_cli("train", photos, "-o", run, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "", done.stderr
     assert "Traceback" not in done.stderr and "--resume" in done.stderr.splitlines()[-1]
@@ -275,7 +275,7 @@ def test_whatever_ends_a_progress_bar_the_cursor_comes_back(
         raise error
 
     monkeypatch.setattr("simsiam.data.check.check", fail)
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich assume a terminal
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "argv", ["simsiam", "check", str(photos)])
     with pytest.raises(ZeroDivisionError if isinstance(error, ZeroDivisionError) else SystemExit):
@@ -296,5 +296,5 @@ def test_a_page_that_cannot_be_made_does_not_take_the_result_with_it(run: Path, 
     for arguments in (["train", "--resume", "-o", copy], ["evaluate", copy, "--only", "collapse"]):
         done = simsiam_cli(*arguments, "--json")
         assert done.returncode == 0 and json.loads(done.stdout)["run"] == str(copy)
-        assert "Warning: Cannot " in done.stderr and "The result is shown, and not kept." in done.stderr
+        assert "Warning: Cannot " in done.stderr and "The result is shown but not saved." in done.stderr
         assert "Report  " not in done.stderr

@@ -1,4 +1,4 @@
-"""Collapse: every figure against a case where it is known in closed form."""
+"""Collapse: every figure against a case with a known closed form."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def with_spectrum(values: list[float], n: int = 200, d: int = 32) -> Tensor:
-    """[n,d] whose centred singular values are exactly `values`; its mean is not 0."""
+    """Return [n,d] with exactly these singular values after centring, and a non-zero mean."""
     left = torch.linalg.qr(noise(n, len(values)) - noise(n, len(values)).mean(0))[0]
     right = torch.linalg.qr(noise(d, len(values), seed=1))[0]
     return left @ torch.diag(torch.tensor(values)) @ right.T + noise(d, seed=2)
@@ -85,11 +85,11 @@ def test_effective_rank_of_a_known_spectrum() -> None:
 
 def test_partial_collapse_is_what_std_alone_does_not_see() -> None:
     z = with_spectrum([50.0, 50.0]) - with_spectrum([50.0, 50.0]).mean(0)
-    # Two directions of 32: the std of z/|z| is shared between few channels, but not small.
+    # Two directions of 32: the std of z/|z| is spread over few channels, but not small.
     assert float(normalised_std(z)) > 3 * COLLAPSED_STD
     assert judge(-0.9, float(normalised_std(z)), effective_rank(z), most=200).name == "partial"
     assert judge(-0.9, float(normalised_std(z))).name == "healthy"
-    two = judge(-0.9, 1.41, effective_rank(z[:2]), most=1)  # whose rank is 1 at best
+    two = judge(-0.9, 1.41, effective_rank(z[:2]), most=1)  # at most rank 1
     assert two.name == "healthy" and two.evidence.endswith(TOO_FEW)
 
 
@@ -120,7 +120,7 @@ def test_retrieval() -> None:
     half = torch.cat([z[:50], z[50:].roll(1, 0)])
     assert retrieval(z, half) == 50
     assert retrieval(noise(2000, 16), noise(2000, 16, seed=1)) < 1
-    twice = torch.cat([z[:10], z[:10]])  # every image there twice: its own view is never alone in front
+    twice = torch.cat([z[:10], z[:10]])  # every image twice: its own view always ties with another
     assert retrieval(twice, twice) == 0
     assert retrieval(torch.cat([z[:10], z[:5]]), torch.cat([z[:10], z[:5]])) == pytest.approx(100 * 5 / 15)
 
@@ -134,12 +134,12 @@ def test_retrieval() -> None:
         ((-0.9, 0.98, 512 * PARTIAL_SHARE - 0.01, None, 512), "partial"),
         ((-1.0, COLLAPSED_STD - 1e-6, 0.0), "collapsed"),
         ((-1.0, 0.0, 60.0), "collapsed"),
-        ((-0.9, 0.16, 147.0, None, 512), "healthy"),  # no BN in the heads: a large mean, and many directions about it
-        ((-0.9, 0.98, 1.0, None, 1), "healthy"),  # two images: there is one direction
-        ((-0.9, 0.98, 1.4, None, 3), "healthy"),  # four of them
+        ((-0.9, 0.16, 147.0, None, 512), "healthy"),  # no BN in the heads: a large mean, but many directions around it
+        ((-0.9, 0.98, 1.0, None, 1), "healthy"),  # two images: only one direction
+        ((-0.9, 0.98, 1.4, None, 3), "healthy"),  # four images
         ((-0.9, 0.98, 1.4, None, 4), "collapsed"),
-        ((-0.9, 0.98, 1.8, None, 32), "partial"),  # though it is more than 2 % of them
-        ((-0.98, 0.18, 1.01, None, 512), "collapsed"),  # BN: one output against the rest
+        ((-0.9, 0.98, 1.8, None, 32), "partial"),  # although it is more than 2 % of the directions
+        ((-0.98, 0.18, 1.01, None, 512), "collapsed"),  # with BN: one output opposite to the rest
         ((math.nan, 0.98), "diverged"),
         ((math.inf, 0.0), "diverged"),
         ((-0.5, math.nan, 1.0), "diverged"),
@@ -153,12 +153,12 @@ def test_verdicts(figures: tuple[float, ...], name: str) -> None:
 
 @pytest.mark.parametrize("count", [64, 128, 512])
 def test_one_output_against_the_rest_is_suspicious(count: int) -> None:
-    vector = noise(512).sign()  # as BN leaves it: every channel of the same size
+    vector = noise(512).sign()  # as after BN: all channels have the same magnitude
     z = vector.repeat(count, 1)
     z[0] = -vector
     assert suspicious(float(normalised_std(z)), count) and effective_rank(z) < COLLAPSED_RANK
     assert not suspicious(float(normalised_std(noise(count, 512))), count)
-    assert not suspicious(0.4, 4)  # of a few images a healthy std is no larger
+    assert not suspicious(0.4, 4)  # with few images, a healthy std is no larger
 
 
 def look(*sequence: Name, patience: int = 3) -> Name:
@@ -180,7 +180,7 @@ def test_guard_waits_for_patience() -> None:
 
 
 def test_guard_over_every_short_history() -> None:
-    """Standing is the newest verdict that is healthy, diverged, or the third in a row that is not healthy."""
+    """The standing verdict is the latest that is healthy, diverged, or the third unhealthy one in a row."""
     kinds: tuple[Name, ...] = ("healthy", "partial", "collapsed", "diverged")
     for history in itertools.product(kinds, repeat=5):
         standing: Name = "healthy"

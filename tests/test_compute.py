@@ -34,7 +34,7 @@ def test_a_generator_is_a_function_of_its_key() -> None:
 
 
 def test_neighbouring_keys_are_independent() -> None:
-    """Seeds 0..15 and steps 0..15 of seed 0, also shifted against each other: no correlation beyond chance."""
+    """Seeds 0..15 and steps 0..15 of seed 0, also shifted relative to each other: no correlation beyond chance."""
     streams = torch.stack([draw(seed) for seed in range(16)] + [draw(0, step) for step in range(16)])
     limit = 5 / streams.shape[1] ** 0.5
     for shift in (0, 1, 2, 624):
@@ -91,13 +91,13 @@ def test_threads_follow_the_quota_unless_told_otherwise(monkeypatch: pytest.Monk
 
 
 class Machine:
-    """Steps of 0.1 s on two threads, 0.2 s on one; 6 s on two while somebody else is busy."""
+    """A simulated machine: steps take 0.1 s on two threads, 0.2 s on one; 6 s on two if other processes are busy."""
 
     def __init__(self, pace: Pace) -> None:
         self.pace, self.clock, self.said = pace, 0.0, list[str]()
 
     def run(self, seconds: float, busy: bool) -> tuple[int, float]:
-        """Steps done, and the share of them on two threads."""
+        """Return the number of steps, and the fraction of them on two threads."""
         end, steps, on_two = self.clock + seconds, 0, 0
         while self.clock < end:
             two = torch.get_num_threads() == 2
@@ -169,14 +169,14 @@ def test_convolutions_are_placed_in_channels_last() -> None:
 
 @pytest.mark.parametrize("faster", ["bf16", "fp32"])
 def test_the_faster_precision_is_picked(monkeypatch: pytest.MonkeyPatch, faster: str) -> None:
-    """On a clock that only the step moves. A slow warm-up and one slow repetition of the faster must not count."""
+    """With a clock advanced only by steps. A slow warm-up and one slow repetition of the faster one must not count."""
     clock = 0.0
     calls: list[str] = []
 
     def step(compute: Compute) -> None:
         nonlocal clock
         calls.append(compute.precision)
-        with compute.autocast():  # the step runs in the precision that it is told
+        with compute.autocast():  # the step runs in the requested precision
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == {"bf16": torch.bfloat16}.get(
                 compute.precision, torch.float32
             )

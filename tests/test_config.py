@@ -1,4 +1,4 @@
-"""Typed settings: what goes in comes out, and a mistake names its key."""
+"""Typed settings: values survive a round trip, and errors name the key."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_values_arrive_with_their_own_types() -> None:
     ("table", "message"),
     [
         ({"step": 3}, r"Unknown setting train\.step\. Did you mean 'steps'\?"),
-        ({"xyz": 3}, r"Unknown setting train\.xyz\. There is: fast, kind, name, rate, scale, steps, width\."),
+        ({"xyz": 3}, r"Unknown setting train\.xyz\. Available: fast, kind, name, rate, scale, steps, width\."),
         ({"rate": "high"}, r"train\.rate is 'high'.* a number"),
         ({"rate": True}, r"train\.rate is True.* a number"),
         ({"rate": float("nan")}, r"train\.rate is nan.* finite"),
@@ -163,11 +163,11 @@ def test_no_unit_is_ever_full() -> None:
 
 def test_did_you_mean() -> None:
     assert did_you_mean("simsaim", ["byol", "simsiam"]) == " Did you mean 'simsiam'?"
-    assert did_you_mean("zzz", ["b", "a"]) == " There is: a, b."
+    assert did_you_mean("zzz", ["b", "a"]) == " Available: a, b."
 
 
 def test_settings_and_run_folders_are_light_to_import() -> None:
-    """`simsiam --help` rests on this: torch takes seconds."""
+    """`simsiam --help` depends on this: importing torch takes seconds."""
     code = "import sys, simsiam, simsiam.config, simsiam.runs, simsiam.compute; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "False"

@@ -1,4 +1,4 @@
-"""What the terminal shows of names and texts that others chose."""
+"""How the terminal shows untrusted names and texts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_name_is_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_control_characters_of_a_name_are_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever packed an archive chose the names in it: they must not colour the terminal, nor set its title."""
+    """File names in an archive are untrusted: they must not colour the terminal or set its title."""
     name = "e\x1b[31mRED\x1b]0;title\x07\x9b2J\n\t.png"
     console = Console()
     console.results(name, ["name"], [[name]])
@@ -67,7 +67,7 @@ def test_a_reader_that_leaves_does_not_end_the_run() -> None:
 def test_without_a_terminal_what_takes_long_says_so_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A log of `evaluate --finetune` or of a large `embed` must not look like one of a process that hangs."""
+    """The log of `evaluate --finetune` or of a large `embed` must not look like a hanging process."""
     console, now = Console(), 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     for done in range(0, 60_001, 1_000):

@@ -1,4 +1,4 @@
-"""Convolutions in other forms against torch's own."""
+"""Convolutions in other forms against torch's."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def as_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rule of such a processor on any."""
+    """Apply the rule for processors with AMX on any processor."""
     monkeypatch.setattr(convolutions, "_has_amx", lambda: True)
 
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, bool]]]:
-    """Which gradients of image and weight were products, for every convolution of ours that ran."""
+    """For each of our convolutions that ran: whether the gradients of image and weight were computed as products."""
     real, seen = convolutions._Convolution.apply, []
 
     def spy(x: Tensor, weight: Tensor, stride: int, padding: int, by_product: tuple[bool, bool]) -> Tensor:
@@ -46,7 +46,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 
 
 def gradients(conv: nn.Module, x: Tensor, precision: str) -> list[Tensor]:
-    """Output, gradient of x and gradient of the weight, for a gradient of y that is noise."""
+    """Return the output and the gradients of x and of the weight, for a random gradient of y."""
     x = x.detach().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         y = conv(x)
@@ -82,7 +82,7 @@ def test_gradients_are_torchs(
     planes: bool,
     products: list[tuple[bool, bool]],
 ) -> None:
-    """Of images that are no squares, in either layout; in bf16 as near to float64 as torch's."""
+    """For non-square images in both layouts; in bf16, as close to float64 as torch's."""
     if precision == "bf16" and not computes_bf16(CPU):
         pytest.skip("this processor would have to emulate bf16")
     dtype = torch.float64 if precision == "float64" else torch.float32
@@ -135,12 +135,12 @@ def test_patches_are_what_unfold_gives(k: int, stride: int, padding: int) -> Non
 
 @pytest.mark.parametrize("name", ["thin-resnet18", "resnet18", "timm/resnet18"])
 def test_every_convolution_of_a_backbone_is_one(name: str, products: list[tuple[bool, bool]]) -> None:
-    """Weights, names and copies stay what they are, and in use they are torch's own."""
+    """Weights, names and copies are unchanged, and inference uses torch's convolution."""
     encoder = build(EncoderSpec(name, 32), 0)
     convs = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
     assert len(convs) == 20 and all(type(conv) is Conv2d for conv in copy.deepcopy(convs))
     encoder(random(2, 3, 32, 32)).sum().backward()
-    assert len(products) == 3 and all(products)  # the shortcuts with a stride
+    assert len(products) == 3 and all(products)  # the strided shortcuts
     with torch.inference_mode():
         encoder.eval()(random(2, 3, 32, 32))
     assert len(products) == 3

@@ -1,4 +1,4 @@
-"""decode: every kind of file that a folder of images holds, and the broken ones among them."""
+"""decode: every kind of file found in folders of images, including broken ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ H, W = 60, 80
 
 
 def scene(height: int = H, width: int = W) -> np.ndarray:
-    """uint8 [H, W, 3], smooth (survives JPEG), a different colour in every corner."""
+    """uint8 [H, W, 3], smooth (survives JPEG), with a different colour in every corner."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([255 * x / width, 255 * y / height, 128 + 60 * np.sin(x / 9)], axis=2).astype(np.uint8)
 
@@ -33,17 +33,17 @@ def encode(image: Image.Image | np.ndarray, kind: str = "PNG", **options: object
 
 
 def rotated(orientation: int, kind: str = "JPEG") -> bytes:
-    """`scene()` stored turned, with the EXIF tag that turns it back."""
+    """`scene()` stored rotated, with the EXIF tag that undoes it."""
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose values that undo the tag
     image = Image.fromarray(scene()).transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    # As bytes: from them pillow_heif takes the turn that HEIF stores for itself, as a phone does.
+    # As bytes: pillow_heif then stores the rotation in the HEIF container, as phones do.
     return encode(image, kind, exif=exif.tobytes(), **({"quality": 95, "subsampling": 0} if kind == "JPEG" else {}))
 
 
 def write_nasty_folder(root: Path) -> tuple[list[str], dict[str, str]]:
-    """Real files of all kinds under `root`: returns the ids of the good ones and, of the bad, a part of the reason."""
+    """Write real files of all kinds under `root`; return the good ids, and a part of the reason for each bad id."""
     rgb = Image.fromarray(scene())
     grey = rgb.convert("L")
     alpha = rgb.copy()
@@ -106,7 +106,7 @@ def test_lossy_files_come_back_nearly(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(2, 9))
 def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
-    """Not applied, or applied twice, the difference is above 50."""
+    """If not applied, or applied twice, the difference is above 50."""
     for short_side in (None, 30):
         expected = scene() if short_side is None else decode(encode(scene()), 30)
         assert difference(decode(rotated(orientation, kind), short_side), expected) < 5
@@ -134,12 +134,12 @@ def test_palette_with_a_transparent_colour() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB"])
 def test_what_is_left_of_a_palettes_transparency_is_nothing(mode: str) -> None:
-    """Pillow keeps it in `info` when it converts a palette image, in a form that the new mode does not have."""
+    """When Pillow converts a palette image, it keeps it in `info` in a form that is invalid for the new mode."""
     converted = Image.fromarray(scene()).convert(mode)
     expected = np.asarray(converted.convert("RGB"))
     converted.info["transparency"] = bytes(range(32))
     assert np.array_equal(decode(converted), expected)
-    assert isinstance(converted.info["transparency"], bytes)  # the caller's own
+    assert isinstance(converted.info["transparency"], bytes)  # the caller's image is unchanged
 
 
 def test_premultiplied_alpha_is_understood() -> None:
@@ -153,11 +153,11 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     for kind in ("PNG", "TIFF"):
         out = decode(encode(ramp, kind))
         assert np.array_equal(out[..., 0], np.rint(ramp / 257).astype(np.uint8))
-    twelve = (ramp >> 4).astype(np.uint16)  # a 12-bit camera's file is not nearly black
+    twelve = (ramp >> 4).astype(np.uint16)  # a 12-bit camera file must not be nearly black
     assert np.array_equal(decode(encode(twelve))[..., 0], np.rint(twelve * (255 / 4095)).astype(np.uint8))
     eight = np.arange(256, dtype=np.uint16).reshape(4, 64)
     assert np.array_equal(decode(encode(eight))[..., 0], eight)
-    dark = np.arange(256, dtype=np.uint16).reshape(4, 64) % 2  # 1 of 255, not all of it
+    dark = np.arange(256, dtype=np.uint16).reshape(4, 64) % 2  # 1 means 1 of 255, not white
     assert np.array_equal(decode(encode(dark))[..., 0], dark)
 
 
@@ -185,7 +185,7 @@ def test_cmyk_one_bit_and_first_frame() -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_short_side_is_exact_and_near_the_full_decode(kind: str) -> None:
-    """The twin decodes at full size and reduces in float: the reduced DCT scale must not be seen."""
+    """The reference decodes at full size and reduces in float: the reduced DCT scale must not be visible."""
     big = scene(601, 802)
     options = {"quality": 95} if kind == "JPEG" else {}
     out = decode(encode(big, kind, **options), 50)
@@ -205,7 +205,7 @@ def test_reduction_is_antialiased() -> None:
 
 
 def test_a_large_jpeg_is_decoded_at_a_reduced_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the DCT: it is what makes a folder of photographs fast. At least twice the side that is asked for is decoded."""
+    """The reduced DCT scale makes photographs fast. At least twice the requested side is decoded."""
     shapes = []
     jpeg = simplejpeg.decode_jpeg
 
@@ -230,7 +230,7 @@ def test_extreme_aspect_is_centre_cropped() -> None:
     out = decode(encode(wide), 64)
     assert np.array_equal(out, wide[:, 180:220])
     assert decode(encode(wide.transpose(1, 0, 2)), 5).shape == (20, 5, 3)
-    assert decode(encode(wide)).shape == (10, 400, 3)  # whole where no short side is asked for
+    assert decode(encode(wide)).shape == (10, 400, 3)  # full size if no short side is requested
     assert decode(encode(np.zeros((1, 500), dtype=np.uint8)), 32).shape == (1, 4, 3)
 
 
@@ -289,7 +289,7 @@ def by_pillow(data: bytes) -> np.ndarray | None:
     ids=str,
 )
 def test_a_jpeg_has_the_pixels_that_pillow_gives(options: dict[str, object]) -> None:
-    """To the last bit, whichever library decoded it."""
+    """Bit-identical, whichever library decoded it."""
     noise = np.random.default_rng(0).integers(0, 255, (45, 67, 3), dtype=np.uint8)
     data = encode(noise, "JPEG", **options)
     assert np.array_equal(decode(data), by_pillow(data))
@@ -343,7 +343,7 @@ def test_a_reduced_jpeg_has_the_pixels_that_pillow_gives(monkeypatch: pytest.Mon
 
 
 def test_a_jpeg_is_not_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes up to twice the time."""
+    """Pillow takes up to twice as long."""
     monkeypatch.setattr(JpegImageFile, "load", lambda image: pytest.fail("Pillow decodes"))
     for short_side in (None, 40, 7):
         assert min(decode(encode(scene(), "JPEG"), short_side).shape[:2]) == (short_side or H)
@@ -374,7 +374,7 @@ def test_in_order_keeps_order_bounds_memory_and_passes_errors_on() -> None:
     seen = []
     for i in in_order(work, 101, workers=3, chunk=4):
         if not i:
-            time.sleep(0.2)  # time enough for all that is done ahead
+            time.sleep(0.2)  # enough time for all work done ahead
         running.discard(i)
         seen.append(i)
     assert seen == list(range(101)) and 1 < peak[0] <= 2 * 3 * 4 + 4

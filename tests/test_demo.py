@@ -1,4 +1,4 @@
-"""The demo set: real photographs, a split without a shared pixel, the same every time, nothing fetched."""
+"""The demo set: real photographs, a split without shared pixels, deterministic, without downloads."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_patch_is_the_reduced_crop_of_its_photograph() -> None:
         photo, left, top, side = patches[i]
         crop = photographs[photo].crop((left, top, left + side, top + side))
         twin = crop.resize((demo.SIDE, demo.SIDE), Image.Resampling.BICUBIC)
-        assert np.array_equal(np.asarray(images.read(i)), np.asarray(twin))  # nothing from beyond its edge
+        assert np.array_equal(np.asarray(images.read(i)), np.asarray(twin))  # nothing from beyond the patch
         assert images.labels is not None and images.labels[i] == photo
 
 
@@ -59,7 +59,7 @@ def test_grey_has_no_colour_and_another_fingerprint() -> None:
     pixels = np.stack([np.asarray(grey.read(i)) for i in range(len(grey))])
     assert (pixels == pixels[..., :1]).all() and grey.fingerprint != colour.fingerprint
     assert np.stack([np.asarray(colour.read(i)) for i in range(len(colour))]).std(axis=3).max() > 20
-    assert pixels.reshape(len(grey), -1).std(axis=1).min() > 4  # nothing is constant
+    assert pixels.reshape(len(grey), -1).std(axis=1).min() > 4  # no patch is constant
 
 
 def test_without_scikit_image_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

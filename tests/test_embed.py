@@ -1,4 +1,4 @@
-"""Using a trained encoder: on disk, in memory, inside scikit-learn."""
+"""Use of a trained encoder: on disk, in memory, inside scikit-learn."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(photos: Path, tmp_path: Path) -> Path:
-    """A small folder of images of a test's own."""
+    """A small folder of images that a test may change."""
     folder = tmp_path / "images"
     folder.mkdir()
     for path in sorted(photos.rglob("*.png"))[:30]:
@@ -61,7 +61,7 @@ def test_embed_writes_plain_files_that_agree(run: Path, copy: Path, tmp_path: Pa
     assert items["id"] == sorted(path.name for path in copy.glob("*.png")) and items["label"] == [None] * 30
     assert [bad["path"] for bad in told["bad_files"]] == ["broken.jpg"]
     assert meta["encoder"] == json.loads((run / "encoder.json").read_text())["sha256"] and meta["preprocessing"]
-    # The same image on its own, from its file, gives the same vector: there is one preprocessing.
+    # The same image alone, from its file, gives the same vector: preprocessing is shared.
     alone = simsiam.load(run, precision="fp32").embed([copy / items["id"][7]])
     assert np.abs(alone[0] - vectors[7]).max() < 0.05 * np.abs(vectors[7]).max()  # bf16 has 8 bits
 
@@ -95,7 +95,7 @@ def test_items_say_what_is_known_of_an_image_and_half_a_folder_is_refused(
     replace = os.replace
 
     def killed(source: Path, target: Path) -> None:
-        if target.name != "vectors.npy":  # those are new by now, the items are not
+        if target.name != "vectors.npy":  # the vectors are new, the items are still old
             raise KeyboardInterrupt
         replace(source, target)
 
@@ -226,7 +226,7 @@ def test_what_does_not_belong_together_is_refused(run: Path, copy: Path, photos:
     about["preprocessing"]["mean"][0] += 0.25
     shutil.copytree(run, tmp_path / "shifted")
     (tmp_path / "shifted" / "encoder.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match="another encoder"):  # the same weights
+    with pytest.raises(UserError, match="another encoder"):  # same weights, other preprocessing
         embed_to(tmp_path / "shifted", copy, out)
     assert read_embeddings(out).encoder() is not None
     kept = (run / "encoder.json").read_text()
@@ -285,7 +285,7 @@ def test_embed_takes_what_people_have(run: Path, photos: Path) -> None:
         ([np.zeros((8, 8, 3))], "float64"),
         ([np.zeros((8, 8, 5), np.uint8)], r"\[8, 8, 5\]"),
         ([np.zeros((0, 0, 3), np.uint8)], r"\[0, 0, 3\]"),
-        (np.zeros((8, 8, 3), np.uint8), "list"),  # not eight grey images of one line
+        (np.zeros((8, 8, 3), np.uint8), "list"),  # not a batch of eight one-line images
         (np.zeros((8, 8), np.uint8), "list"),
     ],
 )
@@ -347,7 +347,7 @@ def test_it_is_a_scikit_learn_transformer(run: Path, photos: Path) -> None:
 
 
 def test_the_precision_is_that_of_training(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that an embedding that is brought up to date is of one kind; measured where training does not tell."""
+    """So that updated embeddings are consistent; it is measured if the training precision is not known."""
     measured: list[int] = []
     monkeypatch.setattr("simsiam.embed.probe_encoder", lambda *_: measured.append(1) or "fp32")
     copy = tmp_path / "run"
@@ -363,7 +363,7 @@ def test_the_precision_is_that_of_training(run: Path, tmp_path: Path, monkeypatc
         (copy / "config.toml").write_text(re.sub(r"precision = .*", f'precision = "{own}"', text))
         measured.clear()
         assert simsiam.load(copy).compute_.precision == expected and len(measured) == asks
-    (copy / "config.toml").unlink()  # as `simsiam import` of a linear file leaves it
+    (copy / "config.toml").unlink()  # as after `simsiam import` of a linear-classification file
     assert simsiam.load(copy).compute_.precision == "fp32" and len(measured) == 2
 
 
@@ -399,7 +399,7 @@ def test_what_is_embedded_stays_as_it_was(run: Path, tmp_path: Path) -> None:
     "one",
     [
         *(np.zeros(shape, np.uint8) for shape in ((8, 9, 3), (8, 9))),
-        torch.zeros(8, 9, 3, dtype=torch.uint8),  # or every row of its pixels would be an image
+        torch.zeros(8, 9, 3, dtype=torch.uint8),  # else every row of pixels would be an image
         Image.new("L", (9, 8)),
         "a.png",
         Path("a.png"),
@@ -443,7 +443,7 @@ def test_other_parameters_are_another_encoder(run: Path, photos: Path, tmp_path:
 
 
 def test_the_untrained_encoder_is_a_function_of_its_seed(photos: Path, tmp_path: Path) -> None:
-    """Where it has dropout and stochastic depth, too: only BN's statistics are measured."""
+    """Also with dropout and stochastic depth: only the BN statistics are measured."""
     spec, prepare = EncoderSpec("efficientnet_b0", 32), preprocessing(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
     cache = build_cache(open_images(photos), prepare.short_side, tmp_path)
     compute = Compute(torch.device("cpu"), "fp32")
@@ -457,7 +457,7 @@ def test_the_untrained_encoder_is_a_function_of_its_seed(photos: Path, tmp_path:
 def test_a_last_batch_of_one_image_is_no_part_of_bn_statistics(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of one image, in one place at the end of the network, there is no variance."""
+    """A single image with a 1 x 1 feature map has no variance."""
     spec, prepare = EncoderSpec("resnet18", 32), preprocessing(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
     cache, compute = (
         build_cache(open_images(photos), prepare.short_side, tmp_path),

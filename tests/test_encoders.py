@@ -1,4 +1,4 @@
-"""Backbones: ours against torchvision's, and any name against the contract [B,3,h,w] -> [B,dim]."""
+"""Backbones: ours against torchvision's, and any encoder against the contract [B,3,h,w] -> [B,dim]."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def images(size: int, batch: int = 2) -> Tensor:
 
 
 def last_norms(backbone: nn.Module) -> list[Tensor]:
-    """The weights of the last BN of every basic block, ours, torchvision's or timm's."""
+    """Return the weights of the last BN of every basic block (ours, torchvision's or timm's)."""
     return [block.bn2.weight for block in backbone.modules() if type(block).__name__ == "BasicBlock"]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(("depth", "training"), [("resnet18", True), ("resnet18", False), ("resnet34", False)])
 def test_stages_are_torchvisions(depth: str, training: bool) -> None:
-    """The stem differs by design; from there on weights load strictly and every stage gives the same."""
+    """The stem differs by design; after it, weights load strictly and every stage gives the same output."""
     torch.manual_seed(0)
     theirs = models.get_model(depth, weights=None).train(training)
-    for module in theirs.modules():  # statistics and scales that are not 0 and 1
+    for module in theirs.modules():  # statistics and scales other than 0 and 1
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
             nn.init.normal_(module.running_mean)
@@ -38,7 +38,7 @@ def test_stages_are_torchvisions(depth: str, training: bool) -> None:
     ours = build(EncoderSpec(f"cifar-{depth}", 32), 0).backbone.train(training)
     for stage in ("layer1", "layer2", "layer3", "layer4"):
         getattr(ours, stage).load_state_dict(getattr(theirs, stage).state_dict(), strict=True)
-    ours, theirs = ours.double(), theirs.double()  # the last stage has two values for each variance
+    ours, theirs = ours.double(), theirs.double()  # the last stage has only two values per variance
     x = y = torch.randn(2, 64, 8, 8).double()
     for stage in ("layer1", "layer2", "layer3", "layer4"):
         x, y = getattr(ours, stage)(x), getattr(theirs, stage)(y)
@@ -52,7 +52,7 @@ def test_stages_are_torchvisions(depth: str, training: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_torchvisions_resnets_run_as_ours_and_stay_theirs(name: str, dtype: torch.dtype) -> None:
-    """Features, gradients and BN's memory; the float32 network is as far from float64 as theirs is."""
+    """Features, gradients and BN statistics; our float32 network is as close to float64 as theirs."""
 
     def run(model: nn.Module, kind: torch.dtype) -> list[Tensor]:
         model = copy.deepcopy(model).to(kind, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -102,7 +102,7 @@ def test_stem_and_width_are_as_asked() -> None:
         assert encoder(images(64)).shape == (2, encoder.dim) == (2, 64) and before == [side]
 
 
-# Every way to give a head, a size and an auxiliary output among torchvision's and timm's.
+# Covers all conventions for heads, sizes and auxiliary outputs in torchvision and timm.
 @pytest.mark.parametrize(
     ("name", "size", "dim"),
     [
@@ -130,13 +130,13 @@ def test_any_backbone_gives_a_vector_for_each_image(name: str, size: int, dim: i
     state = torch.random.get_rng_state()
     encoder = build(EncoderSpec(name, size), 3)
     assert torch.equal(torch.random.get_rng_state(), state)
-    # Reading the width off the network has left no trace: BN as it starts, training mode, no gradients.
+    # Measuring the width has no side effects: initial BN statistics, training mode, no gradients.
     for module in encoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.num_batches_tracked == 0 and module.running_mean.count_nonzero() == 0
         assert module.training
     assert all(p.requires_grad and p.grad is None for p in encoder.parameters())
-    out = encoder(images(size, batch=3))  # in training mode, where auxiliary classifiers would speak up
+    out = encoder(images(size, batch=3))  # in training mode, where auxiliary classifiers would be active
     assert out.shape == (3, encoder.dim) == (3, dim) and out.dtype == torch.float32 and out.isfinite().all()
 
 
@@ -229,7 +229,7 @@ def test_the_table_builds_the_same_encoder() -> None:
     ids=str,
 )
 def test_the_convolutions_of_a_gpu_are_the_same(spec: EncoderSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features and gradients, on sides that are no multiple of the stride too."""
+    """Features and gradients, also for sides that are not a multiple of the stride."""
     encoder = build(spec, 0).double().train()
     found = []
     for gpu in (False, True):
@@ -245,7 +245,7 @@ def test_the_convolutions_of_a_gpu_are_the_same(spec: EncoderSpec, monkeypatch: 
 
 @pytest.mark.parametrize("spec", [EncoderSpec("thin-resnet18", 16, width=8), EncoderSpec("resnet50", 40)], ids=str)
 def test_views_in_one_pass_are_views_one_by_one(spec: EncoderSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features, gradients and BN's memory, of views of two sizes; as they are compiled, but not compiled."""
+    """Features, gradients and BN statistics for views of two sizes, with the code that is compiled, but uncompiled."""
     one_by_one = build(spec, 0).double()
     together, side = copy.deepcopy(one_by_one), spec.size
     views = [images(side, batch=3).double() for _ in range(2)] + [images(side - 8, batch=3).double() for _ in range(5)]
@@ -268,7 +268,7 @@ def test_views_in_one_pass_are_views_one_by_one(spec: EncoderSpec, monkeypatch: 
 
 
 def trained(name: str, size: int, **settings: int) -> Encoder:
-    """BN statistics, scales and shifts that are not 0 and 1; in channels_last, in eval mode."""
+    """The network with BN statistics, scales and shifts other than 0 and 1, in channels_last and eval mode."""
     encoder = build(EncoderSpec(name, size, **settings), 0)
     torch.manual_seed(0)
     for module in encoder.modules():
@@ -300,7 +300,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 def test_in_use_bn_is_folded_and_the_features_stay(
     name: str, size: int, settings: dict[str, int], precision: str
 ) -> None:
-    """In float32 to its rounding; in bf16 as near to float32 as the network itself, for one image too."""
+    """In float32 up to rounding; in bf16 as close to float32 as the original network, also for one image."""
     compute = Compute(torch.device("cpu"), precision)  # type: ignore[arg-type]
     if precision == "bf16" and not computes_bf16(compute.device):
         pytest.skip("this processor would have to emulate bf16")

@@ -1,4 +1,4 @@
-"""The evaluations, each against a naive twin, a closed-form limit or scikit-learn."""
+"""The evaluations, each against a naive reference, a closed-form limit or scikit-learn."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LABELLED = ("knn", "linear", "fewshot", "retrieval", "clusters")
 def clusters(
     n: int = 300, m: int = 200, dim: int = 16, classes: int = 4, noise: float = 1.0, seed: int = 0
 ) -> Features:
-    """Gaussian classes around random centres; noise 0.05 is separable."""
+    """Gaussian classes around random centres, separable with noise 0.05."""
     random = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, dim, generator=random)
     labels = [torch.arange(count) % classes for count in (n, m)]
@@ -120,7 +120,7 @@ def test_constant_features_score_chance(name: str, constant: float) -> None:
     assert value(name, replace(features, train=constants[0], test=constants[1])) == 25
 
 
-@pytest.mark.parametrize("name", sorted({*LABELLED} - {"clusters"}))  # which learns nothing from training images
+@pytest.mark.parametrize("name", sorted({*LABELLED} - {"clusters"}))  # does not use the training images
 def test_a_class_without_training_images_counts_as_missed(name: str) -> None:
     features = clusters(noise=0.05)
     assert features.train_labels is not None
@@ -197,7 +197,7 @@ def test_compare_refuses_what_it_does_not_know() -> None:
 
 
 def vote(features: Features, k: int, T: float) -> float:
-    """The naive twin: one test row and one neighbour at a time, in float64."""
+    """Naive reference: one test row and one neighbour at a time, in float64."""
     assert features.train_labels is not None and features.test_labels is not None
     train, test = features.train.double().numpy(), features.test.double().numpy()
     right = 0
@@ -247,7 +247,7 @@ def test_a_very_low_temperature_is_the_single_nearest() -> None:
 
 
 def objective(theta: Tensor, x: Tensor, labels: Tensor, C: float) -> Tensor:
-    """scikit-learn's, divided by C and the rows."""
+    """scikit-learn's objective, divided by C and the number of rows."""
     logits = x @ theta[:, :-1].T + theta[:, -1]
     return F.cross_entropy(logits, labels) + theta[:, :-1].square().sum() / (2 * C * len(x))
 
@@ -270,7 +270,7 @@ def test_fit_is_scikit_learns_optimum(C: float) -> None:
 
 
 class Memory(TorchDispatchMode):
-    """The most bytes that tensors made since held at any time."""
+    """Peak bytes held by tensors created since entering the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -318,7 +318,7 @@ def test_strength_is_chosen_without_the_test_rows() -> None:
     features = clusters(n=1000, m=2000, dim=100, noise=2.5)
     assert features.train_labels is not None
     random = torch.Generator().manual_seed(1)
-    wrong = torch.rand(1000, generator=random) < 0.4  # noise in the labels asks for a strong penalty
+    wrong = torch.rand(1000, generator=random) < 0.4  # label noise calls for strong regularisation
     labels = torch.where(wrong, torch.randint(4, (1000,), generator=random), features.train_labels)
     features = replace(features, train_labels=labels)
     fixed = {C: linear.score(features, C=C)["value"] for C in linear.STRENGTHS}
@@ -332,7 +332,7 @@ def test_strength_is_chosen_without_the_test_rows() -> None:
 def test_a_handful_of_rows_is_enough(rows: int) -> None:
     features = clusters(n=rows, classes=2, noise=0.01)
     assert all(value(name, features) == 100 for name in {*LABELLED} - {"retrieval"})
-    assert evaluate.get("retrieval").score(features)["nearest"] == 100  # of ten there are not enough
+    assert evaluate.get("retrieval").score(features)["nearest"] == 100  # too few rows for ten neighbours
 
 
 def test_a_sample_of_rows_is_in_their_order() -> None:
@@ -402,7 +402,7 @@ def test_sgd_probe_is_plain_lars_with_the_cosine_of_the_epoch() -> None:
     features = clusters(n=96, m=40, noise=2.0)
     labels = features.train_labels
     assert labels is not None and features.test_labels is not None
-    # One batch an epoch, so the order of the rows does not matter, and a naive twin can follow.
+    # One batch per epoch, so the order of rows does not matter to the naive reference.
     epochs, lr = 40, 8.0
     weight = torch.empty(4, 16).normal_(0, 0.01, generator=generator(torch.device("cpu"), 0)).double().requires_grad_()
     bias = torch.zeros(4, dtype=torch.float64, requires_grad=True)
@@ -500,7 +500,7 @@ def test_collapse_without_labels() -> None:
     assert (score["verdict"], score["dim"], score["rows"]) == ("healthy", 32, 300)
     without_test = evaluate.get("collapse").score(replace(features, test=torch.empty(0, 32)), rows=100)
     assert (without_test["rows"], without_test["verdict"]) == (100, "healthy")
-    for few, rows in ((15, 400), (16, 16)):  # so few test rows tell less than the training rows
+    for few, rows in ((15, 400), (16, 16)):  # with so few test rows, training rows are used
         assert evaluate.get("collapse").score(replace(features, test=features.test[:few]))["rows"] == rows
 
 

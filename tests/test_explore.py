@@ -1,4 +1,4 @@
-"""What a set is made of: planted duplicates, clusters and odd ones are found, and nothing else is."""
+"""Planted duplicates, clusters and outliers are found, and nothing else."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def picture(seed: int, size: tuple[int, int] = (48, 48)) -> Image.Image:
-    """Smooth noise: like no other seed's."""
+    """Smooth noise, different for every seed."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
     return coarse.filter(ImageFilter.GaussianBlur(1))
@@ -56,7 +56,7 @@ ALTERED: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Embeddings of 120 pictures: of five there is a second one, altered, of one two identical files."""
+    """Embeddings of 120 pictures: five have an altered copy, one has two identical copies."""
     folder = tmp_path_factory.mktemp("planted")
     images = folder / "images"
     images.mkdir()
@@ -77,7 +77,7 @@ def test_the_planted_duplicates_are_found_and_no_others(planted: Path) -> None:
     wanted = {frozenset({f"p{10 * i + 3:03d}.png", f"a{10 * i + 3:03d}-{name}.png"}) for i, name in enumerate(ALTERED)}
     wanted.add(frozenset({"p077.png", "c077.png", "z077.png"}))
     assert groups <= wanted, "two pictures that have nothing in common"
-    assert len(groups) >= 5 and found["recall"] > 0.8  # by its own measure it may miss one in ten
+    assert len(groups) >= 5 and found["recall"] > 0.8  # by design it may miss one in ten
     assert found["copies"] == sum(len(group) - 1 for group in groups) and found["images"] == 127
     (largest, *_) = found["groups"]  # the largest group comes first
     assert len(largest) == 3 and all(each["identical"] and each["score"] == 1 for each in largest)
@@ -94,11 +94,11 @@ def test_identical_pixels_need_no_encoder_and_no_images(planted: Path, tmp_path:
     found = near_duplicates(alone, 1.0)
     assert {each["id"] for each in found["groups"][0]} == {"p077.png", "c077.png", "z077.png"}
     assert found["recall"] is None and found["threshold"] == 1
-    assert near_duplicates(alone, -1.0)["groups"][0].__len__() == 127  # everything is alike
+    assert near_duplicates(alone, -1.0)["groups"][0].__len__() == 127  # everything counts as similar
 
 
 def test_flat_pictures_are_no_copies_of_each_other(planted: Path, tmp_path: Path) -> None:
-    """Blank pages: what is left of them without their colour is noise, or nothing."""
+    """Blank pages: without their mean colour, only noise or nothing remains."""
     images = tmp_path / "images"
     images.mkdir()
     for i in range(40):
@@ -118,7 +118,7 @@ def test_flat_pictures_are_no_copies_of_each_other(planted: Path, tmp_path: Path
         path.unlink()
     for path in images.glob("blank-0[1-3]0.png"):
         path.unlink()
-    embed_to(planted.parent / "run", images, tmp_path / "one")  # one picture, twice
+    embed_to(planted.parent / "run", images, tmp_path / "one")  # one picture, two copies
     assert (
         len(near_duplicates(tmp_path / "one")["groups"]) == 1 == len(near_duplicates(tmp_path / "one", 0.5)["groups"])
     )
@@ -129,7 +129,7 @@ def test_changed_images_are_refused_and_new_ones_are_not(planted: Path, tmp_path
     shutil.copytree(json.loads((planted / "meta.json").read_text())["data"], images)
     embed_to(planted.parent / "run", images, tmp_path / "vectors")
     before = near_duplicates(tmp_path / "vectors")
-    picture(999).save(images / "0.png")  # another image in front of all others
+    picture(999).save(images / "0.png")  # a new image that sorts first
     assert near_duplicates(tmp_path / "vectors") == before
     count = len(read_embeddings(tmp_path / "vectors"))
     first, second, *_ = sorted(path for path in images.rglob("*.png") if path.name != "0.png")
@@ -146,7 +146,7 @@ def test_changed_images_are_refused_and_new_ones_are_not(planted: Path, tmp_path
 def test_an_image_that_cannot_be_read_any_more_is_named(
     planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The cache is gone, and the disk gives one file back no more, whose name, size and time are what they were."""
+    """The cache is gone and one file can no longer be read, although its name, size and time are unchanged."""
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
     load = Cache._load
 
@@ -195,7 +195,7 @@ def test_groups_are_those_of_a_literal_search() -> None:
 def test_an_index_finds_the_same_neighbours_and_never_the_image_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(400, 16)).astype(np.float32)
-    vectors[7] = vectors[9]  # equal vectors: either may come before the other
+    vectors[7] = vectors[9]  # equal vectors: their order is arbitrary
     scores, found = nearest(vectors, 5)
     monkeypatch.setattr("simsiam.search.ALL_PAIRS", 100)
     near_scores, near = nearest(vectors, 5)
@@ -203,7 +203,7 @@ def test_an_index_finds_the_same_neighbours_and_never_the_image_itself(monkeypat
     assert np.mean([len(set(a) & set(b)) / 5 for a, b in zip(found.tolist(), near.tolist(), strict=True)]) > 0.95
     assert near[7, 0] == 9 and near[9, 0] == 7
     assert np.abs(np.sort(near_scores)[:, -1] - np.sort(scores)[:, -1]).max() < 0.01  # float16
-    monkeypatch.setattr("simsiam.search._QUERIES", 399)  # one is left, whose result has another shape
+    monkeypatch.setattr("simsiam.search._QUERIES", 399)  # leaves a last block of one query
     assert np.array_equal(nearest(vectors, 5)[1], near)
 
 
@@ -219,7 +219,7 @@ def test_what_is_looked_for_is_the_other_form(all_pairs: int, monkeypatch: pytes
 
 @pytest.fixture
 def blobs(tmp_path: Path) -> Path:
-    """Embeddings with four kinds of directions, 30, 25, 20 and 15 of each, and one that is like none."""
+    """Embeddings in four directions (30, 25, 20 and 15 of them), and one outlier."""
     rng = np.random.default_rng(0)
     centres = np.eye(8)[:5]
     of = np.repeat(np.arange(5), [30, 25, 20, 15, 1])
@@ -241,7 +241,7 @@ def test_clusters_are_the_kinds_that_were_planted(blobs: Path) -> None:
     assert found["odd"][0]["similarity"] == pytest.approx(alike[-11:-1].mean(), abs=1e-5)  # the last is itself
     table = pq.read_table(found["file"]).to_pydict()
     assert table["id"] == read_embeddings(blobs).ids and table["cluster"][:31] == [0] * 30 + [1]
-    # The examples are the nearest to the centre, by a literal search.
+    # The examples are the nearest to the centre, by brute force.
     vectors = read_embeddings(blobs).vectors
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     middle = unit[:30].sum(0)
@@ -251,15 +251,15 @@ def test_clusters_are_the_kinds_that_were_planted(blobs: Path) -> None:
     assert clusters(blobs)["count"] == 9  # a tenth of the images
 
 
-@pytest.mark.usefixtures("on_cpu")  # a GPU rounds blocks of another size otherwise
+@pytest.mark.usefixtures("on_cpu")  # on a GPU, rounding depends on the block size
 def test_the_vectors_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of ImageNet are 10 GB: no copy of all, and the same results."""
+    """ImageNet's vectors take 10 GB: never copy all of them; the results are the same."""
     rng = np.random.default_rng(0)
     of = np.sort(rng.integers(0, 5, 3000))
     vectors = (np.eye(16)[of] + 0.05 * rng.normal(size=(3000, 16))) * rng.uniform(0.5, 2, (3000, 1))
     vectors[-1] = 0.5 * vectors[5]
     stored = read_embeddings(made(tmp_path / "vectors", vectors))
-    stored.items["pixels"] = [f"{min(row, 2900)}" for row in range(3000)]  # of the last hundred one is compared
+    stored.items["pixels"] = [f"{min(row, 2900)}" for row in range(3000)]  # of the last hundred, one is compared
     whole, copies = find_clusters(stored, 5), find_duplicates(stored, 0.99)
 
     class Watched(duplicates._Picked):
@@ -277,7 +277,7 @@ def test_the_vectors_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monk
     assert np.array_equal(parts.label, whole.label) and [row for row, _ in parts.odd] == [row for row, _ in whole.odd]
     assert np.abs(parts.similarity - whole.similarity).max() < 1e-6
     watched.most = 0
-    monkeypatch.setattr("simsiam.clusters._MANY", 500)  # directions of a part of them
+    monkeypatch.setattr("simsiam.clusters._MANY", 500)  # initial directions from a subset
     parts = find_clusters(replace(stored, vectors=watched), 5)
     assert np.array_equal(parts.label, whole.label) and watched.most == 512
     assert find_duplicates(replace(stored, vectors=watched), 0.99) == copies and watched.most == 512

@@ -1,4 +1,4 @@
-"""An exported file is read by the software that it is for, without us, and gives our features."""
+"""An exported file is read by its target software without our code, and gives our features."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @pytest.fixture
 def tidy(tmp_path: Path) -> Iterator[None]:
-    """Whole networks are too large to be kept."""
+    """Delete the files afterwards: whole networks are too large to keep."""
     yield
     shutil.rmtree(tmp_path)
 
 
 def make_run(folder: Path, name: str, size: int, **settings: Any) -> Path:
-    """A run's encoder with random weights and BN statistics, as if it had been trained."""
+    """Write a run's encoder with random weights and BN statistics, as if trained."""
     encoder = build(EncoderSpec(name, size, **settings), 0)
     draws = torch.Generator().manual_seed(1)
     for key, value in encoder.backbone.state_dict().items():
@@ -65,7 +65,7 @@ def features(run: Path, x: Tensor) -> Tensor:
 
 
 def by_the_line_it_prints(use: str) -> nn.Module:
-    """Runs `use` as a user would, who has imported nothing."""
+    """Run the printed line `use` without any other imports."""
     names: dict[str, Any] = {}
     exec(use, names)
     model: nn.Module = names["model"]
@@ -112,7 +112,7 @@ def test_a_cifar_net_is_theirs_but_for_the_stem(tmp_path: Path, library: str) ->
 
 
 def test_torchvision_is_told_what_the_run_told_it(tmp_path: Path) -> None:
-    """GoogLeNet has no second classifiers."""
+    """GoogLeNet is exported without auxiliary classifiers."""
     result = export(make_run(tmp_path / "run", "googlenet", 64), "torchvision")
     assert result["max_error"] < 1e-5
     assert by_the_line_it_prints(result["use"])(images(64)).shape == (3, 10)
@@ -123,8 +123,8 @@ def test_torchvision_is_told_what_the_run_told_it(tmp_path: Path) -> None:
     [
         ("thin-resnet18", {"width": 8}, "torchvision"),
         ("thin-resnet18", {"width": 8}, "timm"),
-        ("timm/convnext_atto", {}, "torchvision"),  # no such name there
-        ("timm/efficientnet_b0", {}, "torchvision"),  # the name, but other modules
+        ("timm/convnext_atto", {}, "torchvision"),  # unknown to torchvision
+        ("timm/efficientnet_b0", {}, "torchvision"),  # same name, different modules
         ("squeezenet1_1", {}, "timm"),
     ],
 )
@@ -165,9 +165,9 @@ def test_nothing_but_an_earlier_export_is_overwritten(tmp_path: Path) -> None:
     assert state.read_bytes() == b"hours of work"
     for _ in range(2):
         export(run, "safetensors", tmp_path / "mine.safetensors")
-    found = export(run, "safetensors", tmp_path / "new")  # no ending: a folder
+    found = export(run, "safetensors", tmp_path / "new")  # no suffix: a folder
     assert Path(found["path"]).parent == tmp_path / "new"
-    # What the umask lets others read, they can read.
+    # File permissions follow the umask.
     assert Path(found["path"]).stat().st_mode == (run / "encoder.json").stat().st_mode
 
 
@@ -187,7 +187,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photographs() -> list[np.ndarray]:
-    """One photograph at sizes around the 82 pixels that the run takes: larger, as large, smaller, long."""
+    """One photograph at sizes around the run's 82 pixels: larger, equal, smaller, elongated."""
     full = Image.fromarray(skimage.data.astronaut())
     sizes = (512, 512), (300, 200), (161, 250), (82, 110), (60, 45), (40, 41), (600, 100)
     return [np.array(full.resize(size)) for size in sizes]
@@ -209,7 +209,7 @@ def test_onnx_takes_any_batch_and_gives_our_features(run: Path) -> None:
 
 
 def test_with_preprocessing_raw_pixels_go_in(run: Path, photographs: list[np.ndarray], tmp_path: Path) -> None:
-    """Any height and width, enlarged or reduced: the features are those of `embed` on the same pixels."""
+    """For any height and width, enlarged or reduced, the features match those of `embed` on the same pixels."""
     result = export(run, "onnx", tmp_path / "net.onnx", with_preprocessing=True)
     session = onnxruntime.InferenceSession(result["path"])
     ours = simsiam.load(run, "cpu", "fp32")
@@ -221,7 +221,7 @@ def test_with_preprocessing_raw_pixels_go_in(run: Path, photographs: list[np.nda
 
 @pytest.mark.parametrize("side", [98, 130, 154, 102])
 def test_a_side_that_ends_in_a_half_pixel_is_rounded_as_in_use(tmp_path: Path, side: int) -> None:
-    """24 of 96 pixels and a quarter of 98, 130 and 154 leave half a pixel, which Python rounds to even."""
+    """Scaled by 24/96, sides of 98, 130 and 154 end in half a pixel, which Python rounds to even."""
     run = make_run(tmp_path / "run", "thin-resnet18", 24, width=8)
     ours = simsiam.load(run, "cpu", "fp32")
     rng = np.random.default_rng(0)
@@ -236,7 +236,7 @@ def test_a_side_that_ends_in_a_half_pixel_is_rounded_as_in_use(tmp_path: Path, s
 
 
 def test_enlarging_is_exact_and_reducing_is_pillows(run: Path, photographs: list[np.ndarray]) -> None:
-    """The network sees the very pixels that `embed` shows it; only rounding, at most one level, is left."""
+    """The network gets the same pixels as in `embed`, up to rounding by at most one level."""
     ours = simsiam.load(run, "cpu", "fp32")
     seen: list[Tensor] = []
 

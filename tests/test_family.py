@@ -1,4 +1,4 @@
-"""The methods beside SimSiam: each loss against a naive twin and its limits, and who gets a gradient and who must not."""
+"""The methods other than SimSiam: losses against naive references and limits, and what must get a gradient or not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def vectors(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def build(module: Any, images: int = 0, **settings: Any) -> Any:
-    """The method on a linear encoder of 3x2x2 pixels."""
+    """The method with a linear encoder of 3x2x2 pixels."""
     torch.manual_seed(0)
     encoder = Encoder(EncoderSpec("linear", 2), nn.Sequential(nn.Flatten(), nn.Linear(12, 8)), 8)
     method = module.Method(encoder, module.Settings(dim=D, **settings))
@@ -80,7 +80,7 @@ def test_simclr_with_simsiams_parts() -> None:
     for each in (plain, stopped):
         each(views(), torch.arange(B))[0].backward()
     first, second = (next(m.encoder.parameters()).grad for m in (plain, stopped))
-    assert not torch.allclose(first, second)  # the keys' gradient is missing
+    assert not torch.allclose(first, second)  # without the gradient of the keys
 
 
 # --- MoCo -------------------------------------------------------------------------------------------------------------
@@ -107,12 +107,12 @@ def test_moco_keys_get_no_gradient_and_the_queue_holds_the_newest() -> None:
         seen.append(method.queue.clone())
         method.after_step(0.0)
     kept = [any(torch.equal(row, other) for other in seen[3]) for row in seen[2]]
-    assert sum(kept) == len(seen[2]) - B  # each step replaces as many keys as a batch has, the oldest ones
+    assert sum(kept) == len(seen[2]) - B  # each step replaces a batch of keys, the oldest
     torch.testing.assert_close(seen[3].norm(dim=1), torch.ones(2 * B + 4))
 
 
 def keys_of(method: Any, x: Tensor) -> Tensor:
-    """Without BN, keys are their image's own, whatever the order and the groups that they are computed in."""
+    """Without BN, keys do not depend on the order and groups in which they are computed."""
     with torch.no_grad():
         return unit(method.key_network(x))
 
@@ -122,7 +122,7 @@ def test_moco_is_the_naive_twins_with_every_view_as_query_where_it_is_symmetric(
     method, (x1, x2) = build(moco, queue=3 * B, symmetric=symmetric), views()
     with torch.no_grad():
         for parameter in method.key_network.parameters():
-            parameter.add_(0.1)  # keys are not the queries
+            parameter.add_(0.1)  # keys must differ from queries
         before, q = method.queue.clone(), [unit(method.embed(x)[1]) for x in (x1, x2)]
     k = [keys_of(method, x) for x in (x1, x2)]
     losses = [moco.info_nce(q[0], k[1], before, 0.2).item(), moco.info_nce(q[1], k[0], before, 0.2).item()]
@@ -169,10 +169,10 @@ def test_mocos_keys_are_shuffled_between_the_groups_and_come_back_in_order() -> 
         assert [len(given) for given in seen["keys"]] == [len(given) for given in seen["queries"]] == [4, 4, 4]
         assert torch.equal(torch.cat(seen["queries"]), x[0])
         given, keys = torch.cat(seen["keys"]), torch.cat(made["keys"])
-        order = [int((given == image).flatten(1).all(1).nonzero()) for image in x[1]]  # where each image went
+        order = [int((given == image).flatten(1).all(1).nonzero()) for image in x[1]]  # new position of each image
         assert sorted(order) == list(range(B))
         groups = {frozenset(image for image in range(B) if order[image] // 4 == part) for part in range(3)}
-        assert groups != {frozenset(range(first, first + 4)) for first in (0, 4, 8)}  # which the queries have
+        assert groups != {frozenset(range(first, first + 4)) for first in (0, 4, 8)}  # the groups of the queries
         torch.testing.assert_close(method.queue[number * B : (number + 1) * B], unit(keys.detach())[order])
         orders.append(tuple(order))
     assert len(set(orders)) == 3
@@ -203,7 +203,7 @@ def test_the_twin_follows() -> None:
 
 
 def test_moco_bn_statistics_are_those_of_a_group() -> None:
-    """With as many groups as the batch allows, a query's output depends on its group alone."""
+    """With as many groups as the batch allows, a query's output depends only on its group."""
     method = build(moco, bn_groups=B // 4)
     norm = nn.BatchNorm1d(12, affine=False)
     x = views(1)[0]
@@ -260,7 +260,7 @@ def test_byols_target_gets_no_gradient_and_moves_slowly() -> None:
     old = target.clone()
     method.after_step(0.0)
     torch.testing.assert_close(target, 0.9 * old + 0.1 * online)
-    method.after_step(1.0)  # at the end it stands still
+    method.after_step(1.0)  # at the end of training the target no longer moves
     torch.testing.assert_close(target, 0.9 * old + 0.1 * online)
 
 
@@ -268,7 +268,7 @@ def test_byols_target_gets_no_gradient_and_moves_slowly() -> None:
 
 
 def naive_sinkhorn(scores: np.ndarray, epsilon: float, iterations: int) -> np.ndarray:
-    """Prototypes in rows, as the paper writes Q: rows sum to 1/K, columns to 1/B."""
+    """Naive reference with prototypes in rows, like Q in the paper: rows sum to 1/K, columns to 1/B."""
     q = np.exp(scores.T / epsilon)
     q /= q.sum()
     k, b = q.shape
@@ -312,7 +312,7 @@ def swav_method(**settings: Any) -> Any:
 
 
 def test_swav_takes_small_views_for_predictions_only() -> None:
-    """Multi-crop: the codes come from the two full views."""
+    """Multi-crop: codes come only from the two full views."""
     torch.manual_seed(0)
     pooled = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8))
     settings = swav.Settings(dim=D, projector_hidden=10, prototypes=7, freeze_steps=0)
@@ -364,7 +364,7 @@ def test_swavs_queue_helps_the_codes_once_it_is_full() -> None:
 
 
 def test_swavs_queues_are_each_views_own() -> None:
-    """The code of a view is computed with the features of that view, the newest first."""
+    """The codes of a view use the queued features of that view, newest first."""
     method = swav_method(queue=2 * B, queue_epoch=0)
     stored: list[list[Tensor]] = [[], []]
     with torch.no_grad():
@@ -454,11 +454,11 @@ def test_deepcluster_alternates() -> None:
         ]
     assert loss.item() == pytest.approx(torch.stack(naive).mean().item(), rel=1e-5)
     assert torch.equal(method.memory[1, index], z[1])
-    assert "prototypes" not in dict(method.named_parameters())  # they are computed, not trained
+    assert "prototypes" not in dict(method.named_parameters())  # computed, not trained
 
 
 def test_deepclusters_heads_cluster_the_two_views_in_turn() -> None:
-    """Each is a k-means of its own memory that has converged; heads of one memory differ by their draws."""
+    """Each head is a converged k-means of its memory; heads with the same memory differ in their random draws."""
     images, k, heads = 40, 4, 4
     method = build(deepcluster, images=images, projector_hidden=10, prototypes=k, heads=heads, iterations=50)
     data = [vectors(view, images, 3, 2, 2) for view in range(2)]
@@ -559,7 +559,7 @@ def test_fastsiams_targets_get_no_gradient() -> None:
     method = build(fastsiam, projector_layers=2, projector_hidden=10, predictor_hidden=4)
     for parameter in method.predictor.parameters():
         nn.init.zeros_(parameter)
-    # p is constant, so nothing comes through it; z itself must not get anything either.
+    # p is constant, so no gradient passes through it; z must not get any either.
     method(views(4), torch.arange(B))[0].backward()
     assert not reached(method.encoder)
 

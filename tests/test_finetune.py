@@ -1,4 +1,4 @@
-"""Fine-tuning: learns from the labels it may see, from no others, and leaves the encoder as it was."""
+"""Fine-tuning: learns only from the labels it may see, and leaves the encoder unchanged."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_it_sees_the_labels_of_its_rows_and_no_others(
     chosen = choose(labels, train, 0.3, 0)
     used = np.zeros(len(cache), dtype=bool)
     used[np.concatenate(chosen)] = True
-    monkeypatch.setattr("simsiam.finetune.choose", lambda *_: chosen)  # which rows, labels may decide
+    monkeypatch.setattr("simsiam.finetune.choose", lambda *_: chosen)  # the choice of rows may use all labels
     monkeypatch.setattr("simsiam.finetune.RATES", (0.1,))
     networks: list[torch.nn.Module] = []
     fit = finetune_module.fit
@@ -87,7 +87,7 @@ def test_it_sees_the_labels_of_its_rows_and_no_others(
 def test_the_rate_is_chosen_on_rows_that_are_not_trained_on(
     parts: tuple[Encoder, Preprocessing, Cache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rate that learns nothing loses against one that does, wherever it stands; the last fit takes all rows."""
+    """A rate that learns beats one that does not, in either order; the last fit uses all rows."""
     encoder, prepare, cache = parts
     train, test = cache.split()
     fit, seen = finetune_module.fit, []

@@ -1,4 +1,4 @@
-"""What is computed in C against the same by torch, in float64. Views have their own tests, which run both ways."""
+"""The C kernels against torch in float64. Views are tested separately, with and without kernels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that were called."""
+    """Records which kernels were called."""
     made: list[str] = []
     run = kernels._run
     monkeypatch.setattr(kernels, "_run", lambda name, *arguments: (made.append(name), run(name, *arguments)))
@@ -47,7 +47,7 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
 def outcome(
     norm: Callable[..., Tensor], bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None, relu: bool, gradient: Tensor
 ) -> list[Tensor]:
-    """The result, the gradients of all that has one, and the running statistics."""
+    """Return the result, all gradients and the running statistics."""
     given = [each.clone().requires_grad_() for each in (x, added) if each is not None]
     y = norm(bn, *given, *([None] if added is None else []), relu)
     y.backward(gradient.to(y.dtype))
@@ -84,7 +84,7 @@ def test_norm_is_torchs(
         )
     assert calls == ["norm_forward", "norm_backward"]
     for ours, theirs in zip(*found, strict=True):
-        # A value beside 0 may be rounded to its other side, with its gradient.
+        # A value near 0 may round to the other side of the ReLU, and its gradient with it.
         off = (ours.double() - theirs).abs() / theirs.abs().max()
         assert off.max() < (2e-6 if ours.dtype == torch.float32 and dtype == torch.float32 else 1e-2)
         assert off.mean() < (2e-7 if dtype == torch.float32 else 2e-3 if ours.dtype == torch.bfloat16 else 1e-4)
@@ -113,7 +113,7 @@ def test_neither_threads_nor_the_memorys_order_change_a_bit() -> None:
 
 
 def test_a_gradient_that_is_one_value_for_many_is_taken() -> None:
-    """As that of a mean is."""
+    """Such as the expanded gradient of a mean."""
     x = torch.randn(4, 8, 5, 5, requires_grad=True)
     kernels.norm(batch_norm(8), x).mean((2, 3)).square().sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
@@ -122,7 +122,7 @@ def test_a_gradient_that_is_one_value_for_many_is_taken() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", [(0, 3, 0, 0), (2, 3, 4, 1)])
 def test_what_is_not_finite_shows(bad: float, place: tuple[int, ...]) -> None:
-    """Else a diverged run would look healthy."""
+    """Otherwise a diverged run would look healthy."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(4, 8, 5, 5).to(dtype)
         x[place] = bad
@@ -141,7 +141,7 @@ def test_a_traced_encoder_computes() -> None:
     encoder = build(EncoderSpec("thin-resnet18", 32, width=8), 0).eval()
     first, second = torch.randn(2, 4, 3, 32, 32).unbind()
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracing itself is
+        warnings.simplefilter("ignore")  # tracing itself may warn
         traced = torch.jit.trace(encoder, first)
         torch.testing.assert_close(traced(second), encoder(second), rtol=1e-4, atol=1e-5)
 
@@ -156,7 +156,7 @@ def test_a_traced_encoder_computes() -> None:
 def test_the_rest_is_left_to_torch(case: str, calls: list[str]) -> None:
     bn: nn.Module = batch_norm(8)
     x = torch.randn(4, 8, 5, 5)
-    if case == "evaluation":  # with gradients; without, see below
+    if case == "evaluation":  # with gradients; without them, see below
         bn.eval()
     elif case == "float64":
         bn, x = bn.double(), x.double()
@@ -228,7 +228,7 @@ def test_largest_is_topk(columns: int, k: int, distinct: int, calls: list[str]) 
 def test_reduced_is_pillows_bicubic(
     before: tuple[int, int], after: tuple[int, int], content: str, calls: list[str]
 ) -> None:
-    """But for sums that are rounded the other way. Black and white overshoots, and is kept in 0..255."""
+    """Except for sums that round the other way. Black and white overshoots and must be clamped to 0..255."""
     torch.manual_seed(0)
     image = torch.randint(256, (*before, 3), dtype=torch.uint8)
     if content == "black and white":
@@ -241,7 +241,7 @@ def test_reduced_is_pillows_bicubic(
 
 
 def test_torchs_threads_are_found_where_no_name_is_global(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on ARM, where libgomp is loaded for torch alone."""
+    """As on ARM, where libgomp is loaded privately for torch."""
     known, load = kernels._parallel(), ctypes.CDLL
     kernels._parallel.cache_clear()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: load(name) if name else SimpleNamespace())

@@ -1,4 +1,4 @@
-"""The loader: every batch is a function of (seed, epoch, step), however it gets to the device."""
+"""The loader: every batch is a function of (seed, epoch, step), whichever way it gets to the device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def make_cache(folder: Path, sizes: list[tuple[int, int]]) -> Cache:
-    """Noise of the given (height, width), over and over."""
+    """A cache of noise images that cycle through the given (height, width)."""
     (folder / "data").mkdir()
     for i in range(COUNT):
         pixels = np.random.default_rng(i).integers(0, 256, (*sizes[i % len(sizes)], 3), dtype=np.uint8)
@@ -47,7 +47,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 @pytest.fixture(params=["resident", "uniform, in place", "mixed, in place", "uniform, read ahead", "mixed, read ahead"])
 def loader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loader]:
-    """One of each way to the device, over 45 of the 50 rows."""
+    """A loader for each way to the device, over 45 of the 50 rows."""
     cache: Cache = request.getfixturevalue("mixed" if "mixed" in request.param else "uniform")
     if request.param != "resident":
         monkeypatch.setattr(loader_module, "_RESIDENT_BYTES", {})
@@ -122,7 +122,7 @@ def test_a_batch_of_one_size_from_a_mixed_set_has_no_padding(mixed: Cache) -> No
 def test_decoding_on_the_way_gives_the_batches_of_a_set_that_was_decoded_before(
     tmp_path: Path, sizes: list[tuple[int, int]], bad: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bad images take no place; the order begins again where they leave too few."""
+    """Bad images are skipped; if too few remain, the order starts again."""
     images = make_cache(tmp_path, sizes).images
     read = images.read
     images = dataclasses.replace(images, read=lambda i: b"" if i * bad % COUNT < bad else read(i), root="bad")
@@ -178,7 +178,7 @@ def test_the_reading_thread_ends_with_the_epoch_and_when_it_is_left_early(
     monkeypatch.setattr(Loader, "_reads_ahead", lambda self: True)
     loader = Loader(mixed, np.arange(COUNT), 2, CPU, seed=0)
     batches = loader.epoch(0)
-    assert readers() == []  # nothing is read before the first batch is asked for
+    assert readers() == []  # nothing is read before the first batch is requested
     list(batches)
     assert readers() == []
     batches = loader.epoch(1)
@@ -195,7 +195,7 @@ def test_reading_runs_ahead_but_not_away(mixed: Cache, monkeypatch: pytest.Monke
     monkeypatch.setattr(loader, "_load", lambda chunk: read.append(chunk) or load(chunk))
     batches: Iterator[Batch] = loader.epoch(0)
     next(batches)
-    bound = 2 + loader_module._AHEAD  # the one in hand, those that wait and the next, which has no room yet
+    bound = 2 + loader_module._AHEAD  # the current batch, the waiting ones, and the next one, which does not fit yet
     deadline = time.monotonic() + 10
     while len(read) < bound and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -225,7 +225,7 @@ def test_an_error_while_reading_reaches_the_caller_in_its_place(mixed: Cache, mo
 def test_where_views_are_drawn_in_place_nothing_is_copied_and_no_thread_reads(
     mixed: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system is told of the next batch's pixels before a batch is handed out."""
+    """The system is advised of the next batch's pixels before a batch is returned."""
     loader, told = Loader(mixed, np.arange(COUNT), BATCH, CPU, seed=0), []
     monkeypatch.setattr(mixed, "expect", lambda rows: told.append(rows.tolist()))
     for step, batch in enumerate(loader.epoch(0)):

@@ -1,4 +1,4 @@
-"""The contract of methods/__init__.py, over every method that is there."""
+"""The contract of methods/__init__.py, for every method."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(name: str, seed: int = 0, **changes: Any) -> nn.Module:
-    """The method on a small encoder, with the widths that it knows made small."""
+    """The method with a small encoder and small widths."""
     module = methods.get(name)
     known = {field.name for field in dataclasses.fields(module.Settings)}
     settings = module.Settings(**{key: value for key, value in (SMALL | changes).items() if key in known})
@@ -47,7 +47,7 @@ def make(name: str, seed: int = 0, **changes: Any) -> nn.Module:
 
 
 def batch(name: str, seed: int, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Tensor]:
-    """As many views of a batch as the method takes by default; in all batches, every image once."""
+    """The method's default number of views of a batch; the batches together contain every image once."""
     draws = np.random.default_rng(seed)
     shape = (BATCH, 3, SIZE, SIZE)
     views = [torch.from_numpy(draws.standard_normal(shape)).to(dtype) for _ in range(methods.get(name).VIEWS[0])]
@@ -69,14 +69,14 @@ def optimiser(method: nn.Module) -> torch.optim.Optimizer:
 
 
 def step(name: str, method: nn.Module, sgd: torch.optim.Optimizer, number: int) -> float:
-    """One training step as the loop takes it, an epoch each."""
+    """One training step as in the training loop, each in its own epoch."""
     torch.manual_seed(number)
     hook(method, "before_epoch", number)
     loss, _ = method(*batch(name, number, dtype(method)))
     sgd.zero_grad()
     loss.backward()
     sgd.step()
-    hook(method, "after_step", number / 10)  # the share of training that is done
+    hook(method, "after_step", number / 10)  # the fraction of training done
     return loss.item()  # type: ignore[no-any-return]
 
 
@@ -95,7 +95,7 @@ def test_a_method_says_where_it_comes_from(name: str) -> None:
 @every_method
 @pytest.mark.parametrize("recipe", recipes.names())
 def test_every_recipe_can_be_had_with_every_method(name: str, recipe: str) -> None:
-    """And differs from the method's defaults only in settings that it has: `read` refuses any other."""
+    """The result has only settings that the method knows: `read` rejects any other."""
     table = preset(recipe, name)
     assert {"lr", "weight_decay"} <= table["train"].keys(), "or it would take those of no recipe at all"
     views, encoder = {"size": 32, **table["views"]}, {"size": 32, **table["encoder"]}
@@ -123,7 +123,7 @@ RELEASED: list[tuple[str, str, tuple[str, float, float, int, float], dict[str, A
 def test_a_recipe_trains_as_was_published(
     recipe: str, name: str, training: tuple[str, float, float, int, float], method: dict[str, Any]
 ) -> None:
-    """Optimiser, the rate itself, weight decay, batch and epochs of warm-up."""
+    """Optimiser, actual learning rate, weight decay, batch size and warm-up epochs."""
     table = preset(recipe, name)
     plan = read({"data": "x", **table, "encoder": {"size": 32, **table["encoder"]}, "eval": {"size": 32}})
     kind, *numbers = training
@@ -166,7 +166,7 @@ def test_embed_gives_features_and_projection(name: str) -> None:
         h, z = method.embed(x)  # type: ignore[operator]
         assert h.shape == (BATCH, method.encoder.dim) and z.shape[0] == BATCH and z.ndim == 2  # type: ignore[union-attr]
         assert torch.equal(h, method.encoder(x))  # type: ignore[operator]
-        # In eval mode an embedding is its image's own: the rest of the batch does not matter.
+        # In eval mode an embedding does not depend on the rest of the batch.
         torch.testing.assert_close(method.embed(x[2:3]), (h[2:3], z[2:3]))  # type: ignore[operator]
 
 
@@ -192,7 +192,7 @@ def test_training_is_deterministic(name: str) -> None:
 
 @every_method
 def test_a_reloaded_state_goes_on_identically(name: str) -> None:
-    """Everything that the next step depends on is in the state dict, queues and twins too."""
+    """Everything that the next step depends on is in the state dict, including queues and target networks."""
     method = make(name)
     begin(name, method)
     sgd = optimiser(method)
@@ -209,23 +209,23 @@ def test_a_reloaded_state_goes_on_identically(name: str) -> None:
 
 
 def in_float64(method: nn.Module) -> nn.Module:
-    """The method in float64, with weights that are the same on every processor, where torch's normal numbers are not."""
+    """The method in float64, with the same weights on every processor, unlike torch's normal numbers."""
     drawn: dict[bytes, Tensor] = {}
     draws = np.random.default_rng(0)
     with torch.no_grad():
         for value in method.double().state_dict().values():
             if value.is_floating_point() and value.numel() > 1 and value.std() > 0:
                 spread = float(f"{value.std():.2g}")
-                key = value.numpy().tobytes()  # a twin stays equal to what it is the twin of
+                key = value.numpy().tobytes()  # a target network stays equal to its original
                 value.copy_(drawn.setdefault(key, torch.from_numpy(draws.normal(0, spread, value.shape))))
     return method
 
 
 @every_method
 def test_the_first_20_losses_are_golden(name: str) -> None:
-    """Any change of a loss, a head or the order of random draws shows here. SIMSIAM_GOLDEN=write accepts it.
+    """Detects any change of a loss, a head or the order of random draws. SIMSIAM_GOLDEN=write accepts it.
 
-    In float64: the rounding of float32, other on other processors, decides the losses of so small batches in ten steps.
+    In float64: with such small batches, float32 rounding, which depends on the processor, dominates after ten steps.
     """
     method = in_float64(make(name))
     begin(name, method)
@@ -269,9 +269,9 @@ def test_an_unknown_method_is_hinted_at() -> None:
 
 @every_method
 def test_it_learns_the_demo_set(name: str, tmp_path: Path) -> None:
-    """A net and views so small that one core takes a dozen steps a second; the demo recipe's own settings else."""
+    """A network and views so small that one core does a dozen steps per second; otherwise the demo recipe."""
     small = ["encoder.width=8", "views.size=16", "eval.size=16"]
-    # The guard may not stop it: some dip early, and on a busy machine more looks fall into the dip.
+    # The guard must not stop it: some dip early, and on a busy machine more checks fall into the dip.
     summary = simsiam.train(
         "demo", tmp_path / "run", recipe="demo", method=name, epochs=5, overrides=small, on_collapse="continue"
     )

@@ -1,4 +1,4 @@
-"""What is measured while a run trains: the figures that they say they are, of the images that they should be of."""
+"""Monitoring during training: the right figures of the right images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
 class Method(nn.Module):
-    """Keeps what it gives: [(features, projections)] of every batch, in order."""
+    """Records its outputs: [(features, projections)] of every batch, in order."""
 
     def __init__(self, width: int = 6) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def cache(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 @pytest.fixture(scope="module")
 def parts(cache: Cache) -> tuple[np.ndarray, np.ndarray]:
-    """60 rows to train on and 24 that are held out, of all classes."""
+    """60 training rows and 24 held-out rows, of all classes."""
     rows = np.random.default_rng(0).permutation(cache.decoded(np.arange(len(cache))))
     return np.sort(rows[:60]), np.sort(rows[60:84])
 
@@ -91,7 +91,7 @@ def test_the_largest_rank_is_that_of_the_images_where_they_are_few(
 
 
 class Knowing(nn.Module):
-    """Each image's class as a direction, first of the bank, then of the queries, the first `wrong` of which it mistakes."""
+    """Embeds images by class, first the bank, then the queries, of which it gets the first `wrong` ones wrong."""
 
     def __init__(self, watch: Monitor, wrong: int = 0) -> None:
         super().__init__()

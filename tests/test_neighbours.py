@@ -1,4 +1,4 @@
-"""top_k: exact, bounded, and never its own neighbour."""
+"""top_k: exact, bounded in memory, and never returns a row as its own neighbour."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_brute_force(monkeypatch: pytest.MonkeyPatch, bank_block: int, block: in
 @pytest.mark.parametrize("count", [1600, 1601, 3007])
 @pytest.mark.parametrize("distinct", [10_000, 5])
 def test_long_rows_go_by_the_maxima_of_groups(count: int, distinct: int) -> None:
-    """The same values as a plain topk, with many ties too, each at the index where it stands."""
+    """Same values as a plain topk, also with many ties, and each index points to its value."""
     values = torch.from_numpy(np.random.default_rng(count).integers(distinct, size=(9, count))).float()
     with kernels.off():
         found, where = neighbours._largest(values, 20)

@@ -1,4 +1,4 @@
-"""The schedule against its closed form, LARS against a naive twin."""
+"""The schedule against its closed form, LARS against a naive reference."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_schedule_by_epoch_is_the_released_codes() -> None:
 @pytest.mark.parametrize("warmup", [0.0, 1.0, 1.5, 2.0, 4.0, 9.0])
 @pytest.mark.parametrize("by_epoch", [False, True])
 def test_warm_up_only_rises_and_the_cosine_only_falls(warmup: float, by_epoch: bool) -> None:
-    """Wherever within an epoch it ends; it takes half of a short run at most."""
+    """Wherever within an epoch warm-up ends; it takes at most half of a short run."""
     schedule = Schedule(1.0, steps_per_epoch=10, epochs=5, seconds=None, warmup_epochs=warmup, by_epoch=by_epoch)
     rates, turn = [schedule.rate(step, 0) for step in range(50)], round(min(10 * warmup, 25))
     assert rates[:turn] == sorted(rates[:turn]) and rates[turn:] == sorted(rates[turn:], reverse=True)
@@ -66,11 +66,11 @@ def test_warm_up_only_rises_and_the_cosine_only_falls(warmup: float, by_epoch: b
 
 def test_a_schedule_by_the_clock() -> None:
     schedule = Schedule(0.4, steps_per_epoch=10, epochs=None, seconds=60.0)
-    assert schedule.steps is None and not schedule.over(0, 1e9)  # one step at least
+    assert schedule.steps is None and not schedule.over(0, 1e9)  # at least one step
     for seconds in (0.0, 15.0, 30.0, 59.0, 60.0, 75.0):
         assert math.isclose(schedule.rate(12, seconds), learning_rate(min(seconds / 60, 1), 0.4), abs_tol=1e-15)
         assert schedule.over(12, seconds) == (seconds >= 60)
-    # An epoch of warm-up lasts as long as an epoch has taken so far: 10 steps at 0.5 s of 60.
+    # Warm-up lasts one epoch at the pace so far: 10 steps at 0.5 s, of 60 s.
     warm = Schedule(0.4, steps_per_epoch=10, epochs=None, seconds=60.0, warmup_epochs=1)
     assert math.isclose(warm.rate(5, 2.5), 0.2) and math.isclose(warm.rate(10, 5.0), 0.4)
     assert warm.rate(0, 0.0) == warm.rate(0, 1.5) == 0.0, "before the first step as by steps"
@@ -86,7 +86,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 
 
 def problem() -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-    """Parameters, and their gradients for six steps; `zero` starts at 0, and some gradients are 0."""
+    """Parameters and their gradients for six steps; `zero` starts at 0, and some gradients are 0."""
     torch.manual_seed(0)
     parameters = {name: torch.randn(shape) * (name != "zero") for name, shape in SHAPES.items()}
     steps = [
@@ -104,7 +104,7 @@ def apply(optimiser: torch.optim.Optimizer, named: dict[str, torch.Tensor], grad
 def naive_lars(
     parameters: dict[str, torch.Tensor], steps: list[dict[str, torch.Tensor]], decay: float, settings: dict[str, float]
 ) -> dict[str, np.ndarray]:
-    """As the released code of each writes it, one number at a time, in float64: BYOL's LARS, and apex's LARC."""
+    """Naive reference in float64, one number at a time, after the released code: BYOL's LARS, and apex's LARC."""
     result = {}
     for name, parameter in parameters.items():
         w, v = parameter.double().numpy().copy(), np.zeros(parameter.shape)
@@ -135,7 +135,7 @@ def naive_lars(
     ],
 )
 def test_lars_is_its_naive_twin(settings: dict[str, Any], decay: float) -> None:
-    """The rate falls meanwhile: it scales the step, and not what the momentum remembers."""
+    """With a falling rate: it scales the step, not the momentum buffer."""
     parameters, steps = problem()
     named = {name: value.clone().requires_grad_() for name, value in parameters.items()}
     optimiser = LARS(named.values(), weight_decay=decay, **settings)
@@ -158,7 +158,7 @@ def test_vectors_are_left_to_sgd() -> None:
 
 
 def test_the_step_does_not_depend_on_the_scale_of_the_gradient() -> None:
-    """What LARS is for: without decay the first step is lr * trust * |w| long, whatever the gradient's size."""
+    """The purpose of LARS: without decay, the first step has length lr * trust * |w| for any gradient scale."""
     for scale in (1e-4, 1.0, 1e4):
         w = torch.full((3, 4), 2.0, requires_grad=True)
         w.grad = scale * torch.arange(12.0).view(3, 4)

@@ -1,4 +1,4 @@
-"""Our SimSiam beside the one that its authors released: the same weights and views give the same numbers."""
+"""Our SimSiam against the authors' release: the same weights and views give the same numbers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ DIM, PRED_DIM = 64, 16
 
 
 class Released(nn.Module):
-    """The released model (facebookresearch/simsiam, builder.py), written anew from what it does: a torchvision ResNet whose
-    fc becomes the projection MLP, with the original fc, its bias frozen, as the last layer of it."""
+    """A reimplementation of the released model (facebookresearch/simsiam, builder.py): a torchvision ResNet whose fc
+    becomes the projection MLP, with the original fc, its bias frozen, as the last layer."""
 
     def __init__(self, arch: str, dim: int = DIM, pred_dim: int = PRED_DIM) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ def released_loss(p1: Tensor, p2: Tensor, z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def released(arch: str, seed: int = 0, **widths: int) -> Released:
-    """With BN weights drawn at random: zero-initialised residual blocks would pass no gradient on."""
+    """With random BN weights: zero-initialised residual blocks would block gradients."""
     torch.manual_seed(seed)
     model = Released(arch, **widths)
     for module in model.modules():
@@ -63,7 +63,7 @@ def views(seed: int, batch: int = 8, side: int = 32) -> list[Tensor]:
 
 
 def ours(theirs: Released, arch: str) -> Method:
-    """Our method with their weights, name by name; only the frozen bias has no place."""
+    """Our method with their weights, name by name; only the frozen bias has no counterpart."""
     method = Method(build(EncoderSpec(arch, 32), 1), Settings(dim=DIM, predictor_hidden=PRED_DIM))
     encoder, projector = method.encoder.backbone.state_dict(), method.projector.state_dict()
     weights = theirs.encoder.state_dict()
@@ -75,19 +75,19 @@ def ours(theirs: Released, arch: str) -> Method:
 
 
 def outputs(module: nn.Module) -> list[Tensor]:
-    """Filled with what the module returns, call by call."""
+    """A list that collects the module's outputs, call by call."""
     kept: list[Tensor] = []
     module.register_forward_hook(lambda *call: kept.append(call[2]))
     return kept
 
 
 def off(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|, Euclidean norms of the whole tensor: single entries near 0 are nothing but rounding."""
+    """|a - b| / |b| with Euclidean norms of whole tensors: single entries near 0 are only rounding."""
     return float(((a - b).norm() / b.norm()).detach())
 
 
 def of_theirs(arch: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """p, z, the loss and every gradient under our names, in training mode."""
+    """p, z, the loss and every gradient of the released model, under our names, in training mode."""
     theirs = released(arch).to(dtype)
     p1, p2, z1, z2 = theirs(*(view.to(dtype) for view in views(1)))
     loss = released_loss(p1, p2, z1, z2)
@@ -100,7 +100,7 @@ def of_theirs(arch: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def of_ours(arch: str, dtype: torch.dtype, **changes: Any) -> dict[str, Tensor]:
-    """The same of ours with their weights."""
+    """The same for our method with their weights."""
     method = ours(released(arch), arch).to(dtype)
     method.settings = dataclasses.replace(method.settings, **changes)
     projections, predictions = outputs(method.projector), outputs(method.predictor)
@@ -125,7 +125,7 @@ def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, f
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_outputs_loss_and_every_gradient_are_the_released_ones(arch: str, dtype: torch.dtype, tolerance: float) -> None:
-    """By the same operations of torch."""
+    """With the same torch operations."""
     with kernels.off():
         found = errors(of_ours(arch, dtype), of_theirs(arch, dtype))
     assert not {name: error for name, error in found.items() if not error < tolerance}
@@ -133,7 +133,7 @@ def test_outputs_loss_and_every_gradient_are_the_released_ones(arch: str, dtype:
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_kernels_are_no_further_off_than_the_released_model_rounds(arch: str) -> None:
-    """Which takes a ResNet-50's gradients 4 % off those in float64 here."""
+    """Rounding alone puts a ResNet-50's gradients 4 % off those in float64 here."""
     exact = of_theirs(arch, torch.float64)
     rounding = errors(of_theirs(arch, torch.float32), exact)
     found = errors(of_ours(arch, torch.float32), exact)
@@ -141,7 +141,7 @@ def test_kernels_are_no_further_off_than_the_released_model_rounds(arch: str) ->
 
 
 def test_a_gradient_that_flows_where_theirs_stops_is_seen() -> None:
-    """The comparison can fail: without our stop-gradient the outputs are the same, and all encoder gradients are not."""
+    """The comparison can fail: without our stop-gradient, outputs are equal but all encoder gradients differ."""
     exact = of_theirs("resnet18", torch.float64)
     found = errors(of_ours("resnet18", torch.float64, stop_gradient=False), exact)
     assert max(found[name] for name in ("p1", "p2", "z1", "z2", "loss")) < 1e-9

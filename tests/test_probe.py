@@ -1,4 +1,4 @@
-"""What a few steps at the start decide on a GPU; their times are made up here."""
+"""What a few steps at the start decide on a GPU, with simulated times."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def probed(
     ("train", "plain", "fused", "compiles"),
     [
         ({"epochs": 800}, 0.02, 0.015, True),
-        ({"epochs": 800}, 0.02, 0.0199, False),  # no faster
-        ({"epochs": 2}, 0.02, 0.015, False),  # four seconds
+        ({"epochs": 800}, 0.02, 0.0199, False),  # not faster
+        ({"epochs": 2}, 0.02, 0.015, False),  # only four seconds
         ({"epochs": 2, "compile": True}, 0.02, 0.03, True),
         ({"epochs": 800, "compile": False}, 0.02, 0.015, False),
         ({"budget": "10m"}, 0.02, 0.015, True),
@@ -85,7 +85,7 @@ def test_an_encoder_that_cannot_be_compiled_is_trained_without(monkeypatch: pyte
     with pytest.raises(UserError, match=r"train.compile: this encoder cannot be compiled here \(Failed to find"):
         probed(monkeypatch, plan(epochs=800, compile=True), 0.02, broken)
     full = torch.OutOfMemoryError("CUDA out of memory")
-    found, _ = probed(monkeypatch, plan(epochs=800), 0.02, full)  # compiling takes more than the step itself
+    found, _ = probed(monkeypatch, plan(epochs=800), 0.02, full)  # compiling takes more memory than the step
     assert not found.compiles and "out of memory" in found.why_compiled
     with pytest.raises(torch.OutOfMemoryError):
         probed(monkeypatch, plan(epochs=800, compile=True), 0.02, full)
@@ -93,7 +93,7 @@ def test_an_encoder_that_cannot_be_compiled_is_trained_without(monkeypatch: pyte
 
 @pytest.mark.parametrize("asked", [True, False, None])
 def test_what_a_user_asks_for_stands_on_a_cpu(asked: bool | None) -> None:
-    """And where nobody asked, the recipe that the run leaves lets a GPU decide."""
+    """If unset, the run's recipe leaves it open, so that a GPU can decide."""
     recipe = plan(epochs=1, **({} if asked is None else {"compile": asked}))
     settled, _ = settle(recipe, Probed("fp32", 0.1, "asked for", 2, 2), replace(FACTS, device="cpu"), 97)
     assert settled.train.compile is asked
@@ -126,7 +126,7 @@ def test_a_run_that_was_compiled_goes_on_where_nothing_can_be(
     with pytest.raises(Interrupted):
         simsiam.train(photos, tmp_path / "run", epochs=2, listener=Stop(signal.SIGINT, 3), **SMALL)
     config = tmp_path / "run" / "config.toml"
-    write_text(config, write_recipe(merge(read_recipe(config), {"train": {"compile": True}})))  # as a GPU leaves it
+    write_text(config, write_recipe(merge(read_recipe(config), {"train": {"compile": True}})))  # as from a GPU
     told = Recorder()
     assert simsiam.train(out=tmp_path / "run", resume=True, listener=told)["steps"] == 10
-    assert any("cannot compile the encoder: the run goes on without" in line for line in told.lines)
+    assert any("cannot compile the encoder: the run continues without" in line for line in told.lines)

@@ -1,4 +1,4 @@
-"""Several processes on one run: together they do what one would, and every method can be shared."""
+"""Several processes on one run: they compute what one process would, for every method."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def batch(step: int, count: int) -> tuple[list[Tensor], Tensor]:
 
 
 def trained(name: str, **settings: Any) -> dict[str, Tensor]:
-    """The state after a few steps on this rank's part of the same batches."""
+    """Return the state after a few steps on this rank's part of the same batches."""
     method = small_method(name, **settings).train()
     forward = ranks.parallel(method)
     steps = torch.optim.SGD(methods.param_groups(method), lr=0.05, momentum=0.9)
@@ -113,13 +113,13 @@ def _work(number: int, port: int, folder: str) -> None:
         assert ranks.agree(float(number + 5), number == 1, False) == (5.0, (True, False))
         states = [trained(name, **settings) for name, settings in CASES]
         torch.save({"states": states, "losses": _losses(number)}, f"{folder}/{number}.pt")
-    # A thread of the group that is left would abort the process where it meets the end of the interpreter.
+    # A leftover thread of the process group would abort the process at interpreter exit.
     assert len(os.listdir("/proc/self/task")) == threads
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks has: the states of every case, losses and codes of its half of a batch."""
+    """The results of each of two ranks: the states of every case, losses and codes of its half of a batch."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(_work, args=(free_port(), str(folder)), nprocs=RANKS)
     return [torch.load(folder / f"{number}.pt") for number in range(RANKS)]
@@ -133,12 +133,12 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[f"{n}-{'-'.join(s)}".strip("-") for n, s in CASES])
 def test_two_ranks_end_where_one_process_does(number: int, shared: list[dict[str, Any]]) -> None:
-    """BN over the whole batch, gathered negatives, codes, clusters and memories: all in float64."""
+    """BN over the whole batch, gathered negatives, codes, clusters and memories, all in float64."""
     first, second = (rank["states"][number] for rank in shared)
     name, settings = CASES[number]
     sync_bn = methods.get(name).Method.sync_bn
     for key in first:
-        if sync_bn or "running" not in key:  # without it each rank has statistics of its own, as MoCo wants them
+        if sync_bn or "running" not in key:  # without it, each rank has its own statistics, as intended for MoCo
             torch.testing.assert_close(first[key], second[key], rtol=1e-9, atol=1e-12, msg=key)
     if sync_bn:
         alone = trained(name, **settings)
@@ -147,12 +147,12 @@ def test_two_ranks_end_where_one_process_does(number: int, shared: list[dict[str
 
 
 def test_two_ranks_see_each_others_rows(shared: list[dict[str, Any]]) -> None:
-    """Losses and codes over two processes are those of one process with the whole batch, gradients too."""
+    """Losses, codes and gradients over two processes are those of one process with the whole batch."""
     found = [rank["losses"] for rank in shared]
     z1, z2 = vectors(0).requires_grad_(), vectors(1).requires_grad_()
     contrastive = simclr.nt_xent(z1, z2, z1, z2, 0.2)
     redundancy = barlow.barlow_twins(z1, z2, 0.005)
-    (2 * contrastive + redundancy).backward()  # the ranks' losses summed: each has its own queries, and all of C
+    (2 * contrastive + redundancy).backward()  # summed over ranks: own queries, but all of C
     assert sum(each["losses"][0] for each in found) / 2 == pytest.approx(contrastive.item(), rel=1e-5)
     assert [each["losses"][1] for each in found] == [pytest.approx(redundancy.item(), rel=1e-5)] * 2
     torch.testing.assert_close(torch.cat([each["code"] for each in found]), swav.sinkhorn(z1.detach(), 0.5, 3))
@@ -162,7 +162,7 @@ def test_two_ranks_see_each_others_rows(shared: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("name", ["timm/efficientnet_b0", "resnet18"])
 @pytest.mark.parametrize("training", [True, False])
 def test_synchronised_bn_is_the_bn_that_it_was(name: str, training: bool) -> None:
-    """In one process it sees the same rows; timm's BN has the activation in it, which has to stay."""
+    """In one process it sees the same rows; timm's BN includes an activation that must be kept."""
     encoder = build(EncoderSpec(name, 64), 0).train(training)
     twin = copy.deepcopy(encoder)
     ranks._synchronise(twin, torch.device("cpu"))
@@ -170,7 +170,7 @@ def test_synchronised_bn_is_the_bn_that_it_was(name: str, training: bool) -> Non
     with torch.no_grad():
         torch.testing.assert_close(twin(x), encoder(x), rtol=1e-3, atol=1e-3)
     assert twin.state_dict().keys() == encoder.state_dict().keys()
-    ranks._synchronise(twin, torch.device("cuda"))  # torch's own, which needs a GPU in training
+    ranks._synchronise(twin, torch.device("cuda"))  # torch's, which needs a GPU in training mode
     if not training:
         with torch.no_grad():
             torch.testing.assert_close(twin(x), encoder(x), rtol=1e-3, atol=1e-3)
@@ -189,7 +189,7 @@ def torchrun(*arguments: object, processes: int = RANKS) -> list[str]:
 
 
 def one_core() -> dict[str, str]:
-    """The environment, with one thread and no GPU: each process would take one of its own."""
+    """The environment with one thread and no GPU, since each process would need its own GPU."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -198,12 +198,12 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_run_over_two_processes_is_one_run(tmp_path: Path) -> None:
-    """One table, one run folder; without random views, the weights that a single process gets."""
+    """One table, one run folder; without random views, the same weights as from a single process."""
     photos = tmp_path / "photos"
     photos.mkdir()
-    for i in range(80):  # square: the plain crop of any other has a place to be drawn
+    for i in range(80):  # square, so that the plain crop has no random position
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (24, 24, 3), np.uint8)).save(photos / f"{i}.png")
-    settings = ["--epochs", 0.2, *TINY, *PLAIN]  # a step: more of them would enlarge the rounding of float32
+    settings = ["--epochs", 0.2, *TINY, *PLAIN]  # one step: more would amplify float32 rounding
     two = run(torchrun("train", photos, "-o", tmp_path / "two", *settings))
     assert two.returncode == 0, two.stderr
     assert two.stderr.count("Report   ") == 1
@@ -214,7 +214,7 @@ def test_a_run_over_two_processes_is_one_run(tmp_path: Path) -> None:
     assert first is not None and second is not None and first[1]["step"] == second[1]["step"] == 1
     assert first[0].keys() == second[0].keys()
     for key, value in first[0].items():
-        if value.ndim > 1:  # a ReLU on the edge may fall to either side
+        if value.ndim > 1:  # a ReLU near 0 may go either way
             assert torch.cosine_similarity(value.flatten(), second[0][key].flatten(), dim=0) > 0.99, key
 
 
@@ -254,7 +254,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(photos: Path, tmp_path: Path) 
 def test_processes_that_read_other_images_do_not_train(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that fails for one of them alone."""
+    """The disk fails for only one of them."""
     cache = build_cache(open_images(photos), 16, tmp_path)
     _check_alike(cache)
     usable = cache.usable(np.arange(len(cache)))

@@ -1,4 +1,4 @@
-"""A released checkpoint becomes a run: the same outputs, the same next step, and every other verb takes it."""
+"""A released checkpoint becomes a run: same outputs, same next step, and usable by every other command."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LR = 0.05
 
 @pytest.fixture
 def tidy(tmp_path: Path) -> Iterator[None]:
-    """Whole networks are too large to be kept."""
+    """Delete the files afterwards: whole networks are too large to keep."""
     yield
     shutil.rmtree(tmp_path)
 
@@ -65,7 +65,7 @@ def step(model: Released, optimiser: torch.optim.SGD, seed: int) -> None:
 
 
 def released_file(folder: Path, *, fix_pred_lr: bool = True, prefix: str = "module.") -> tuple[Path, Released, Any]:
-    """After three steps of pre-training, in the released format: no running statistic is at its start."""
+    """A checkpoint in the released format after three steps, so that all running statistics have changed."""
     model = released("resnet18")
     optimiser = sgd(model, fix_pred_lr)
     for seed in range(3):
@@ -77,7 +77,7 @@ def released_file(folder: Path, *, fix_pred_lr: bool = True, prefix: str = "modu
 
 
 def method_of(run: Path) -> tuple[Any, torch.optim.Optimizer, dict[str, Tensor]]:
-    """Our method and optimiser as `config.toml` makes them and as the run's checkpoint fills them."""
+    """Our method and optimiser, built from `config.toml` and loaded from the run's checkpoint."""
     plan = read(read_recipe(run / "config.toml"))
     method = methods.get(plan.method).Method(build(plan.encoder, 7), plan.method_settings)
     found = Checkpoints(run).load()
@@ -100,7 +100,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Released]:
 
 
 def test_in_use_the_outputs_are_theirs(imported: tuple[Path, Released]) -> None:
-    """z and p with the running statistics of BN, where the bias that ours lacks would show."""
+    """z and p with running BN statistics, where the bias that ours lacks would show."""
     run, theirs = imported
     method, _, _ = method_of(run)
     assert theirs.encoder.fc[6].bias.abs().max() > 0.01
@@ -117,7 +117,7 @@ def test_in_use_the_outputs_are_theirs(imported: tuple[Path, Released]) -> None:
 
 @pytest.mark.parametrize("fix_pred_lr", [True, False])
 def test_the_next_step_is_theirs(tmp_path: Path, fix_pred_lr: bool) -> None:
-    """Momentum has arrived at the right parameters: one step on, all weights move as theirs do."""
+    """Momentum is assigned to the right parameters: in the next step, all weights move like theirs."""
     path, theirs, optimiser = released_file(tmp_path, fix_pred_lr=fix_pred_lr)
     summary = import_released(path, tmp_path / "run")
     assert summary["imported"]["momentum"]
@@ -133,7 +133,7 @@ def test_the_next_step_is_theirs(tmp_path: Path, fix_pred_lr: bool) -> None:
     wanted |= {f"projector.{name}": value for name, value in theirs.encoder.fc.named_parameters()}
     wanted |= {f"predictor.{name}": value for name, value in theirs.predictor.named_parameters()}
     moved = {name: off(p - before[name], wanted[name] - before[name]) for name, p in method.named_parameters()}
-    assert max(moved.values()) < 1e-3, moved  # a difference of rounded weights
+    assert max(moved.values()) < 1e-3, moved  # the difference of rounded weights
 
 
 @pytest.mark.parametrize("what", ["missing", "of another shape"])
@@ -165,7 +165,7 @@ def test_what_the_file_tells_is_in_the_run(imported: tuple[Path, Released]) -> N
 
 
 def test_images_are_prepared_as_the_released_evaluation_does(imported: tuple[Path, Released]) -> None:
-    """Resize 256, central crop 224, ImageNet's mean and std, then the plain network: torchvision's own transforms."""
+    """Resize 256, centre crop 224, ImageNet's mean and std, then the plain network, by torchvision's transforms."""
     run, theirs = imported
     pixels = np.random.default_rng(0).integers(0, 256, (2, 300, 256, 3), dtype=np.uint8)
     prepare = v2.Compose(
@@ -188,7 +188,7 @@ def test_images_are_prepared_as_the_released_evaluation_does(imported: tuple[Pat
 def test_from_the_released_file_to_evaluation_vectors_and_export(
     imported: tuple[Path, Released], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Measuring bf16 against fp32 takes longer than all the rest.
+    # Measuring bf16 against fp32 takes longer than everything else.
     monkeypatch.setattr("simsiam.embed.probe_encoder", lambda *_: "fp32")
     run, theirs = imported
     few = tmp_path / "few"
@@ -203,7 +203,7 @@ def test_from_the_released_file_to_evaluation_vectors_and_export(
     state = theirs.encoder.state_dict()
     assert written.keys() == {name for name in state if not name.startswith("fc.")}
     assert all(torch.equal(value, state[name]) for name, value in written.items())
-    with pytest.raises(UserError, match="ImageNet"):  # its own data, which are not here
+    with pytest.raises(UserError, match="ImageNet"):  # the default data set, which is not available
         evaluate_run(run)
 
 
@@ -257,7 +257,7 @@ def test_there_is_nothing_to_resume(imported: tuple[Path, Released]) -> None:
 
 
 class Malicious:
-    """Unpickled without care, it makes a folder."""
+    """Creates a folder if it is unpickled without care."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

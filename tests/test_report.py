@@ -1,4 +1,4 @@
-"""The report: one page that stands alone, whatever the run folder lacks and whatever its names contain."""
+"""The report: a self-contained page, whatever the run folder lacks and whatever its names contain."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Collects the tags, the text outside scripts and the scripts; fails where tags do not balance."""
+    """Collects the tags, the text outside scripts and the scripts; fails on unbalanced tags."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def test_page_is_small(run: Path) -> None:
 
 
 def test_every_chart_compiles(page: Page) -> None:
-    """The Vega-Lite compiler itself reads each spec back, as the browser will, and draws it."""
+    """The Vega-Lite compiler reads each spec, as the browser will, and renders it."""
     import vl_convert
 
     assert len(page.specs) == 8
@@ -178,7 +178,7 @@ def test_an_evaluation_that_the_page_does_not_know_is_shown(tmp_path: Path) -> N
 
 
 def test_bars_say_what_the_table_says() -> None:
-    """75.25 is 75.2 in Python, and would be 75.3 in the page's own formatting."""
+    """75.25 is rounded to 75.2 in Python, but would be 75.3 if formatted in the page."""
     import vl_convert
 
     svg = vl_convert.vegalite_to_svg(charts.results({"kNN": {"pixels": 48.65, "trained": 75.25}}) | {"width": 400})
@@ -255,7 +255,7 @@ def test_neighbours_are_those_of_a_naive_search(tmp_path: Path) -> None:
 
 
 def test_map_keeps_classes_apart() -> None:
-    """Real data in the sense that matters: well separated clusters must stay neighbours in two dimensions."""
+    """Well-separated clusters must stay together in two dimensions."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 30)
     vectors = (rng.normal(size=(4, 32))[labels] * 4 + rng.normal(size=(120, 32))).astype(np.float32)

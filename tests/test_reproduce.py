@@ -1,4 +1,4 @@
-"""The experiments: every file is one that can be run; what ran is kept; the comparison with the paper."""
+"""The experiments: every file can be run; finished runs are kept; the comparison with the paper."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ every_experiment = pytest.mark.parametrize("name", reproduce.names())
 @every_experiment
 @pytest.mark.parametrize("scale", ["thin", "cifar", "imagenet"])
 def test_every_variant_can_be_run(name: str, scale: Any) -> None:
-    """And differs from the others in its settings, its length or its method."""
+    """Every variant also differs from the others in settings, length or method."""
     experiment = reproduce.get(name, scale)
     assert experiment.title and experiment.source and experiment.scales
     assert bool(experiment.variants) == (scale in experiment.scales) and len(experiment.variants) != 1
@@ -35,7 +35,7 @@ def test_every_variant_can_be_run(name: str, scale: Any) -> None:
 
 
 def planned(name: str, scale: Any) -> dict[str, Any]:
-    """Variant -> recipe, as `run` trains it on ImageNet or CIFAR-10."""
+    """Map each variant to its recipe, as `run` trains it on ImageNet or CIFAR-10."""
     plans = {}
     for variant in reproduce.get(name, scale).variants:
         settings = variant.settings | {"epochs": reproduce._EPOCHS[scale] * variant.epochs}
@@ -52,13 +52,13 @@ def test_what_is_compared_is_what_the_paper_ran() -> None:
     assert sorted({plan.train.epochs for plan in plans.values()}) == [100, 200, 400, 800]
     assert {len(plan.views.each()) for plan in planned("swav", "imagenet").values()} == {2}
     assert {plan.train.epochs for plan in planned("cifar", "cifar").values()} == {800}
-    # 67.7 is with a predictor whose rate decays; 68.1 with a constant one.
+    # 67.7 is with decaying predictor rate; 68.1 with a constant one.
     assert {plan.method_settings.predictor_fixed_lr for plan in planned("stop-gradient", "imagenet").values()} == {
         False
     }
     rates = {name: plan.method_settings.predictor_fixed_lr for name, plan in planned("predictor", "imagenet").items()}
     assert (rates["learning rate with cosine decay"], rates["constant learning rate"]) == (False, True)
-    # Appendix C: the paper's own versions of SimCLR, SwAV and MoCo v2. Footnote 6: BYOL by length. Section 4.4: a warm-up.
+    # Appendix C: the paper's versions of SimCLR, SwAV and MoCo v2. Footnote 6: BYOL by length. Section 4.4: a warm-up.
     layers = {
         name: plan.method_settings.projector_layers for name, plan in plans.items() if name[:4] in ("SimC", "SwAV")
     }
@@ -95,7 +95,7 @@ def test_order_is_compared_only_where_it_is_clear() -> None:
     found = reproduce.compare(rows)
     assert found["pairs"] == {
         "agree": [["a", "b"], ["a", "d"], ["c", "d"]],
-        "contradict": [["a", "c"]],  # b and c are published half a point apart: no order
+        "contradict": [["a", "c"]],  # b and c are published half a point apart: not ordered
         "undecided": [["b", "d"]],
     }
     assert found["verdicts_agree"] is True
@@ -130,7 +130,7 @@ def test_what_ran_is_kept_and_what_is_missing_is_run(finished: tuple[Path, dict[
     shutil.rmtree(gone)
     again = reproduce.run("stop-gradient", photos, folder, epochs=2, seeds=2)
     assert again["rows"][0] == result["rows"][0]
-    # Not the loss: a summary's is the mean since the last report, which comes by the clock.
+    # Not the loss: the summary has its mean since the last report, whose time varies.
     assert again["rows"][1]["n"] == 2 and (gone / "summary.json").exists()
     for path, stamp in stamps.items():
         assert (path.stat().st_mtime_ns == stamp) == (gone not in path.parents)
@@ -148,7 +148,7 @@ def test_a_mistake_before_the_first_run_does_not_claim_the_folder(photos: Path, 
 
 
 def test_a_batch_that_the_images_do_not_fill_is_refused(photos: Path, tmp_path: Path) -> None:
-    """It would be cut, and stand beside the figure that is published for another."""
+    """It would be reduced, but compared with the published figure for the full batch."""
     with pytest.raises(UserError, match=r"batches of 1,024 images and needs 4,096 to train on: .* has \d+\.$"):
         reproduce.run("batch-size", photos, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The run folder: whatever is interrupted, what was whole before is whole after."""
+"""The run folder: interruptions never damage intact files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_folder_that_one_trains_in_is_not_anothers(tmp_path: Path) -> None:
     assert done.returncode and "Another process is training in" in done.stderr
     lock.release()
     assert subprocess.run(command, timeout=60).returncode == 0
-    check_unused(tmp_path)  # the lock that was left there is nothing
+    check_unused(tmp_path)  # a leftover lock file does not count
 
 
 @pytest.mark.parametrize("take", [check_unused, make_writable])
@@ -61,7 +61,7 @@ def test_a_name_that_is_not_utf_8_is_refused_at_the_start(take: Callable[[Path],
 
 def test_what_cannot_be_kept_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="not kept"):
+    with pytest.warns(UserWarning, match="not saved"):
         assert not keep(lambda: write_text(tmp_path / "file" / "inside", "text"))
     assert keep(lambda: write_text(tmp_path / "inside", "text"))
 
@@ -81,7 +81,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_what_a_file_is_renamed_to_is_on_the_disk_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a power cut leaves the new name with nothing in it, and the old file is gone."""
+    """Otherwise a power cut could leave an empty new file and no old one."""
     done = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_size), fsync(file)))
@@ -96,7 +96,7 @@ def test_a_name_that_is_not_utf_8_is_written_so_that_it_can_be_read(tmp_path: Pa
 
 
 def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
-    """A process that really dies inside: the file of that name is the old one, and the next save gets through."""
+    """A process is really killed while writing: the old file remains, and the next save succeeds."""
     Checkpoints(tmp_path).save(1, state(1), {"step": 1}, healthy=True)
     code = (
         "import os, signal, sys, pathlib\n"
@@ -113,10 +113,10 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
     Checkpoints(tmp_path).save(2, state(2), {"step": 2}, healthy=True)
     loaded = Checkpoints(tmp_path).load()
     assert loaded is not None and loaded[1] == {"step": 2}
-    assert files(path.parent) == {"step-000000002.safetensors", "LAST", "HEALTHY"}  # the half is gone
+    assert files(path.parent) == {"step-000000002.safetensors", "LAST", "HEALTHY"}  # the partial file is gone
 
 
-@pytest.mark.parametrize("inside", ["folder", "file/a.txt"])  # a folder of that name is there; below a file
+@pytest.mark.parametrize("inside", ["folder", "file/a.txt"])  # the path is a folder; its parent is a file
 def test_a_place_that_cannot_be_written_is_the_users_mistake(tmp_path: Path, inside: str) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
@@ -134,7 +134,7 @@ def test_json_survives_and_damage_is_named(tmp_path: Path) -> None:
     (tmp_path / "c.json").mkdir()
     with pytest.raises(UserError, match=r"Cannot read .*c\.json"):
         read_json(tmp_path / "c.json")
-    with pytest.raises(UserError, match=r"Is .* a run folder"):
+    with pytest.raises(UserError, match=r"There is no .*none\.json"):
         read_json(tmp_path / "none.json")
 
 
@@ -154,7 +154,7 @@ def test_tensors_may_be_read_by_whom_any_other_file_may(tmp_path: Path) -> None:
 
 
 def test_tensors_that_a_disk_has_no_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's error has no number."""
+    """The library's error has no errno."""
 
     def full(*_: object, **__: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
@@ -177,7 +177,7 @@ def test_damaged_tensors_are_the_users_mistake(tmp_path: Path) -> None:
 
 
 class Bomb:
-    """Unpickling this leaves a file behind."""
+    """Unpickling this creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -196,7 +196,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path, write: object) -> Non
     with pytest.raises(UserError, match="damaged or not a safetensors"):
         Checkpoints(tmp_path).load()
     assert not (tmp_path / "run").exists()
-    # The bomb is live: what was refused would have gone off.
+    # The bomb is live: unpickling it does create the file.
     if write is pickle.dump:
         pickle.loads(path.read_bytes())
         assert (tmp_path / "run").exists()
@@ -256,7 +256,7 @@ def test_a_resumed_run_drops_the_lines_past_its_step(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path)
     for step in range(1, 6):
         metrics.write(step=step, loss=-step / 10)
-        assert read_metrics(tmp_path)[-1] == {"step": step, "loss": -step / 10}  # there at once: a kill loses none
+        assert read_metrics(tmp_path)[-1] == {"step": step, "loss": -step / 10}  # written at once: a kill loses nothing
     metrics.close()
     resumed = Metrics(tmp_path, resume_step=3)
     resumed.write(step=4, loss=7.0)
@@ -267,7 +267,7 @@ def test_a_resumed_run_drops_the_lines_past_its_step(tmp_path: Path) -> None:
         (3, -0.3),
         (4, 7.0),
     ]
-    Metrics(tmp_path).close()  # a fresh run starts an empty file
+    Metrics(tmp_path).close()  # a new run starts with an empty file
     assert read_metrics(tmp_path) == []
 
 
@@ -288,7 +288,7 @@ def test_a_full_disk_is_said_of_figures_too(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path)
     with pytest.raises(UserError, match=r"Cannot write .*metrics\.jsonl: No space left on device\. Free some space"):
         metrics.write(step=1)
-    metrics.close()  # another error would hide the first
+    metrics.close()  # must not raise: another error would hide the first
 
 
 def test_no_metrics_yet(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def made(folder: Path, vectors: np.ndarray) -> Path:
-    """Embeddings of no images."""
+    """Embeddings without images."""
     folder.mkdir()
     np.save(folder / "vectors.npy", vectors.astype(np.float32))
     pq.write_table(pa.table({"id": [f"image-{i}" for i in range(len(vectors))]}), folder / "items.parquet")
@@ -66,7 +66,7 @@ def test_the_index_has_the_recall_that_it_says_and_is_kept(tmp_path: Path) -> No
     assert read_embeddings(folder) and json.loads((folder / "index.json").read_text())["recall_at_10"] >= RECALL
     assert len(told) == 2 and "%" in told[1]
     assert search(folder, queries, k=10, index=True, progress=told.append) == near and len(told) == 2
-    # Other vectors make it anew, also where the old index is still there.
+    # The index is rebuilt for other vectors, even if an old one exists.
     made(tmp_path / "fewer", rng.normal(size=(100, 32)))
     for file in (tmp_path / "fewer").iterdir():
         file.replace(folder / file.name)
@@ -90,7 +90,7 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [1e-8, 1e5])
 def test_the_index_finds_vectors_of_any_length(tmp_path: Path, scale: float) -> None:
-    """It holds float16, which ends at 65,504."""
+    """It stores float16, whose maximum is 65,504."""
     folder = made(tmp_path / "vectors", scale * np.random.default_rng(0).normal(size=(3000, 32)))
     assert open_index(read_embeddings(folder))[1]["recall_at_10"] >= RECALL
     for near, exact in zip(
@@ -101,7 +101,7 @@ def test_the_index_finds_vectors_of_any_length(tmp_path: Path, scale: float) -> 
 
 
 def test_a_score_means_the_same_through_the_index(tmp_path: Path) -> None:
-    """A vector of zeros is like nothing, float16 or not."""
+    """A zero vector has similarity 0 to everything, in float16 too."""
     vectors = np.random.default_rng(0).normal(size=(300, 16))
     vectors[:50] = 0
     folder = made(tmp_path / "vectors", vectors)
@@ -112,7 +112,7 @@ def test_a_score_means_the_same_through_the_index(tmp_path: Path) -> None:
 
 
 def test_copies_do_not_hide_the_others_from_the_index(tmp_path: Path) -> None:
-    """An index leads from one of many equal vectors to these alone: what it leaves open is no neighbour."""
+    """From one of many equal vectors, an index leads only to the others: unfilled places are not neighbours."""
     vectors = np.random.default_rng(0).normal(size=(1500, 16))
     vectors[:1300] = vectors[0]
     folder = made(tmp_path / "vectors", vectors)
@@ -144,6 +144,6 @@ def test_the_command_prints_a_table_or_json(stored: Path) -> None:
     id_ = read_embeddings(stored).ids[0]
     command = [sys.executable, "-m", "simsiam", "search", str(stored), id_, "-k", "3"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert shown.returncode == 0 and shown.stdout == "" and "most alike" in shown.stderr
+    assert shown.returncode == 0 and shown.stdout == "" and "most similar" in shown.stderr
     found = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300).stdout)
     assert found[0]["query"] == id_ and len(found[0]["neighbours"]) == 3

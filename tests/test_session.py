@@ -1,4 +1,4 @@
-"""A run under way, without training: what is counted and when, by a clock that the tests move."""
+"""A running session without training: what is recorded and when, with a simulated clock."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Clock:
 
 
 class Watch:
-    """A monitor that takes its time."""
+    """A monitor that takes simulated time."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock, self.takes, self.looks, self.figures = clock, 0.0, 0, dict(HEALTHY)
@@ -61,7 +61,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def session(run: Path, clock: Clock, resume: bool = False, seconds: float | None = None, **train: Any) -> Session:
-    """Begun. 10 steps of 8 images are an epoch; 5 epochs, or so many seconds."""
+    """A started session. An epoch is 10 steps of 8 images; it lasts 5 epochs, or `seconds`."""
     method = nn.Linear(3, 2)
     length = {"epochs": None, "budget": f"{seconds}s"} if seconds else {"epochs": 5.0}
     settings = TrainSettings(**{**length, **train})
@@ -97,7 +97,7 @@ def test_a_folder_that_was_taken_meanwhile_is_left_alone(tmp_path: Path, clock: 
     with pytest.raises(UserError, match="Another process is training"):
         session(tmp_path, clock)
     first.close()
-    with pytest.raises(UserError, match="choose another -o"):  # it is free again, and holds a run by now
+    with pytest.raises(UserError, match="choose another -o"):  # no longer locked, but it contains a run now
         session(tmp_path, clock)
     assert len(read_metrics(tmp_path)) == 1
 
@@ -147,7 +147,7 @@ def test_a_resumed_run_goes_on_with_its_clock_and_its_figures(tmp_path: Path, cl
     s.optimizer.step()
     s.save()
     s.close()
-    clock.now += 1e6  # whatever lies between
+    clock.now += 1e6  # time between the runs does not count
     resumed = session(tmp_path, clock, resume=True)
     assert resumed.step == 4 and resumed.monitor.looks == 0  # type: ignore[attr-defined]
     assert resumed.latest == s.latest and resumed.latest["effective_rank"] == 20.0
@@ -195,7 +195,7 @@ def test_looks_take_a_twentieth_of_the_time_at_most(tmp_path: Path, clock: Clock
 def test_what_looks_like_a_collapse_is_looked_at_more_often(tmp_path: Path, clock: Clock) -> None:
     s = session(tmp_path, clock, seconds=10_000)
     watch: Any = s.monitor
-    for std, each in ((1.0, 0), (0.2, 1)):  # a healthy one waits for 500 s
+    for std, each in ((1.0, 0), (0.2, 1)):  # a healthy run waits 500 s
         watch.looks = 0
         for _ in range(3):
             step(s, clock, std=std)
@@ -204,12 +204,12 @@ def test_what_looks_like_a_collapse_is_looked_at_more_often(tmp_path: Path, cloc
     watch.takes = 10.0
     s.look()
     watch.looks, watch.figures["effective_rank"] = 0, 1.0
-    for number in (0, 0, 0):  # the last took 10 s, so the next waits for 200
+    for number in (0, 0, 0):  # the last evaluation took 10 s, so the next waits 200 s
         step(s, clock, std=0.2)
         s.flush(0.1)
         assert watch.looks == number
     clock.now += 200
-    for number in (1, 2, 3):  # but a suspicion is settled at once
+    for number in (1, 2, 3):  # but a suspicion is checked at once
         step(s, clock, std=0.2)
         s.flush(0.1)
         assert watch.looks == number
@@ -225,12 +225,12 @@ def test_a_state_is_saved_every_so_many_seconds(tmp_path: Path, clock: Clock) ->
         s.flush(0.1)
         saved.append(s.saved_step())
     assert max(number - last for number, last in enumerate(saved, 1)) == 9
-    assert 4 <= len(set(saved)) - 1 <= 8  # that often for the time, as often for what a look found sound
+    assert 4 <= len(set(saved)) - 1 <= 8  # saves by time, and as many by healthy evaluations
     s.close()
 
 
 def test_healthy_is_what_a_look_has_found_so(tmp_path: Path, clock: Clock) -> None:
-    """Directions vanish between two looks, while the std of the batches stays what it was."""
+    """The rank collapses between two evaluations, while the std of the batches is unchanged."""
     s = session(tmp_path, clock, checkpoint_seconds=3.0)
     sound: list[int] = []
     for number in range(1, 41):
@@ -256,7 +256,7 @@ def test_the_guard_stops_where_it_was_asked_to(tmp_path: Path, clock: Clock, on_
     step(s, clock, loss=math.nan)
     s.flush(0.1)
     assert s.verdict.name == "diverged" and s.guard_stops == (on_collapse == "stop")
-    s.guards[1].verdict = Verdict("partial", "")  # held-out images may say something else: the batches come first
+    s.guards[1].verdict = Verdict("partial", "")  # verdicts on batches take precedence over those on held-out images
     assert s.verdict.name == "diverged"
     assert lines(tmp_path, "train")[0]["loss"] is None  # no NaN in JSON
     s.save()

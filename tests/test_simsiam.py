@@ -1,4 +1,4 @@
-"""SimSiam against the paper: a naive twin, closed-form limits, and gradients that do not flow."""
+"""SimSiam against the paper: a naive reference, closed-form limits, and the stop-gradient."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def vectors(seed: int, *shape: int) -> Tensor:
 
 
 def linear_method(**changes: Any) -> Method:
-    """SimSiam on the plainest of encoders, a linear layer on 3x2x2 pixels, with BN weights that are not 1 and 0."""
+    """SimSiam with the simplest encoder, a linear layer on 3x2x2 pixels, and BN parameters other than 1 and 0."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Flatten(), nn.Linear(12, DIM))
     settings = Settings(dim=D, **changes)
@@ -55,7 +55,7 @@ INDEX = torch.arange(BATCH)
 
 
 def naive_mlp(layers: nn.Sequential, x: Array) -> Array:
-    """fc, BN over the batch and ReLU, written out."""
+    """Naive reference for fc, BN over the batch and ReLU."""
     for layer in layers:
         if isinstance(layer, nn.Flatten):
             x = x.reshape(len(x), -1)
@@ -73,7 +73,7 @@ def naive_mlp(layers: nn.Sequential, x: Array) -> Array:
 
 
 def naive_sides(method: Method, views: list[Tensor]) -> tuple[list[Array], list[Array]]:
-    """p and z of every view."""
+    """Return p and z of every view."""
     assert isinstance(method.encoder.backbone, nn.Sequential) and isinstance(method.predictor, nn.Sequential)
     z = [naive_mlp(method.projector, naive_mlp(method.encoder.backbone, x.double().numpy())) for x in views]
     return [naive_mlp(method.predictor, each) for each in z], z
@@ -126,7 +126,7 @@ def test_of_four_views_the_first_two_are_a_pair_and_the_last_two(symmetric: bool
 def test_the_softmax_similarity_is_the_naive_twins() -> None:
     p, z = vectors(0, BATCH, D), 2 * vectors(1, BATCH, D)
     expected = naive_softmax(p.double().numpy(), z.double().numpy())
-    assert abs(expected - naive_softmax(z.double().numpy(), p.double().numpy())) > 0.1  # which side is which matters
+    assert abs(expected - naive_softmax(z.double().numpy(), p.double().numpy())) > 0.1  # it is not symmetric in p and z
     assert softmax_cross_entropy(p, z).item() == pytest.approx(expected, rel=1e-5)
     assert softmax_cross_entropy(torch.zeros(2, D), z[:2]).item() == pytest.approx(np.log(D), rel=1e-6)
     method, views = linear_method(similarity="softmax"), two_views()
@@ -138,7 +138,7 @@ def test_the_softmax_similarity_is_the_naive_twins() -> None:
 def test_limits_of_negative_cosine() -> None:
     p = vectors(0, 32, 64)
     assert negative_cosine(p, p).item() == pytest.approx(-1) and negative_cosine(p, -p).item() == pytest.approx(1)
-    assert negative_cosine(1e-3 * p, 1e3 * p).item() == pytest.approx(-1)  # only directions count
+    assert negative_cosine(1e-3 * p, 1e3 * p).item() == pytest.approx(-1)  # only directions matter
     first, second = torch.eye(4)[:2], torch.eye(4)[2:]
     assert negative_cosine(first, second).item() == 0
     assert negative_cosine(torch.cat([p, p]), torch.cat([p, -p])).item() == pytest.approx(0, abs=1e-6)
@@ -156,9 +156,9 @@ def test_equal_views_without_predictor_are_at_the_minimum() -> None:
 
 
 class TwoEncoders(Encoder):
-    """Stands where the shared encoder is: the first call goes through one copy, the second through another.
+    """Replaces the shared encoder: the first call goes through one copy, the second through another.
 
-    Equal weights, so the loss is that of the shared one; but each view's gradient arrives at its own copy.
+    The weights are equal, so the loss is that of the shared encoder, but each view's gradient reaches its own copy.
     """
 
     dim = DIM
@@ -181,7 +181,7 @@ def build_copy(encoder: Encoder) -> nn.Module:
 
 
 def gradients_by_view(monkeypatch: pytest.MonkeyPatch, terms: tuple[float, float], **changes: Any) -> list[float]:
-    """Size of the gradient that each view's encoder gets when the two terms of the loss are weighted by `terms`."""
+    """Gradient norm of each view's encoder if the two terms of the loss are weighted by `terms`."""
     method, views = linear_method(**changes), two_views()
     twins = TwoEncoders(method.encoder)
     method.encoder = twins
@@ -192,7 +192,7 @@ def gradients_by_view(monkeypatch: pytest.MonkeyPatch, terms: tuple[float, float
 
 
 def test_nothing_flows_through_the_stopped_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In D(p1, stopgrad(z2)) the encoder on x2 gets nothing, the one on x1 something; in the other term the reverse."""
+    """In D(p1, stopgrad(z2)), the encoder of x1 gets a gradient and that of x2 none; in the other term, vice versa."""
     first = gradients_by_view(monkeypatch, (1, 0))
     assert first[0] > 1e-3 and first[1] == 0
     second = gradients_by_view(monkeypatch, (0, 1))
@@ -208,7 +208,7 @@ def gradients(method: Method, loss: Tensor) -> list[Tensor]:
 
 
 def test_the_gradient_is_that_of_constant_targets() -> None:
-    """The whole gradient equals that of a loss whose targets are numbers, computed beforehand; and only then."""
+    """The gradient equals that of a loss with precomputed, constant targets, but only with the stop-gradient."""
     method, (x1, x2) = linear_method(), two_views()
     targets = [method.embed(x)[1].detach() for x in (x1, x2)]
     p1, p2 = (method.predictor(method.embed(x)[1]) for x in (x1, x2))
@@ -227,7 +227,7 @@ def test_the_gradient_is_that_of_constant_targets() -> None:
 
 
 def moved(method: Method, loss: Tensor) -> None:
-    """A step so large that other weights give another loss."""
+    """Take a step large enough to change the loss."""
     sgd = torch.optim.SGD(method.param_groups(), lr=0.5)
     sgd.zero_grad()
     loss.backward()
@@ -236,7 +236,7 @@ def moved(method: Method, loss: Tensor) -> None:
 
 @pytest.mark.parametrize("steps", [2, 3, 0])
 def test_targets_are_those_of_the_network_at_the_last_refresh(steps: int) -> None:
-    """k-step alternation, and for 0 an epoch's: of three steps here, begun anew in between as after a resume."""
+    """Alternation every k steps, or every epoch (of three steps) for 0, also after a resume in between."""
     method, views = linear_method(target_steps=steps), two_views()
     every = steps or 3
     losses = []
@@ -245,7 +245,7 @@ def test_targets_are_those_of_the_network_at_the_last_refresh(steps: int) -> Non
             method.before_epoch(number // 3)
         if number % every == 0:
             kept = copy.deepcopy(nn.Sequential(method.encoder, method.projector))
-            for name, value in method.target.state_dict().items():  # BN's statistics too
+            for name, value in method.target.state_dict().items():  # including BN statistics
                 assert torch.equal(value, kept.state_dict()[name]), name
         p = [method.predictor(method.embed(x)[1]) for x in views]
         z = [kept(x) for x in views]
@@ -265,7 +265,7 @@ def test_targets_are_those_of_the_network_at_the_last_refresh(steps: int) -> Non
 
 
 def test_moving_averages_are_of_each_image_and_begin_with_its_first_projection() -> None:
-    """eta <- m eta + (1 - m) z2, and p1 is drawn to it (section 5.2). Images 6 and 7 come by twice, in another place."""
+    """eta <- m eta + (1 - m) z2 is the target of p1 (section 5.2). Images 6 and 7 occur twice, at other positions."""
     m, method = 0.8, linear_method(target_momentum=0.8, predictor=False)
     method.allocate(12)
     first, second = torch.tensor([5, 6, 7, 2]), torch.tensor([7, 0, 6, 11])
@@ -290,9 +290,9 @@ def test_moving_averages_are_of_each_image_and_begin_with_its_first_projection()
 
 
 def test_every_view_has_its_own_statistics() -> None:
-    """Running statistics are those of two separate passes, and z1 does not know of view 2."""
+    """Running statistics are those of two separate passes, and z1 does not depend on view 2."""
     method, twin, (x1, x2) = linear_method(), linear_method(), two_views()
-    x2 = 3 * x2 + 1  # a different distribution: statistics over both views would be others
+    x2 = 3 * x2 + 1  # a different distribution: statistics over both views would differ
     z: list[Tensor] = []
     handle = method.projector.register_forward_hook(lambda *args: z.append(args[2].detach().clone()))
     method([x1, x2], INDEX)
@@ -304,7 +304,7 @@ def test_every_view_has_its_own_statistics() -> None:
     other.projector.register_forward_hook(lambda *args: z.append(args[2].detach().clone()))
     other([x1, vectors(9, *x2.shape)], INDEX)
     assert torch.equal(z[0], z[2]) and not torch.equal(z[1], z[3])
-    # BN without affine: over its own view every channel of z has mean 0 and variance 1.
+    # BN without affine: within a view, every channel of z has mean 0 and variance 1.
     for view in z:
         torch.testing.assert_close(view.mean(0), torch.zeros(D), atol=1e-5, rtol=0)
         torch.testing.assert_close(view.var(0, unbiased=False), torch.ones(D), atol=1e-3, rtol=0)
@@ -359,7 +359,7 @@ def test_bn_in_the_heads_is_where_table_3_has_it(
 
 
 def test_a_predictor_that_is_not_trained_stays_and_hands_on_the_gradient() -> None:
-    """Table 1b: the encoder's gradient is that which a trained predictor gives it; the predictor has none."""
+    """Table 1b: the encoder gets the same gradient as with a trained predictor; the predictor gets none."""
     method, trained, views = linear_method(predictor_trained=False), linear_method(), two_views()
     before = copy.deepcopy(method)
     loss, _ = method(views, INDEX)
@@ -391,10 +391,10 @@ GOLDEN = [
 
 
 def test_golden_losses() -> None:
-    """20 steps in float32 from seed 0. Whoever must store these anew changes every result: the changelog says so.
+    """20 steps in float32 from seed 0. Storing new values means that every result changes: note it in the changelog.
 
-    Blocks that start as the identity and a small rate keep it from being chaotic: other instruction sets (AVX2, SSE) move no
-    loss by more than 1e-5, while at the thin nets' own defaults 1e-6 became 0.1 within these 20 steps.
+    Blocks that start as the identity and a small rate prevent chaos: other instruction sets (AVX2, SSE) change no loss
+    by more than 1e-5, while with the defaults of thin nets, 1e-6 grew to 0.1 within these 20 steps.
     """
     encoder = build(EncoderSpec("thin-resnet18", 16, width=8, zero_init_residual=True), 0)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""open_images: what people have, as it lies on their disks."""
+"""open_images: data sets as users have them on disk."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write(root: Path, *names: str) -> Path:
 
 
 def named(images: ImageSet) -> dict[str, str | None]:
-    """id -> class name."""
+    """Map ids to class names."""
     if images.labels is None:
         return dict.fromkeys(images.ids)
     assert images.classes is not None
@@ -82,7 +82,7 @@ def test_check_reports_a_nasty_folder(tmp_path: Path) -> None:
     assert all(bad[entry["path"]] in entry["reason"] for entry in found["bad_files"])
     assert found["duplicates"] == [["copy.jpg", "plain.jpg"]] and found["duplicates_across_splits"] == 0
     assert found["images"] == len(good) + len(bad) + 1 == calls[-1][1] and calls[-1][2] == len(bad)
-    # The rotated one is stored 60 wide and 80 high: it counts as it is looked at.
+    # The rotated one is stored 60 wide and 80 high; its size is that after rotation.
     assert found["sizes"]["min"] == found["sizes"]["max"] == [80, 60] and found["sizes"]["short_side"]["p50"] == 60
     assert found["modes"]["CMYK"] == 1 and found["modes"]["1"] == 1 and found["formats"]["GIF"] == 2
     assert found["labels"] is None and found["splits"] == {"train": found["images"], "test": 0}
@@ -117,10 +117,10 @@ def test_files_without_an_ending_are_images_if_they_begin_like_one(tmp_path: Pat
     (tmp_path / "Makefile").write_text("all:\n")
     (tmp_path / "empty").touch()
     (tmp_path / "sound").write_bytes(b"RIFF\0\0\0\0WAVE")
-    (tmp_path / "data.bin").write_bytes((tmp_path / "blobPNG").read_bytes())  # an ending that says something else
+    (tmp_path / "data.bin").write_bytes((tmp_path / "blobPNG").read_bytes())  # a misleading suffix
     found = check(open_images(tmp_path))
     assert found["images"] == 5 and not found["bad_files"] and set(found["formats"]) == set(kinds)
-    (tmp_path / "snapshot").mkdir()  # as Hugging Face stores a set: names that link to blobs
+    (tmp_path / "snapshot").mkdir()  # as in the Hugging Face cache: names that link to blobs
     (tmp_path / "snapshot/i.png").symlink_to(tmp_path / "blobPNG")
     assert open_images(tmp_path).ids == ["snapshot/i.png"]
 
@@ -142,9 +142,9 @@ def test_wrapped_class_folders_and_a_stray_image(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ["1.png", "2.png", "a/3.png", "b/4.png"],  # as many outside as in
+        ["1.png", "2.png", "a/3.png", "b/4.png"],  # as many outside folders as inside
         ["only/1.png", "only/2.png"],
-        [f"{i}/image.png" for i in range(9)],  # a folder each
+        [f"{i}/image.png" for i in range(9)],  # one folder per image
     ],
 )
 def test_folders_that_are_no_classes(tmp_path: Path, names: list[str]) -> None:
@@ -165,13 +165,13 @@ def test_split_folders(tmp_path: Path, first: str, second: str) -> None:
 def test_split_folders_without_classes(tmp_path: Path) -> None:
     images = open_images(write(tmp_path, "train/1.png", "train/2.png", "valid/1.png", "test/1.png"))
     assert images.labels is None and held_out(images) == ["test/1.png", "valid/1.png"]
-    # One of the two alone is only a name: a railway's folder is not a split.
+    # One of the two alone is only a name: a folder of trains is not a split.
     assert len(open_images(tmp_path / "train").test) == 0
     rail = open_images(write(tmp_path / "rail", "train/1.png", "train/2.png", "bus/1.png", "bus/2.png"))
     assert rail.classes == ("bus", "train") and len(rail.test) == 0
     for name in ("val", "train"):
         few = open_images(write(tmp_path / f"only-{name}", *(f"{name}/{i}.png" for i in range(30)), "others/1.png"))
-        assert len(few.test) == 0  # the others alone would be trained on
+        assert len(few.test) == 0  # else only the others would be trained on
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
 
 
 def test_links_to_nothing_are_named(tmp_path: Path) -> None:
-    """As git-annex leaves them for what was not fetched."""
+    """As git-annex has them for files not fetched."""
     write(tmp_path, "0.png", "a/1.png")
     for i in range(5):
         (tmp_path / f"a/gone{i}.png").symlink_to(tmp_path / "nowhere.png")
@@ -192,7 +192,7 @@ def test_links_to_nothing_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_links_never_put_an_image_in_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool) -> None:
-    """Whichever the disk lists first."""
+    """In whichever order the disk lists them."""
     scan = os.scandir
 
     def scandir(folder: str) -> contextlib.AbstractContextManager[list[os.DirEntry[str]]]:
@@ -212,7 +212,7 @@ def test_what_cannot_be_read_is_named_and_left_out(tmp_path: Path, monkeypatch: 
     (tmp_path / "loop.png").symlink_to("loop.png")
     scan = os.scandir
 
-    def scandir(folder: str) -> Iterator[os.DirEntry[str]]:  # root may read what it likes
+    def scandir(folder: str) -> Iterator[os.DirEntry[str]]:  # root has all permissions
         if folder.endswith("closed"):
             raise PermissionError(errno.EACCES, "Permission denied", folder)
         return scan(folder)
@@ -255,7 +255,7 @@ def test_fingerprint_changes_with_the_files_only(tmp_path: Path) -> None:
     third = open_images(tmp_path / "b").fingerprint
     with open(tmp_path / "b/1.png", "ab") as file:
         file.write(b"more")
-    os.utime(tmp_path / "b/1.png", (1, 1))  # as a copy by a tool that keeps the time
+    os.utime(tmp_path / "b/1.png", (1, 1))  # as after a tool that preserves times
     assert len({first, second, third, open_images(tmp_path / "b").fingerprint}) == 4
 
 
@@ -263,7 +263,7 @@ def test_one_file_and_a_glob(tmp_path: Path) -> None:
     write(tmp_path, "a/1.png", "a/2.png", "b/3.png")
     assert open_images(tmp_path / "a/1.png").ids == ["1.png"]
     assert open_images(f"{tmp_path}/*/*.png").ids == ["a/1.png", "a/2.png", "b/3.png"]
-    assert open_images(f"{tmp_path}/{{a,./a,*}}/1.png").ids == ["1.png"]  # one file by three spellings
+    assert open_images(f"{tmp_path}/{{a,./a,*}}/1.png").ids == ["1.png"]  # one file, three spellings
 
 
 def test_the_demo_set_is_not_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ def test_ignored_kinds_are_warned_about(tmp_path: Path) -> None:
 
 
 def test_photographs_of_iphones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read where the plug-in is there; where it is not, what to install is said."""
+    """Read with the plug-in; without it, the message says what to install."""
     pytest.importorskip("pillow_heif")
     (tmp_path / "photos").mkdir()
     for name in ("IMG_1.HEIC", "IMG_2.heif", "blob"):
@@ -305,9 +305,7 @@ def test_photographs_of_iphones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match=r"none an image: .*\.heic 1.* pip install pillow-heif"):
         open_images(tmp_path / "photos")
     write(tmp_path / "photos", "1.png")
-    with pytest.warns(
-        UserWarning, match=r"1 file used\. Left out, .* \.heic 1, \.heif 1\. .*pip install pillow-heif"
-    ):
+    with pytest.warns(UserWarning, match=r"1 file used\. Left out, .* \.heic 1, \.heif 1\. .*pip install pillow-heif"):
         assert open_images(tmp_path / "photos").ids == ["1.png"]
 
 
@@ -342,7 +340,7 @@ def table(values: list[int], label: pa.Array | None = None, paths: list[str | No
 
 
 def values_of(images: ImageSet) -> list[int]:
-    """The grey value that `png` was given, read back from every image."""
+    """Read back the grey value given to `png` from every image."""
     return [np.asarray(Image.open(io.BytesIO(images.read(i))))[0, 0, 0].item() for i in range(len(images))]  # type: ignore[arg-type]
 
 
@@ -359,7 +357,7 @@ def test_parquet_with_hugging_face_names(tmp_path: Path) -> None:
 
 
 def test_parquet_folder_with_splits_read_from_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More row groups than are held, several files, in every order: the image belongs to its label."""
+    """More row groups than are kept in memory, several files, any order: images match their labels."""
     (tmp_path / "data").mkdir()
     value = iter(range(250))
     for name, count in (("test-00000-of-00001", 40), ("train-00000-of-00002", 100), ("train-00001-of-00002", 110)):
@@ -460,7 +458,7 @@ def test_cifar10() -> None:
         10_999,
         11_000,
         59_999,
-    ):  # the ids name the class: row groups and files align
+    ):  # the ids contain the class: row groups and files align
         assert images.ids[i].split("/")[1] == images.classes[images.labels[i]]
     rows = pq.read_table(CIFAR / "train.parquet", columns=["image"])["image"]
     assert images.read(10_000 + 31_415) == rows[31_415].as_py()["bytes"]
@@ -486,7 +484,7 @@ LAYOUT = {
 
 
 def test_links_in_a_tar_are_images(tmp_path: Path) -> None:
-    """GNU tar keeps the second name of a file as a link to the first."""
+    """GNU tar stores the second name of a file as a link to the first."""
     folder = tmp_path / "set"
     write(folder, "a/1.png", "a/2.png")
     os.link(folder / "a" / "1.png", folder / "hard.png")
@@ -530,7 +528,7 @@ def test_archives(tmp_path: Path, kind: str) -> None:
     assert images.name == "set" and images.ids == list(LAYOUT)
     assert [images.read(i) for i in reversed(range(12))] == list(LAYOUT.values())[::-1]
     assert images.classes == ("cat", "dog") and images.test.tolist() == list(range(6, 12))
-    assert open_images(tmp_path).fingerprint == images.fingerprint  # a folder with nothing else
+    assert open_images(tmp_path).fingerprint == images.fingerprint  # a folder that contains only this
 
 
 def test_zip_is_thread_safe(tmp_path: Path) -> None:
@@ -669,7 +667,7 @@ def test_a_zip_that_tells_too_small_a_size_is_not_unpacked(tmp_path: Path) -> No
         archive.writestr("bomb.png", bytes(40_000_000))
     told = struct.pack("<I", 40_000_000)
     content = (tmp_path / "a.zip").read_bytes()
-    assert content.count(told) == 2  # beside the member, and in the directory
+    assert content.count(told) == 2  # in the local header and in the central directory
     (tmp_path / "a.zip").write_bytes(content.replace(told, struct.pack("<I", 1_000)))
     tracemalloc.start()
     bad = check(open_images(tmp_path / "a.zip"))["bad_files"]
@@ -682,7 +680,7 @@ def test_a_zip_that_tells_too_small_a_size_is_not_unpacked(tmp_path: Path) -> No
 
 
 def write_mnist(root: Path) -> None:
-    """MNIST's own files, as torchvision keeps them: image n of a split is all n."""
+    """Write MNIST files as torchvision stores them: all pixels of image n of a split are n."""
     raw = root / "MNIST/raw"
     raw.mkdir(parents=True)
     for prefix, count in (("train", 30), ("t10k", 20)):
@@ -706,7 +704,7 @@ def test_torchvision_with_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert open_images("MNIST").fingerprint == images.fingerprint
     (pixels,) = tmp_path.rglob("train-images-idx3-ubyte")
     content = bytearray(pixels.read_bytes())
-    content[-1] ^= 1  # of the last training image
+    content[-1] ^= 1  # label of the last training image
     pixels.write_bytes(content)
     assert open_images("MNIST").fingerprint != images.fingerprint
 

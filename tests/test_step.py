@@ -1,4 +1,4 @@
-"""The step: what a graph may hold, on any machine; on a GPU, that launching graphs changes no number."""
+"""The step: what a graph may contain, on any machine; on a GPU, that graphs change no number."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
 CPU = torch.device("cpu")
 WAITS = ("_local_scalar_dense", "nonzero", "item", "equal.default", "masked_select", "unique")
-"""Operations that hand a value of the device to Python, or whose result has a size that depends on values."""
+"""Operations that copy a value from the device to Python, or whose output size depends on values."""
 
 
 class Operations(TorchDispatchMode):
-    """Every operation and its arguments, in order: of tensors the shapes, of numbers the value, which a graph keeps."""
+    """Records every operation with its arguments: shapes of tensors, values of numbers, which a graph would keep."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,10 +81,10 @@ every_case = pytest.mark.parametrize(("name", "settings"), CASES, ids=[f"{name}-
 
 @every_case
 def test_what_is_captured_once_holds_for_every_step(name: str, settings: dict[str, Any]) -> None:
-    """A graph repeats the kernels of one step on the memory of that step. So every step of a method that is `fixed` has to
-    do the same operations, none that waits for the device, on buffers that stay where they are."""
+    """A graph repeats the kernels of one step on the memory of that step. So every step of a `fixed` method must do the
+    same operations, without waiting for the device, on buffers that do not move."""
     method, step = started(name, settings=settings)
-    for number in range(4):  # SwAV's queue fills
+    for number in range(4):  # while SwAV's queue fills
         step(batch(number), 0, number)
         hook(method, "after_step", number / 10)
     hook(method, "before_epoch", 1)
@@ -106,7 +106,7 @@ def test_what_is_captured_once_holds_for_every_step(name: str, settings: dict[st
 
 
 def test_a_number_that_changes_is_seen() -> None:
-    """A graph would keep the first: a temperature, say, that follows a schedule in Python."""
+    """For example a temperature that follows a schedule in Python: a graph would keep its first value."""
     records = []
     for temperature in (0.1, 0.2):
         with Operations() as operations:
@@ -128,7 +128,7 @@ def test_swavs_step_is_not_fixed_before_its_queue_is_in_use() -> None:
 
 
 def test_views_wait_for_nothing() -> None:
-    """On a GPU; there, small and large images go the same way."""
+    """On a GPU, where small and large images take the same path."""
     _, step = started("simsiam")
     records = []
     for number in range(3):
@@ -136,7 +136,7 @@ def test_views_wait_for_nothing() -> None:
         with Operations() as operations:
             step.views(images, 0, number)
         records.append(operations.seen)
-    assert records[1] == records[2]  # the first made constants
+    assert records[1] == records[2]  # the first step also creates constants
     assert not [each for each in records[0] if each.split()[0].removeprefix("aten.").startswith(WAITS)]
 
 
@@ -154,7 +154,7 @@ def test_a_step_has_the_gradients_of_its_own_batch_and_views() -> None:
 
 
 def test_compiling_changes_rounding_only_and_leaves_the_encoder_as_it_was() -> None:
-    """BYOL has two encoders. Their backbone has one block: to compile more takes torch a second a layer."""
+    """BYOL has two encoders. Their backbone has one block, because torch takes about a second to compile a layer."""
     found, buffers = [], []
     torch._dynamo.utils.counters.clear()
     for compiles in (False, True):
@@ -183,7 +183,7 @@ def test_compiling_changes_rounding_only_and_leaves_the_encoder_as_it_was() -> N
 
 
 class Graph:
-    """In place of a CUDA graph, where there is no GPU: `replay` calls the function on the captured memory."""
+    """Stands in for a CUDA graph without a GPU: `replay` calls the function on the captured memory."""
 
     def __init__(self) -> None:
         self.registered: list[torch.Generator] = []
@@ -200,16 +200,16 @@ class Graph:
 
 
 class Graphs(list[Graph]):
-    """Those that were made. To capture runs nothing: what it changed here is put back, of these methods too."""
+    """The graphs that were made. Capturing runs nothing, so any changes it makes here are undone, also in `methods`."""
 
     methods: list[nn.Module]
     freed: list[str]
-    """Of generators that waited for the end of a capture."""
+    """States restored to generators that waited for the end of a capture."""
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Graphs:
-    """What `Captured` asks of torch.cuda."""
+    """Replace the parts of torch.cuda that `Captured` uses."""
     made = Graphs()
     made.methods, made.freed = [], []
 
@@ -266,7 +266,7 @@ def test_a_graph_is_made_once_and_reads_what_it_is_given(cuda: Graphs) -> None:
         results.append(captured(given)[0].clone())
     assert [float(each[0]) for each in results] == [0, 2, 4, 6, 8, 10, 12]
     assert len(cuda) == 1 and cuda[0].registered == [draws]
-    assert len(set(calls[4:])) == 1  # always the same memory
+    assert len(set(calls[4:])) == 1  # always in the same memory
     assert captured.takes(torch.ones(3)) and not captured.takes(torch.ones(4))
 
 
@@ -306,12 +306,12 @@ def test_too_little_memory_for_a_graph_is_no_reason_to_go_on(cuda: Graphs, monke
         captured(torch.ones(1))
     with pytest.raises(torch.OutOfMemoryError):
         captured(torch.ones(1))
-    assert cuda.freed == ["as it was"]  # where a run goes on without what took the memory, it draws again
+    assert cuda.freed == ["as it was"]  # if the run continues with less memory, it can draw again
 
 
 @every_case
 def test_a_step_of_graphs_takes_the_same_steps(name: str, settings: dict[str, Any], cuda: Graphs) -> None:
-    """All around the graphs, with graphs that call the functions again: the same losses and weights, bit for bit."""
+    """Everything around the graphs, with simulated graphs: bit-identical losses and weights."""
     runs = []
     for captures in (False, True):
         method, step = started(name, settings=settings, captures=captures)
@@ -331,7 +331,7 @@ def test_a_step_of_graphs_takes_the_same_steps(name: str, settings: dict[str, An
 @gpu
 @every_case
 def test_graphs_give_the_numbers_of_single_kernels(name: str, settings: dict[str, Any]) -> None:
-    """Losses and weights, with fresh views and other images each step; the first steps run the ordinary way."""
+    """Losses and weights, with new views and images in each step; the first steps run without graphs."""
     device = torch.device("cuda")
     runs = []
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False, allow_tf32=False):

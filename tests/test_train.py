@@ -1,4 +1,4 @@
-"""Training as a whole: what it writes, that it can be killed at any moment, that the guard tells what happens."""
+"""Training as a whole: the files it writes, kills at any moment, and the verdicts of the guard."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from simsiam.step import Step
 from simsiam.train import _initial, _sweep, build_method, optimizer
 
 TINY = ["encoder.width=8", "method.dim=32", "method.projector_hidden=32", "method.predictor_hidden=8", "views.size=16"]
-# Three kinds of simple pictures span few directions: here the guard must not cut a run short.
+# Three kinds of simple pictures span few directions: the guard must not stop runs here.
 SMALL = {
     "overrides": [
         *TINY,
@@ -105,7 +105,7 @@ def test_a_run_leaves_what_the_docs_promise(photos: Path, tmp_path: Path) -> Non
     assert not list(run.rglob("*.tmp")) and not list(run.rglob("*.pkl")) and not list(run.rglob("*.pt"))
     views = np.load(run / "samples" / "views.npy")
     assert views.dtype == np.uint8 and views.shape == (8, 3, 16, 16, 3)
-    stored = read_embeddings(run / "samples" / "embedding", ["id", "pixels"])  # one to search in like any other
+    stored = read_embeddings(run / "samples" / "embedding", ["id", "pixels"])  # searchable like any other embedding
     untrained = np.load(run / "samples" / "untrained.npy")
     assert untrained.shape == stored.vectors.shape and not np.allclose(untrained, stored.vectors, atol=0.01)
     cache, rows = stored.images()
@@ -157,7 +157,7 @@ class Stop(Listener):
 
 @pytest.fixture
 def hangup() -> Iterator[None]:
-    """SIGHUP as in a terminal: nohup, under which tests may run, has it ignored."""
+    """SIGHUP as in a terminal: under nohup, in which tests may run, it is ignored."""
     previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, previous)
@@ -191,14 +191,14 @@ def test_a_signal_saves_and_resume_gives_the_same_weights(
 def test_every_step_has_random_numbers_of_its_own(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A function of seed and step; and what a method does before an epoch and after a step it does there, resumed or
-    not."""
+    """Random numbers are a function of seed and step, and a method's hooks are called before an epoch and after a step,
+    resumed or not."""
     monkeypatch.setattr("simsiam.session._FLUSH_SECONDS", 0.0)
     told: list[tuple[int, ...]] = []
     progress: list[float] = []
     build = build_method
 
-    class Told(Step):  # of the loop: what is tried out before it on a GPU is a step too
+    class Told(Step):  # only steps of the loop, not those of the probe on a GPU
         def __call__(self, batch: Any, *key: int) -> Any:
             told.append(key)
             return super().__call__(batch, *key)
@@ -220,7 +220,7 @@ def test_every_step_has_random_numbers_of_its_own(
 
 @pytest.fixture
 def little_decoded_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache, and so few images watched that most are decoded while the first epoch trains."""
+    """An empty cache, and so few monitored images that most are decoded during the first epoch."""
     for name in ("SAMPLE", "_BANK", "_QUERIES"):
         monkeypatch.setattr(sys.modules["simsiam.monitor"], name, 4)
     monkeypatch.setattr(sys.modules["simsiam.train"], "BN_IMAGES", 4)
@@ -229,11 +229,11 @@ def little_decoded_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("little_decoded_before", "on_cpu")
 def test_a_set_that_is_decoded_while_it_trains_gives_the_same_weights(photos: Path, tmp_path: Path) -> None:
-    """The first run finds an empty cache, the second a full one; the third is stopped in its first epoch and loses it."""
+    """The first run has an empty cache, the second a full one; the third stops in its first epoch and loses its."""
     first, second, third = Recorder(), Recorder(), Recorder()
     summary = simsiam.train(photos, tmp_path / "first", epochs=3, listener=first, **SMALL)
     waited = int(first.facts["decoding"].split()[0])
-    assert waited > 87 - 16 - 4 - 4 - 4  # a batch and what is watched: nothing else is waited for
+    assert waited > 87 - 16 - 4 - 4 - 4  # waits only for a batch and the monitored images
     assert first.lines[-1].startswith("1 bad file was left out") and summary["images"] + summary["held_out"] == 96
     simsiam.train(photos, tmp_path / "second", epochs=3, listener=second, **SMALL)
     assert "decoding" not in second.facts
@@ -262,7 +262,7 @@ def test_a_disk_that_fills_up_in_the_first_epoch_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(Cache, "_append", full)
-        with pytest.raises(UserError, match=r"is full.*The run is saved up to step.*Go on with: .*--resume -o"):
+        with pytest.raises(UserError, match=r"is full.*The run is saved up to step.*Resume with: .*--resume -o"):
             simsiam.train(photos, tmp_path / "run", epochs=2, **SMALL)
     found = Checkpoints(tmp_path / "run").load()
     assert found is not None and 0 < found[1]["step"] < 87 // 16
@@ -349,7 +349,7 @@ def test_a_terminal_that_is_closed_saves(photos: Path, tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_share_a_folder(photos: Path, tmp_path: Path) -> None:
-    """Both find it empty; one of them gets it."""
+    """Both find it empty; only one of them gets it."""
     commands = [command("train", photos, "-o", tmp_path / "run", "--epochs", 3, "--seed", seed) for seed in (1, 2)]
     started = [subprocess.Popen([*c, *SMALL["overrides"]], stderr=subprocess.PIPE, text=True) for c in commands]
     said = [process.communicate(timeout=900)[1] for process in started]
@@ -366,7 +366,7 @@ def test_a_finished_run_that_was_moved_is_the_one_that_is_meant(photos: Path, tm
 
 
 def test_a_run_that_trains_is_nobody_elses(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not to be resumed, and that is said before the images are looked for; once it has stopped it is free."""
+    """It cannot be resumed until it stops, which is reported before images are opened."""
     monkeypatch.setattr("simsiam.session._FLUSH_SECONDS", 0.0)
     refused = []
 
@@ -399,7 +399,7 @@ def test_resume_refuses_other_images_and_says_what_it_ignores(
         simsiam.train(mine, run, epochs=9, listener=Stop(signal.SIGINT, 3), **SMALL)
     listener = Recorder()
     (mine / "new.png").write_bytes(next(photos.rglob("*.png")).read_bytes())
-    with pytest.raises(UserError, match="other names, sizes or times of change") as kept:  # as a notebook keeps its last error, and what it met
+    with pytest.raises(UserError, match="other names, sizes or times of change") as kept:  # as a notebook does
         simsiam.train(photos, run, resume=True, epochs=3, listener=listener)
     (mine / "new.png").unlink()
     with pytest.raises(Interrupted):
@@ -423,7 +423,7 @@ def test_a_run_goes_on_where_its_images_were_moved_to(
     with pytest.raises(Interrupted):
         simsiam.train(old, run, epochs=2, listener=Stop(signal.SIGINT, 3), **SMALL)
     old.rename(new)
-    with pytest.raises(UserError, match=r"There is no .*name its new place: simsiam train DATA --resume -o"):
+    with pytest.raises(UserError, match=r"There is no .*give its new path: simsiam train DATA --resume -o"):
         simsiam.train(out=run, resume=True)
     listener = Recorder()
     simsiam.train(new, run, resume=True, listener=listener)
@@ -436,7 +436,7 @@ def test_a_run_goes_on_where_its_images_were_moved_to(
 def test_a_signal_ends_the_sweep_before_the_first_step(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DeepCluster looks at every image once, which may take as long as an epoch."""
+    """DeepCluster embeds every image once, which may take as long as an epoch."""
     settings = {**SMALL, "method": "deepcluster", "epochs": 1}
     overrides = [text for text in SMALL["overrides"] if "predictor" not in text]
     settings["overrides"] = [*overrides, "method.prototypes=4"]
@@ -459,7 +459,7 @@ def test_a_signal_ends_the_sweep_before_the_first_step(
 
 
 def test_a_verdict_outlives_a_resume(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guard that began anew would call the collapsed weights healthy, and they would take the healthy ones' place."""
+    """A guard that started again would call the collapsed weights healthy, and they would replace the healthy ones."""
     monkeypatch.setattr("simsiam.session._FLUSH_SECONDS", 0.0)
     bad = ["method.stop_gradient=false", "method.bn=none", "train.lr=2", "train.checkpoint_seconds=0"]
     run, first = tmp_path / "run", _StopWhenCollapsed()
@@ -488,11 +488,11 @@ def test_the_clock_ends_a_run_with_a_budget(photos: Path, tmp_path: Path) -> Non
     train = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
     rates = [line["lr"] for line in train]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2 * rates[0]
-    assert train[-1]["progress"] > 0.8  # a last look at the held-out images may take the rest
+    assert train[-1]["progress"] > 0.8  # the last evaluation may take the rest
 
 
 def test_the_predictor_moves_by_its_own_learning_rate(photos: Path, tmp_path: Path) -> None:
-    """One step from the same weights, with the same gradients: three times the rate, three times as far."""
+    """One step from the same weights with the same gradients: three times the rate moves three times as far."""
     moved: dict[float, dict[str, torch.Tensor]] = {}
     for times in (1.0, 3.0):
         overrides = [*SMALL["overrides"], f"method.predictor_lr={times}", "train.weight_decay=0"]
@@ -511,7 +511,7 @@ def test_the_predictor_moves_by_its_own_learning_rate(photos: Path, tmp_path: Pa
 def test_the_predictor_keeps_its_learning_rate_while_the_encoders_falls(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixed: bool, times: float
 ) -> None:
-    """Table 1c. Half a cosine is at a half of its peak halfway, and near 0 at the end."""
+    """Table 1c. A cosine schedule is at half of its peak halfway, and near 0 at the end."""
     rates: list[list[float]] = []
     taken = torch.optim.SGD.step
 
@@ -522,7 +522,7 @@ def test_the_predictor_keeps_its_learning_rate_while_the_encoders_falls(
     monkeypatch.setattr(torch.optim.SGD, "step", step)
     changed = ["train.cosine=step", f"method.predictor_lr={times}", f"method.predictor_fixed_lr={str(fixed).lower()}"]
     summary = simsiam.train(photos, tmp_path / "run", epochs=2, overrides=[*SMALL["overrides"], *changed])
-    rates = rates[-summary["steps"] :]  # those before are the probe's
+    rates = rates[-summary["steps"] :]  # the earlier ones belong to the probe
     peak = read(read_recipe(tmp_path / "run" / "config.toml")).train.peak
     assert summary["steps"] == 10
     for number, share in ((0, 1.0), (5, 0.5), (9, 0.5 + 0.5 * np.cos(0.9 * np.pi))):
@@ -546,7 +546,7 @@ def test_divergence_is_named_and_the_start_is_kept(photos: Path, tmp_path: Path)
 def test_weights_that_the_last_step_destroyed_are_not_called_healthy(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The loss is from before the step, so it does not know."""
+    """The loss is computed before the step, so it does not show this."""
     taken = torch.optim.SGD.step
 
     def step(optimiser: torch.optim.SGD, *rest: Any) -> None:
@@ -564,7 +564,7 @@ def test_weights_that_the_last_step_destroyed_are_not_called_healthy(
 
 
 def test_dropout_is_a_function_of_the_seed_and_the_step(photos: Path, tmp_path: Path) -> None:
-    """Whatever torch's own generator was left at, which is as it was afterwards."""
+    """Dropout does not depend on torch's global generator, whose state is restored."""
     settings = {
         "encoder": "mobilenet_v3_small",
         "size": 32,
@@ -586,12 +586,12 @@ def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path, monke
         folders = list(pool.map(lambda _: made(None, "imgs", "simsiam"), range(24)))
     assert len(set(folders)) == 24 and all(path.is_dir() for path in folders)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"Cannot make the run folder .*file/run"):
+    with pytest.raises(UserError, match=r"Cannot create the run folder .*file/run"):
         made(tmp_path / "file" / "run", "imgs", "simsiam")
 
 
 def test_views_are_made_in_float32_before_training_too(photos: Path, tmp_path: Path) -> None:
-    """DeepCluster's look at every image before the first step runs under autocast; the views within it may not."""
+    """DeepCluster's pass over every image before the first step uses autocast; the views within it must not."""
     images = open_images(photos)
     cache = build_cache(images, 128, tmp_path)
     loader = Loader(cache, np.arange(len(cache)), 16, torch.device("cpu"), 0)
@@ -604,22 +604,22 @@ def test_views_are_made_in_float32_before_training_too(photos: Path, tmp_path: P
 
 
 SMALL_DEMO = ["encoder.width=8", "views.size=16", "eval.size=16"]
-"""The demo set on a net so small that one slow core takes twelve steps a second."""
+"""The demo set with a network so small that one slow core does twelve steps per second."""
 HARSH = ["train.lr=0.5", "train.weight_decay=1e-3", "train.precision=fp32"]
-"""A collapse takes thousands of the paper's steps; at this rate 248 show it. SimSiam itself ended healthy with every seed
-(0 to 4; with six epochs 0 to 5): std 0.89 to 0.98, rank 22 to 47. Without a part std is 0.18 to 0.68, rank 1.0 to 2.8,
-loss at most -0.92 (6 and 8 runs)."""
+"""A collapse takes thousands of the paper's steps; at this rate, 248 show it. SimSiam itself ended healthy with every
+seed (0 to 4; with six epochs 0 to 5): std 0.89 to 0.98, rank 22 to 47. With a part removed, std is 0.18 to 0.68, rank
+1.0 to 2.8, loss at most -0.92 (6 and 8 runs)."""
 
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SimSiam itself under the settings at which its parts are taken away below."""
+    """Complete SimSiam, with the settings under which parts of it are removed below."""
     return _harsh(tmp_path_factory.mktemp("intact") / "run")
 
 
 def _harsh(run: Path, *overrides: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        # Some twenty looks over the run, however fast the machine: by the clock a quick one is through after a few.
+        # About twenty evaluations on any machine: by the clock, a fast one would do only a few.
         patch.setattr("simsiam.session._FLUSH_SECONDS", 0.1)
         patch.setattr("simsiam.session._MONITOR_SHARE", math.inf)
         overrides = (*SMALL_DEMO, *HARSH, *overrides)
@@ -628,7 +628,7 @@ def _harsh(run: Path, *overrides: str) -> Path:
 
 
 def _late(run: Path, name: str) -> float:
-    """The median of a figure of training, in the second half of the run."""
+    """Median of a training figure over the second half of the run."""
     return float(np.median([line[name] for line in read_metrics(run) if line.get("progress", 0) > 0.5]))
 
 
@@ -642,8 +642,8 @@ def test_without_it_the_demo_set_collapses_and_the_guard_names_it(what: str, int
     named = [line["step"] for line in read_metrics(run) if line.get("verdict") in ("partial", "collapsed")]
     assert named and named[0] < summary["steps"] / 2
     assert summary["verdict"] in ("partial", "collapsed") and what in summary["advice"], summary["evidence"]
-    # Output BN keeps the std of a collapsed batch at 2/sqrt(B) = 0.18 or above (docs/how-it-works.md). The features' kNN is
-    # no sign of it yet: a BN network that was trained this long is no worse than an untrained one (docs/results.md).
+    # Output BN keeps the std of a collapsed batch at 2/sqrt(B) = 0.18 or above (docs/how-it-works.md). kNN of features
+    # does not show it yet: a BN network trained this long is no worse than an untrained one (docs/results.md).
     assert _late(run, "std") < 0.75 < 0.82 < _late(intact, "std")
     assert _late(run, "loss") < -0.9
     assert summary["effective_rank"] < 6
@@ -652,11 +652,11 @@ def test_without_it_the_demo_set_collapses_and_the_guard_names_it(what: str, int
 
 
 CHANCE = 7.8
-"""What a dead net's kNN has right: one class for all of the demo set's monitored patches."""
+"""kNN of a dead network: it predicts one class for all monitored patches of the demo set."""
 
 
 class UntilChance(Stop):
-    """Ends a run as Ctrl-C does: when kNN stands at chance, when the loss is no number, or after so many steps."""
+    """Ends a run like Ctrl-C: when kNN is at chance, when the loss is not finite, or after `most` steps."""
 
     def __init__(self, most: int) -> None:
         super().__init__(signal.SIGINT, most)
@@ -678,7 +678,7 @@ class UntilChance(Stop):
 
 
 def _tiny(what: str | None) -> dict[str, Any]:
-    """The demo set on a net so small that a thousand steps take about a minute on a core. what: the part to leave out."""
+    """The demo set with a network so small that one core does a thousand steps a minute. what: the part to remove."""
     overrides = [
         *("encoder.width=8", "views.size=8", "eval.size=8", "train.precision=fp32"),
         *("method.dim=64", "method.projector_hidden=64", "method.predictor_hidden=16"),
@@ -692,7 +692,7 @@ def _tiny(what: str | None) -> dict[str, Any]:
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("what", [None, "stop_gradient", "predictor"])
 def test_over_thirty_epochs_only_what_lacks_a_part_collapses(what: str | None, tmp_path: Path) -> None:
-    """1,860 steps of a small net, until the rate has fallen to 0. What a collapse makes of kNN, the next test asks."""
+    """1,860 steps of a small network, until the rate has decayed to 0. The next test covers kNN after a collapse."""
     summary = simsiam.train("demo", tmp_path / "run", epochs=30, seed=1, **_tiny(what))
     looks = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "monitor"]
     late = np.median([look["knn"] for look in looks if look["step"] > summary["steps"] / 2 and "knn" in look] or [0])
@@ -715,8 +715,8 @@ def _to_chance(what: str | None, seed: int, most: int, run: Path) -> UntilChance
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("what", ["stop_gradient", "predictor"])
 def test_without_it_knn_falls_to_chance(what: str, tmp_path: Path) -> None:
-    """As in the paper's figure 2 and table 1. A collapsed net keeps telling patches apart by what little variation is left,
-    until it dies: when, is chaotic (docs/log.md), so five seeds may try. SimSiam itself is not there by then."""
+    """As in the paper's figure 2 and table 1. A collapsed network still tells patches apart by what little variation is
+    left, until it dies, at a chaotic time (docs/log.md), so five seeds may try. SimSiam is not at chance then."""
     for seed in range(1, 6):
         run = tmp_path / str(seed)
         watch = _to_chance(what, seed, 5_000, run)
@@ -730,11 +730,11 @@ def test_without_it_knn_falls_to_chance(what: str, tmp_path: Path) -> None:
 
 
 def test_without_bn_in_the_heads_the_collapse_is_complete(tmp_path: Path) -> None:
-    """Then a constant is within reach: loss to -1, std to 0, as in the paper's figure 2. The clock says how near it is when
-    the guard stops the run."""
+    """A constant output is then possible: loss to -1, std to 0, as in the paper's figure 2. How close it gets until the
+    guard stops it depends on timing."""
     overrides = [*SMALL_DEMO, "method.stop_gradient=false", "method.bn=none"]
     summary = simsiam.train("demo", tmp_path / "run", budget="2m", recipe="demo", overrides=overrides)
-    assert summary["verdict"] == "collapsed" and summary["seconds"] < 90  # a slow, busy machine; 7 s elsewhere
+    assert summary["verdict"] == "collapsed" and summary["seconds"] < 90  # on a slow, busy machine; 7 s elsewhere
     assert summary["loss"] < -0.95 and summary["std"] < 0.2
 
 
@@ -773,13 +773,13 @@ def test_another_method_starts_from_the_encoder_alone(photos: Path, tmp_path: Pa
         photos, tmp_path / "second", init=init, method="simclr", epochs=1, overrides=overrides, listener=listener
     )
     assert any("Starts from the encoder (not the heads" in line for line in listener.lines)
-    with pytest.raises(UserError, match="is no thin-resnet18 as it is asked for"):
+    with pytest.raises(UserError, match="does not match the requested thin-resnet18"):
         simsiam.train(photos, tmp_path / "third", init=init, epochs=1, overrides=["encoder.width=12"])
 
 
 @pytest.mark.parametrize("more", [0, 7])
 def test_what_was_remembered_of_other_images_is_not_taken_over(photos: Path, tmp_path: Path, more: int) -> None:
-    """A moving average over an image's own projections, in a run on other images, as many or more; all else is."""
+    """In a run on as many or more other images: per-image moving averages are dropped, everything else is loaded."""
     overrides = [*SMALL["overrides"], "method.predictor=false", "method.target_momentum=0.8"]
     simsiam.train(photos, tmp_path / "first", epochs=1, overrides=overrides)
     config = tomllib.loads((tmp_path / "first" / "config.toml").read_text())
@@ -877,10 +877,10 @@ def test_epochs_are_the_papers_or_what_a_person_waits_for(
 def test_images_are_kept_at_the_size_of_use_and_of_views() -> None:
     facts = Facts(1_000, 32, "cpu")
     larger, _ = resolve(gather("x", None, ["views.size=40"], {}), facts)
-    assert larger.eval.size == 40  # in use at least what was trained on
+    assert larger.eval.size == 40  # inference size is at least the training size
     for sizes in ((96, 64), (64, 96)):
         overrides = [f"views.size={sizes[0]}", f"eval.size={sizes[1]}"]
-        assert resolve(gather("x", None, overrides, {}), facts)[0].short_side == 110  # 96 of 7/8, and 64 of all
+        assert resolve(gather("x", None, overrides, {}), facts)[0].short_side == 110  # 96 / (7/8)
 
 
 def test_what_the_user_says_stands() -> None:
@@ -953,8 +953,8 @@ def test_mistakes_are_named_before_anything_is_written(
 @pytest.mark.parametrize(
     ("recipe", "says"),
     [
-        ('method = "byol"', r"method is 'byol': in a recipe it is a table, \[method\]"),
-        ("train = 3", r"train is 3: in a recipe it is a table"),
+        ('method = "byol"', r"method is 'byol': in a recipe it must be a table, \[method\]"),
+        ("train = 3", r"train is 3: in a recipe it must be a table"),
         ("[method]\nname = 3", "method.name is 3: it must be text"),
         ("open = true", "Unknown setting open"),
         ('[eval]\nsize = "large"', "eval.size is 'large'"),
@@ -1015,7 +1015,7 @@ def test_the_function_and_the_module_of_one_name_get_along() -> None:
 
 
 def test_a_papers_encoder_and_batch_are_cut_to_size_with_a_reason() -> None:
-    """On a GPU with few large images; BYOL's paper has batches of 4096."""
+    """With few large images on a GPU; the BYOL paper uses batches of 4096."""
     facts = Facts(3_800, 500, "cuda")
     plan, reasons = resolve(gather("x", None, [], {"method": "byol"}), facts)
     assert plan.encoder.name == "resnet18" and plan.train.batch_size == 512
@@ -1023,7 +1023,7 @@ def test_a_papers_encoder_and_batch_are_cut_to_size_with_a_reason() -> None:
         "encoder": "resnet18",
         "train.batch_size": "512",
     }.items()
-    # SwAV needs a queue where batches are small.
+    # SwAV needs a queue with small batches.
     plan, reasons = resolve(gather("x", None, [], {"method": "swav"}), facts)
     assert (plan.train.batch_size, plan.train.lr, plan.method_settings.queue) == (512, 0.6, 3840)
     told = [(setting, value) for setting, value, reason in reasons if reason == "one device"]
@@ -1075,8 +1075,8 @@ def test_a_reason_is_given_for_what_was_derived_and_for_nothing_else() -> None:
 
 
 def test_another_method_takes_the_optimiser_where_it_belongs(tmp_path: Path) -> None:
-    """Its own for a built-in recipe, also where a run of SimSiam starts from one of BYOL; a file of the user's own says
-    itself how to train."""
+    """Built-in recipes use the method's optimiser, even if a SimSiam run starts from BYOL; a user's own file keeps its
+    training settings."""
     own = tmp_path / "own.toml"
     own.write_text(
         '[method]\nname = "simsiam"\ndim = 64\n[encoder]\nname = "thin-resnet18"\n'
@@ -1108,7 +1108,7 @@ def test_init_leaves_behind_what_was_measured_on_another_machine(tmp_path: Path)
 
 
 def test_a_damaged_member_of_an_archive_stops_nothing(photos: Path, tmp_path: Path) -> None:
-    """zipfile has an error of its own for it."""
+    """zipfile raises its own error for it."""
     paths = sorted(photos.rglob("*.png"))[:40]
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         for path in paths:

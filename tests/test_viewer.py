@@ -1,4 +1,4 @@
-"""The viewer as a process: what a browser asks it for, and the page in a browser where there is one."""
+"""The viewer as a process: its HTTP interface, and the page in a browser if one is available."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Server:
-    """`simsiam view` as its user starts it, on a port that is free."""
+    """`simsiam view` as a user starts it, on a free port."""
 
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, "-m", "simsiam", "view", str(folder), "--no-browser", "--port", "0"]
@@ -49,7 +49,7 @@ class Server:
         raise AssertionError(said)
 
     def stop(self, sign: signal.Signals = signal.SIGINT) -> tuple[int, str]:
-        """The exit status, and what it said last."""
+        """Stop the server; return the exit status and its last output."""
         self.process.send_signal(sign)
         _, said = self.process.communicate(timeout=60)
         return self.process.returncode, said
@@ -114,7 +114,7 @@ def test_images_are_found_by_name_class_and_cluster(server: Server) -> None:
     assert sum(each["images"] for each in found["clusters"]) == 96 and found["clusters"][0]["examples"][0]["id"]
     first = server.json("images?cluster=0&count=500")
     assert first["total"] == found["clusters"][0]["images"]
-    assert first["items"][:9] == found["clusters"][0]["examples"]  # the nearest to the centre first
+    assert first["items"][:9] == found["clusters"][0]["examples"]  # nearest to the centre first
 
 
 def test_the_map_and_its_pictures_belong_together(server: Server, stored: Path) -> None:
@@ -139,7 +139,7 @@ def test_what_cannot_be_is_refused_in_words(server: Server) -> None:
         422,
         '{"detail":"This is no image that can be read: text, not an image."}',
     )
-    # As much as may be sent is read, and found to be no image; a byte more is not.
+    # An upload of the maximum size is read and found not to be an image; one byte more is rejected.
     assert server.refuses("near", data=bytes(UPLOAD), method="POST")[0] == 422
     assert server.refuses("near", data=bytes(UPLOAD + 1), method="POST") == (
         413,
@@ -148,7 +148,7 @@ def test_what_cannot_be_is_refused_in_words(server: Server) -> None:
 
 
 def test_pages_elsewhere_get_nothing(server: Server, photos: Path) -> None:
-    assert server.refuses("about", headers={"Host": "elsewhere.example"})[0] == 400  # one whose name points here
+    assert server.refuses("about", headers={"Host": "elsewhere.example"})[0] == 400  # a name that points here
     for host in ("[::1]:8000", "localhost:8000", "127.0.0.1"):
         assert server.json("about", headers={"Host": host})
     image = (photos / "rings/001.png").read_bytes()
@@ -176,11 +176,11 @@ def test_a_picture_is_kept_under_an_address_of_its_embeddings_alone(
     embed_to(run, photos / "rings", tmp_path / "other")
     other = Viewer(tmp_path / "other")
     assert other.state != server.state == Viewer(stored).state
-    other_address = f"{server.address}{other.state}/picture/0"  # asked for of the other viewer, on the same port
+    other_address = f"{server.address}{other.state}/picture/0"  # a URL of the other viewer, on the same port
     with pytest.raises(urllib.error.HTTPError) as gone:
         urllib.request.urlopen(other_address, timeout=60)
     assert gone.value.code == 410 and "Cache-Control" not in gone.value.headers
-    embed_to(run, photos / "rings", tmp_path / "other")  # the same again: what a browser has kept is right
+    embed_to(run, photos / "rings", tmp_path / "other")  # same content: what a browser has cached stays valid
     assert other.stored.replaced() and Viewer(tmp_path / "other").state == other.state
 
 
@@ -191,10 +191,10 @@ def test_embeddings_that_are_brought_up_to_date_are_shown(stored: Path, photos: 
     server = Server(folder)
     try:
         first, before = server.get("picture/0"), server.json("clusters")
-        (folder / "meta.json").rename(tmp_path / "meta.json")  # as while it is written
+        (folder / "meta.json").rename(tmp_path / "meta.json")  # as during writing
         assert server.json("about")["state"] == server.state and server.get("picture/0") == first
         (tmp_path / "meta.json").rename(folder / "meta.json")
-        Image.new("RGB", (40, 40), "red").save(images / "a.png")  # comes before all others
+        Image.new("RGB", (40, 40), "red").save(images / "a.png")  # sorts before all others
         embed_to(run, images, folder)
         assert server.refuses("picture/0")[0] == server.refuses("clusters")[0] == 410
         about = server.json("about")

@@ -1,6 +1,6 @@
-"""Views against a literal twin: torchvision's functions, one image and one step at a time, in the paper's order.
+"""Views against a literal reference: torchvision's functions, one image and one step at a time, in the paper's order.
 
-The draws are the same ones, replayed from a generator with the same seed. Pixels are in 0..1 in the twin and in the
+Both use the same draws, replayed from a generator with the same seed. Pixels are in 0..1 in the reference and in the
 bounds below; 1/255 is one level of an 8-bit image.
 """
 
@@ -40,7 +40,7 @@ from simsiam.data.views import (
 from simsiam.kernels import Packed
 
 PLAIN = ViewSettings(size=32, jitter_p=0, gray_p=0, blur_p=0, flip_p=0, mean=(0, 0, 0), std=(1, 1, 1))
-"""A crop and nothing else, in 0..1."""
+"""Only a crop, in 0..1."""
 LEVEL = 1 / 255
 
 
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "way")
 
 @pytest.fixture(params=["kernels", "products"])
 def way(request: pytest.FixtureRequest) -> Iterator[None]:
-    """How views are made: in C, or, as where there is no compiler, by products of matrices."""
+    """How views are made: in C, or by matrix products, as without a compiler."""
     if request.param == "kernels" and kernels.compiled() is None:
         pytest.skip("no C compiler here")
     with contextlib.nullcontext() if request.param == "kernels" else kernels.off():
@@ -65,7 +65,7 @@ def noise(batch: int, height: int, width: int, low: int = 0, high: int = 256) ->
 
 
 def photographs(batch: int, height: int, width: int) -> Tensor:
-    """Pieces of two photographs: a temple before the sky, a flower."""
+    """Crops of two photographs: a temple against the sky, and a flower."""
     rng, pictures = np.random.default_rng(0), load_sample_images().images
     pieces = []
     for i in range(batch):
@@ -76,7 +76,7 @@ def photographs(batch: int, height: int, width: int) -> Tensor:
 
 
 def twin(images: Tensor, settings: ViewSettings, generator: torch.Generator, sizes: Tensor | None = None) -> Tensor:
-    """`random_view`, literally."""
+    """Literal reference for `random_view`."""
     if sizes is None:
         sizes = torch.tensor([images.shape[-2:]] * len(images))
     box, flip, sigma = views.draw_geometry(sizes, settings, generator)
@@ -100,7 +100,7 @@ def twin(images: Tensor, settings: ViewSettings, generator: torch.Generator, siz
 
 
 def difference(images: Tensor, settings: ViewSettings, sizes: Tensor | None = None) -> Tensor:
-    """|view - twin| of every pixel, [B,3,size,size]."""
+    """Absolute difference of view and reference, [B,3,size,size]."""
     view = random_view(images, settings, seeded(), sizes)
     assert view.shape == (len(images), 3, settings.size, settings.size) and view.dtype == torch.float32
     assert view.is_contiguous(memory_format=torch.channels_last)
@@ -115,7 +115,7 @@ def difference(images: Tensor, settings: ViewSettings, sizes: Tensor | None = No
 )
 @pytest.mark.parametrize("size", [8, 32, 56])
 def test_crop_and_flip_are_torchvisions(height: int, width: int, size: int) -> None:
-    """Within two levels of the 8-bit result, and exact where torchvision does not round to 8 bits."""
+    """Within two levels of the 8-bit result, and exact if torchvision does not round to 8 bits."""
     settings = replace(PLAIN, size=size, flip_p=0.5, scale=(0.08, 1.0))
     images = noise(24, height, width)
     assert difference(images, settings).max() <= 2 * LEVEL
@@ -125,7 +125,7 @@ def test_crop_and_flip_are_torchvisions(height: int, width: int, size: int) -> N
 @pytest.mark.parametrize("largest", [40, 300])
 def test_padding_never_shows(largest: int) -> None:
     sizes = torch.randint(1, largest + 1, (24, 2), generator=seeded(1))
-    images = noise(24, largest, largest)  # the padding is noise too
+    images = noise(24, largest, largest)  # noise in the padding too
     settings = ViewSettings(size=24)
     inside = (torch.arange(largest)[:, None] < sizes[:, :1, None]) & (torch.arange(largest) < sizes[:, 1:, None])
     other = torch.where(inside[:, None], images, 255 - images)
@@ -147,7 +147,7 @@ def test_blur_is_torchvisions(size: int, side: int) -> None:
 
 @pytest.mark.parametrize("side", [40, 120])
 def test_how_the_images_lie_in_memory_changes_nothing(side: int) -> None:
-    """Every other test has planes; a cache's batch is channels_last."""
+    """All other tests use contiguous images; batches from a cache are channels_last."""
     images, sizes = noise(9, side, side + 10), torch.randint(side // 2, side + 1, (9, 2), generator=seeded(1))
     other = images.contiguous(memory_format=torch.channels_last)
     for own in (None, sizes):
@@ -159,7 +159,7 @@ def test_how_the_images_lie_in_memory_changes_nothing(side: int) -> None:
 
 @pytest.mark.parametrize("by", ["kernels", "torch"])
 def test_packed_images_give_the_views_of_padded_ones(by: str) -> None:
-    """Of several sizes, in any order, one twice, with something else in between."""
+    """Several sizes, in any order, one image twice, with other data in between."""
     sizes, starts, pixels = [(12, 40), (64, 48), (1, 1), (48, 64), (12, 40)], [], [np.zeros(7, np.uint8)]
     for seed, (h, w) in enumerate(sizes):
         starts.append(sum(map(len, pixels)))
@@ -212,21 +212,21 @@ def test_threads_change_nothing() -> None:
 
 
 def test_both_ways_give_the_same_views() -> None:
-    """Draws and all, for whatever is drawn together."""
+    """Including the draws, for all views drawn together."""
     images, sizes = noise(6, 90, 70), torch.randint(30, 71, (6, 2), generator=seeded(1))
     settings = replace(ViewSettings(size=40), second_blur_p=0.1, second_solarize_p=0.5, count=3).each()
     drawn = random_views(images, settings, seeded(), sizes)
     with kernels.off():
         others = random_views(images, settings, seeded(), sizes)
     for one, other in zip(drawn, others, strict=True):
-        # A value beside the threshold of solarize may fall on its other side.
+        # A value near the threshold of solarize may fall on the other side.
         assert ((one - other).abs() < 1e-4).float().mean() > 0.999
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the process's threads as Linux tells them")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads_for_views_bring_no_others(threads: int) -> None:
-    """A team of OpenMP threads for each would make every operation of the process wait for the system's scheduler."""
+    """A separate OpenMP team for each would make every operation of the process wait for the system's scheduler."""
     program = f"""
 import os, torch
 from simsiam.data.views import ViewSettings, plain_pixels, random_view
@@ -249,8 +249,8 @@ def test_a_blur_of_nothing_is_the_identity() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (50, 80), (20, 300), (300, 20)])
 def test_crops_are_drawn_as_torchvision_draws_them(height: int, width: int) -> None:
-    """Area, ratio and position of 4,000 crops: every decile lies within 3 % of the range (a sampling error of 4 sigma).
-    Images of 15:1 never fit, and both then take the same central box."""
+    """Area, ratio and position of 4,000 crops: every decile is within 3 % of the range (4 sigma of sampling error). In
+    images of 15:1 no crop fits, and both then take the same central box."""
     settings = ViewSettings(scale=(0.2, 1.0))
     ours = torch.stack(crop_boxes(torch.tensor([[height, width]]).expand(4000, 2), settings, seeded()), 1)
     with torch.random.fork_rng():
@@ -297,7 +297,7 @@ def test_the_plain_view_is_resize_and_centre_crop(height: int, width: int, size:
 def test_the_plain_view_in_bfloat16_is_that_in_float32_rounded(
     height: int, width: int, size: int, share: float, by: str
 ) -> None:
-    """Of whole pixels, reduced and enlarged."""
+    """For unscaled, reduced and enlarged images."""
     images, colours = noise(5, height, width), (ViewSettings.mean, ViewSettings.std)
     with kernels.off() if by == "torch" else contextlib.nullcontext():
         exact, rounded = (plain_view(images, size, share, *colours, dtype=d) for d in (torch.float32, torch.bfloat16))
@@ -318,7 +318,7 @@ def test_the_plain_view_of_an_image_of_its_size_is_the_image() -> None:
 
 
 def test_colour_is_torchvisions_where_nothing_is_clamped_and_no_hue_turned() -> None:
-    """Within 2e-4: torchvision's luma weighs red by 0.2989, Pillow's and ours by 0.299."""
+    """Within 2e-4: torchvision weights red by 0.2989 in luma, Pillow and we by 0.299."""
     settings = replace(PLAIN, jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=0.8, gray_p=0.2)
     images = noise(200, 40, 40, low=100, high=130).float()
     expected = twin(images, settings, seeded())
@@ -334,12 +334,12 @@ def test_grayscale_is_torchvisions_and_gray_stays_gray() -> None:
     assert (view - view[:, :1]).abs().max() < 1e-5
     gray = images[:, :1].expand(-1, 3, -1, -1)
     view = random_view(gray, replace(PLAIN, jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0), seeded())
-    assert (view - view[:, :1]).abs().max() < 1e-3  # saturation and hue do nothing to it
+    assert (view - view[:, :1]).abs().max() < 1e-3  # saturation and hue have no effect on it
 
 
 @pytest.mark.parametrize(("blur_p", "seed"), [(0.0, 0), (0.0, 1), (0.5, 2)])
 def test_the_approximations_are_small(blur_p: float, seed: int) -> None:
-    """The single clamp, and hue turned about the gray axis, with the paper's jitter on photographs, in 8-bit levels.
+    """The single clamp, and hue as rotation about gray, with the paper's jitter on photographs, in 8-bit levels.
 
     Measured over 16 draws, mean (and range): without hue 0.54 (0.43..0.63) on average, 99 % of the values within 8.9
     (5.4..12); with hue 3.0 (2.8..3.3) and 25 (21..29), where leaving hue out gives 4.1 (3.7..4.5) and 48 (41..52).
@@ -361,7 +361,7 @@ def test_the_approximations_are_small(blur_p: float, seed: int) -> None:
 
 
 def test_hue_by_thirds_of_a_turn_is_torchvisions() -> None:
-    """There, HSV only swaps the channels, and so does the rotation about the gray axis."""
+    """For these angles HSV only permutes the channels, and so does the rotation about the gray axis."""
     images = photographs(4, 20, 20) / 255
     for turns in (-1 / 3, 0.0, 1 / 3):
         ours = torch.einsum("ij,bjyx->biyx", views._hue_rotation(torch.tensor([turns]))[0], images)
@@ -400,7 +400,7 @@ def test_how_often_and_how_strong() -> None:
     neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
     jittered = (factor != neutral).any(1)
     assert abs(jittered.float().mean().item() - 0.8) < 0.01
-    ranges = [(0.6, 1.4), (0.7, 1.3), (0.0, 2.5), (-0.1, 0.1)]  # as torchvision's ColorJitter: never below 0
+    ranges = [(0.6, 1.4), (0.7, 1.3), (0.0, 2.5), (-0.1, 0.1)]  # like torchvision's ColorJitter: never below 0
     for values, (low, high) in zip(factor[jittered].T, ranges, strict=True):
         for share in (0.0, 0.25, 0.5, 0.75, 1.0):
             assert abs(torch.quantile(values, share).item() - (low + share * (high - low))) < 0.02 * (high - low)
@@ -482,7 +482,7 @@ def test_views_that_are_drawn_together_come_back_in_their_places() -> None:
 
 @pytest.mark.parametrize(("side", "size"), [(32, 32), (64, 48), (256, 224)])
 def test_products_in_float16_are_within_half_a_level(side: int, size: int) -> None:
-    """What a GPU does."""
+    """As on a GPU."""
     images = torch.randint(0, 256, (8, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     sizes = torch.tensor([[side, side]]).repeat(8, 1)
     (top, left, height, width), flip, sigma = draw_geometry(

@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, print. What a verb needs is imported inside it, so --help is instant."""
+"""The command line: parse, call one function, print. Each command imports what it needs, so `--help` is instant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from simsiam.console import Console
 
 app = typer.Typer(
-    help="Point it at a folder of unlabelled images: an encoder that has learnt from them, and proof of what it learnt.",
+    help="Train an image encoder on a folder of unlabelled images, measure what it learnt, and use it.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -28,38 +28,40 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; everything else goes to stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Threads that decode images; default: the cores there are.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads that decode images; default: one per core, at most 16.")
+]
 Run = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder, as `simsiam train` writes it.", show_default=False)
+    Path, typer.Argument(metavar="RUN", help="A run folder, as written by `simsiam train`.", show_default=False)
 ]
 Embedded = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A folder that `simsiam embed` wrote.", show_default=False)
+    Path, typer.Argument(metavar="DIR", help="A folder written by `simsiam embed`.", show_default=False)
 ]
 _CTRL_C = 130
 _DATA = (
     "A folder of images (any depth, any mix), a Parquet file or folder, a tar, a zip, a shard pattern like "
-    "'shard-{000..009}.tar', or a torchvision data set's name."
+    "'shard-{000..009}.tar', or the name of a torchvision data set."
 )
 Data = Annotated[str, typer.Argument(metavar="DATA", help=_DATA, show_default=False)]
 DataOrDemo = Annotated[
-    str | None, typer.Argument(metavar="DATA", help=_DATA + " None: the bundled demo set.", show_default=False)
+    str | None, typer.Argument(metavar="DATA", help=_DATA + " Default: the bundled demo set.", show_default=False)
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, like train.lr=0.1.", show_default=False)
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. train.lr=0.1.", show_default=False)
 ]
 
 
 class OnCollapse(StrEnum):
-    """What the collapse guard does."""
+    """What to do when the collapse guard finds a collapse."""
 
     stop = "stop"
     go_on = "continue"
 
 
 class Scale(StrEnum):
-    """How much an experiment takes."""
+    """Scale of an experiment."""
 
     thin = "thin"
     cifar = "cifar"
@@ -73,7 +75,7 @@ class Precision(StrEnum):
 
 
 class Target(StrEnum):
-    """What `export` writes for."""
+    """Export formats."""
 
     torchvision = "torchvision"
     timm = "timm"
@@ -87,18 +89,20 @@ def train(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; default: a new one under runs/.")] = None,
     method: Annotated[str | None, typer.Option(help="See `simsiam list`.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="Ours, torchvision's or timm's, by name.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Name of a built-in, torchvision or timm encoder.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the images.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Train for this time, like 10m; the schedule follows.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the views, and of the images in use, in pixels.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="A built-in recipe's name, or a TOML file.")] = None,
-    init: Annotated[str | None, typer.Option(help="A run to start from: its weights, and its settings.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o.")] = False,
-    on_collapse: Annotated[OnCollapse | None, typer.Option(help="What the guard does. Default: stop.")] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Default: the faster one, measured.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Training time, e.g. 10m; the schedule follows the clock.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the views, and of images at inference, in pixels.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Name of a built-in recipe, or a TOML file.")] = None,
+    init: Annotated[str | None, typer.Option(help="Run to start from: its weights and its settings.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in -o.")] = False,
+    on_collapse: Annotated[OnCollapse | None, typer.Option(help="What to do on collapse. Default: stop.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Default: whichever is measured to be faster.")] = None,
     device: Device = "auto",
-    seed: Annotated[int | None, typer.Option(min=0, max=MOST_SEED, help="Same seed, same weights.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MOST_SEED, help="The same seed gives the same weights.")
+    ] = None,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
@@ -152,16 +156,18 @@ def train(
 def evaluate(
     run: Run,
     data: Annotated[
-        str | None, typer.Argument(metavar="DATA", help="Labelled images; default: the run's own.", show_default=False)
+        str | None,
+        typer.Argument(metavar="DATA", help="Labelled images; default: those of the run.", show_default=False),
     ] = None,
-    only: Annotated[str | None, typer.Option(help="Some evaluations only, like knn,linear.")] = None,
+    only: Annotated[str | None, typer.Option(help="Run only these evaluations, e.g. knn,linear.")] = None,
     sgd: Annotated[
         bool, typer.Option("--sgd", help="The paper's linear protocol: LARS, 90 epochs, crops and flips.")
     ] = False,
     finetune: Annotated[
         float | None,
         typer.Option(
-            metavar="SHARE", help="Also train the whole network on this share of the labels, like 0.1. Takes minutes."
+            metavar="SHARE",
+            help="Also fine-tune the whole network on this share of the labels, e.g. 0.1. Takes minutes.",
         ),
     ] = None,
     k: Annotated[
@@ -170,15 +176,15 @@ def evaluate(
             "-k",
             "--k",
             min=1,
-            help="Neighbours of kNN; default: 200, or 20 where classes have fewer than 1,000 images.",
+            help="Neighbours for kNN; default: 200, or 20 if the median class has fewer than 1,000 images.",
         ),
     ] = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of splits and draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of splits and random draws.")] = 0,
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a run beside raw pixels and the untrained encoder: kNN, linear, few-shot, retrieval, clusters, collapse."""
+    """Compare a run to raw pixels and the untrained encoder: kNN, linear, few-shot, retrieval, clusters, collapse."""
     console = _console()
     from simsiam.assess import evaluate_run
     from simsiam.runs import REPORT, keep
@@ -214,7 +220,7 @@ def embed(
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Turn images into vectors: one row for each image, in plain files."""
+    """Turn images into vectors: one row per image, in plain files."""
     console = _console()
     from simsiam.embeddings import embed_to
 
@@ -239,14 +245,14 @@ def search(
     images: Annotated[
         list[str], typer.Argument(metavar="IMAGE", help="Image files, or ids of stored images.", show_default=False)
     ],
-    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours of each.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours per image.")] = 10,
     index: Annotated[
-        bool | None, typer.Option("--index/--exact", help="Default: compare all, up to a million; an index beyond.")
+        bool | None, typer.Option("--index/--exact", help="Default: exact up to a million vectors, an index beyond.")
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Find the stored images that are most alike to an image."""
+    """Find the stored images most similar to an image."""
     console = _console()
     from simsiam.search import search as find
 
@@ -256,10 +262,10 @@ def search(
         return
     for result in found:
         if not result["neighbours"]:
-            console.say(f"{result['query']}: there is no other image in {embeddings}.")
+            console.say(f"{result['query']}: {embeddings} contains no other image.")
             continue
         rows = [[each["id"], f"{each['score']:.3f}"] for each in result["neighbours"]]
-        console.results(result["query"], ["most alike", "cosine"], rows)
+        console.results(result["query"], ["most similar", "cosine"], rows)
 
 
 @app.command()
@@ -267,12 +273,14 @@ def duplicates(
     embeddings: Embedded,
     threshold: Annotated[
         float | None,
-        typer.Option(min=-1, max=1, help="Cosine similarity that decides alone. Default: measured on altered copies."),
+        typer.Option(
+            min=-1, max=1, help="Decide by this cosine similarity alone. Default: measured on altered copies."
+        ),
     ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Find images that are one picture: identical, saved anew, scaled, cropped a little or mirrored."""
+    """Find near-duplicates: images that are identical, re-encoded, rescaled, slightly cropped or mirrored."""
     console = _console()
     from simsiam.duplicates import near_duplicates
 
@@ -286,13 +294,14 @@ def duplicates(
 def clusters(
     embeddings: Embedded,
     count: Annotated[
-        int | None, typer.Option("--count", "-n", min=2, help="Clusters; default: 20, a tenth of the images at most.")
+        int | None,
+        typer.Option("--count", "-n", min=2, help="Number of clusters; default: 20, at most a tenth of the images."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of k-means.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of k-means.")] = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Sort the images into clusters, and name those that are like no other."""
+    """Group the images into clusters, and list the outliers."""
     console = _console()
     from simsiam.clusters import clusters as find
 
@@ -306,16 +315,16 @@ def clusters(
 def view(
     embeddings: Embedded,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
     device: Device = "auto",
 ) -> None:
-    """Open a local web page to look through the images: map, search by image, clusters, duplicates."""
+    """Open a local web page to browse the images: map, search by image, clusters, duplicates."""
     console = _console()
     from simsiam.show.viewer import serve
 
     def ready(address: str) -> None:
-        console.say(f"Look at  {address}   (Ctrl-C ends it)")
+        console.say(f"Serving  {address}   (Ctrl-C to stop)")
         if browser:
             import webbrowser
 
@@ -327,24 +336,25 @@ def view(
 @app.command()
 def export(
     run: Run,
-    to: Annotated[Target, typer.Option(help="Software that is to read the file.", show_default=False)],
+    to: Annotated[Target, typer.Option(help="Format, or library that will read the file.", show_default=False)],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File or folder; default: export/ in RUN.")] = None,
     with_preprocessing: Annotated[
-        bool, typer.Option("--with-preprocessing", help="ONNX: takes uint8 pixels [B,H,W,3] of any size.")
+        bool,
+        typer.Option("--with-preprocessing", help="ONNX only: the model takes uint8 pixels [B,H,W,3] of any size."),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write the encoder for other software: torchvision, timm, ONNX or safetensors."""
+    """Export the encoder to other software: torchvision, timm, ONNX or safetensors."""
     console = _console()
     from simsiam.export import export as write
 
     result = write(run, to.value, out, with_preprocessing=with_preprocessing)
-    console.say(f"Written  {result['path']}; its features differ from ours by {result['max_error']:.1g} at most")
+    console.say(f"Written  {result['path']}; its features differ from ours by at most {result['max_error']:.1g}")
     console.say(f"Use      {result['use']}")
     p = result["preprocessing"]
     if p is not None:
         console.say(
-            f"Input    RGB, short side {round(p['size'] / p['share'])} and central {p['size']} pixels, "
+            f"Input    RGB, resized to a short side of {round(p['size'] / p['share'])}, central {p['size']} pixels, "
             f"(x / 255 - mean) / std with mean {p['mean']} and std {p['std']}"
         )
     if as_json:
@@ -354,14 +364,15 @@ def export(
 @app.command("import")
 def import_(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A .pth.tar of the released SimSiam.", show_default=False)
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A .pth.tar checkpoint of the released SimSiam.", show_default=False),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; a new one.")],
-    encoder: Annotated[str | None, typer.Option(help="A ResNet of torchvision, where the file names none.")] = None,
-    data: Annotated[str | None, typer.Option(help="Images that `evaluate RUN` takes. Default: ImageNet.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="New run folder.")],
+    encoder: Annotated[str | None, typer.Option(help="A torchvision ResNet, if the file does not name one.")] = None,
+    data: Annotated[str | None, typer.Option(help="Images that `evaluate RUN` uses. Default: ImageNet.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a run of a checkpoint that the authors released, or that their code wrote."""
+    """Turn a checkpoint released by the authors, or written by their code, into a run."""
     console = _console()
     from simsiam.released import import_released
 
@@ -369,7 +380,7 @@ def import_(
     parts = "encoder, heads and momentum" if summary["imported"]["momentum"] else "encoder and heads, no momentum"
     console.say(
         f"Imported {summary['encoder']} after {summary['steps']:,} steps: "
-        f"{parts if summary['imported']['heads'] else 'the encoder alone'}, in {summary['run']}"
+        f"{parts if summary['imported']['heads'] else 'encoder only'}, in {summary['run']}"
     )
     place = shlex.quote(summary["run"])
     console.say(f"Next     simsiam evaluate {place} DATA")
@@ -380,7 +391,7 @@ def import_(
 
 @app.command()
 def report(run: Run, as_json: Json = False) -> None:
-    """Write the run's page, report.html: curves, views, neighbours, map, results."""
+    """Write the run's report, report.html: curves, views, neighbours, map, results."""
     console = _console()
     from simsiam.show.report import write_report
 
@@ -393,22 +404,23 @@ def report(run: Run, as_json: Json = False) -> None:
 @app.command()
 def reproduce(
     name: Annotated[
-        str | None, typer.Argument(metavar="EXPERIMENT", help="Its name; none: list them.", show_default=False)
+        str | None,
+        typer.Argument(metavar="EXPERIMENT", help="Name of an experiment; default: list all.", show_default=False),
     ] = None,
-    data: Annotated[str | None, typer.Option(help=_DATA + " Default at the scale thin: the demo set.")] = None,
+    data: Annotated[str | None, typer.Option(help=_DATA + " Default with --scale thin: the demo set.")] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Folder; what it holds already is not run again.")
+        Path | None, typer.Option("-o", "--out", help="Output folder; runs that it already contains are not repeated.")
     ] = None,
     scale: Annotated[
-        Scale, typer.Option(help="thin: minutes on a CPU; cifar and imagenet: the paper's, on a GPU.")
+        Scale, typer.Option(help="thin: minutes on a CPU; cifar, imagenet: the paper's scale, on a GPU.")
     ] = Scale.thin,
     epochs: Annotated[float | None, typer.Option(help="Default: 10 for thin, 200 for cifar, 100 for imagenet.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs per variant.")] = 2,
     device: Device = "auto",
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Run an experiment of the paper and set the figures beside the published ones."""
+    """Run an experiment from the paper and compare the results with the published figures."""
     console = _console()
     from simsiam import reproduce as experiments
 
@@ -444,16 +456,16 @@ def plan(
     data: DataOrDemo = None,
     overrides: Overrides = None,
     method: Annotated[str | None, typer.Option(help="See `simsiam list`.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="Ours, torchvision's or timm's, by name.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Name of a built-in, torchvision or timm encoder.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the images.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the views, and of the images in use, in pixels.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="A built-in recipe's name, or a TOML file.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the views, and of images at inference, in pixels.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Name of a built-in recipe, or a TOML file.")] = None,
     device: Device = "auto",
     workers: Workers = None,
     as_json: Json = False,
 ) -> None:
-    """Probe for half a minute: images/s, time to finish, memory, the bottleneck and what would fit."""
+    """Probe for half a minute: images/s, training time, memory, the bottleneck and what would fit."""
     console = _console()
     data, texts = _data_and_overrides(data, overrides)
     from simsiam.plan import plan as probe
@@ -477,7 +489,7 @@ def plan(
 
 @app.command()
 def check(data: Data, workers: Workers = None, as_json: Json = False) -> None:
-    """Say what is in a data set before a long run: counts, sizes, modes, bad files, duplicates."""
+    """Inspect a data set before a long run: counts, sizes, modes, bad files, duplicates."""
     console = _console()
     from simsiam.data.check import check as look
     from simsiam.data.sources import open_images
@@ -507,7 +519,7 @@ def list_(as_json: Json = False) -> None:
 
 @app.callback(invoke_without_command=True)
 def version(
-    show: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if show:
         from simsiam import __version__
@@ -517,8 +529,8 @@ def version(
 
 
 def _called() -> Any:
-    """Calls the command that was asked for. What typer makes of Ctrl-C, this status or an older one's Abort, is
-    KeyboardInterrupt again."""
+    """Run the requested command. Raise KeyboardInterrupt on Ctrl-C, which typer turns into status 130 (older versions:
+    into Abort)."""
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except Exception as error:
@@ -527,14 +539,14 @@ def _called() -> Any:
         status = _CTRL_C
     finally:
         if _in_use is not None:
-            _in_use.close()  # a progress bar that is left behind hides the cursor
+            _in_use.close()  # a progress bar left running hides the cursor
     if status == _CTRL_C:
         raise KeyboardInterrupt
     return status
 
 
 def main() -> None:
-    """Runs the command line. Exit status: 0 done, 2 the user's mistake, 1 anything else."""
+    """Run the command line. Exit status: 0 success, 2 user error, 1 anything else."""
     try:
         sys.exit(_called())
     except UserError as error:
@@ -544,25 +556,25 @@ def main() -> None:
         _last_line("Interrupted.")
         sys.exit(1)
     except Interrupted as error:
-        if not launched():  # one process says it for all
+        if not launched():  # only rank 0 reports it
             _last_line(str(error))
         sys.exit(1)
     except Exception as error:
-        # Of the command line itself: an option that is not there, ... The class is click's, or typer's own copy of it.
+        # A usage error, e.g. an unknown option. The class is click's, or typer's vendored copy of it.
         if not hasattr(error, "format_message"):
             raise
         context = getattr(error, "ctx", None)
         where = context.command_path if context is not None else "simsiam"
         message = " ".join(error.format_message().split()).rstrip(".").replace("Value error, ", "")
         message += "" if message.endswith("?") else "."
-        if hasattr(error, "possibilities"):  # no such option; click would propose --help for --lr
+        if hasattr(error, "possibilities"):  # no such option; click would suggest --help for --lr
             option = getattr(error, "option_name", "")
             message = f"No such option: {option}."
             if close := [name for name in error.possibilities or () if name != "--help"]:
                 message += f" Did you mean {close[0]}?"
             elif where.rpartition(" ")[2] in ("train", "plan"):
-                message += f" A setting that is no option is written {option.lstrip('-').replace('-', '_')}=VALUE."
-        _last_line(f"Error: {message} `{where} --help` shows how it is called.")
+                message += f" Settings without an option are written {option.lstrip('-').replace('-', '_')}=VALUE."
+        _last_line(f"Error: {message} See `{where} --help`.")
         sys.exit(2)
 
 
@@ -573,7 +585,7 @@ _in_use: Console | None = None
 
 
 def _console() -> Console:
-    """What the verb that is called prints on. `_called` closes it, however the verb ends."""
+    """Return the console of the current command. `_called` closes it, however the command ends."""
     global _in_use
     from simsiam.console import Console
 
@@ -583,15 +595,15 @@ def _console() -> Console:
 
 
 def _data_and_overrides(data: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
-    """Without DATA the first setting stands in its place."""
+    """Separate DATA from the settings: without DATA, the first setting takes its place."""
     texts = list(overrides or [])
     if data is not None and "=" in data and not os.path.exists(data):
         return None, [data, *texts]
     for text in texts:
-        if "=" not in text:  # as the shell leaves a pattern of shards that is not quoted
+        if "=" not in text:  # e.g. an unquoted shard pattern, expanded by the shell
             raise UserError(
-                f"{text} is neither a setting, like train.lr=0.1, nor the DATA, which is {data}: "
-                "name one data set, and put a pattern into quotes."
+                f"{text} is not a setting such as train.lr=0.1, and DATA is already {data}: "
+                "name one data set, and quote a pattern."
             )
     return data, texts
 

@@ -1,4 +1,4 @@
-"""Typed settings: dataclasses that live beside their owner, filled from TOML tables and `key=value` overrides."""
+"""Typed settings: dataclasses defined next to their users, filled from TOML tables and `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ Table = dict[str, Any]
 
 
 class UserError(ValueError):
-    """The user's mistake: one clear line that says what to do. The command line prints it and exits with status 2."""
+    """A user error: one clear line that says what to do. The command line prints it and exits with status 2."""
 
 
 class Interrupted(Exception):
-    """A signal ended the run; its state is saved, and the message says how to go on."""
+    """A signal ended the run; its state, if any, is saved, and the message says how to resume."""
 
 
 MOST_SEED = (1 << 32) - 1
-"""What scikit-learn takes."""
+"""The largest seed that scikit-learn accepts."""
 
 
 def did_you_mean(name: str, known: Iterable[str], short: Iterable[str] = ()) -> str:
-    """A hint for a mistyped name: ' Did you mean X?', or the list of what there is; `short` are names that are understood
-    and not listed."""
+    """Return a hint for a mistyped name: ' Did you mean X?', or the list of known names; `short` names can be suggested
+    but are not listed."""
     known = sorted(set(known))
     close = difflib.get_close_matches(name, sorted({*known, *short}), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]!r}?" if close else f" There is: {', '.join(known)}."
+    return f" Did you mean {close[0]!r}?" if close else f" Available: {', '.join(known)}."
 
 
 def read_recipe(path: Path) -> Table:
-    """Reads a TOML recipe. Raises UserError where the file is missing or not TOML."""
+    """Read a TOML recipe. Raises UserError if the file is missing or not TOML."""
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except FileNotFoundError:
-        raise UserError(f"No recipe at {path}. `simsiam list` names the built-in ones.") from None
+        raise UserError(f"No recipe at {path}. `simsiam list` shows the built-in ones.") from None
     except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read the recipe {path}: {error}.") from None
 
 
 def write_recipe(table: Table) -> str:
-    """The table as TOML text. None is left out: TOML has no null, and a missing key means the default."""
+    """Return the table as TOML text, without None: TOML has no null, and a missing key means the default."""
     import tomli_w
 
     def clean(value: Any) -> Any:
@@ -61,7 +61,7 @@ def write_recipe(table: Table) -> str:
 
 
 def merge(base: Table, over: Table) -> Table:
-    """`over` laid on `base`, table by table; neither is changed."""
+    """Return `base` updated with `over`, table by table; neither is changed."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -70,7 +70,7 @@ def merge(base: Table, over: Table) -> Table:
 
 
 def parse_override(text: str) -> Table:
-    """`views.blur=0.5` -> {"views": {"blur": 0.5}}. The value is TOML; a bare word is a string."""
+    """Parse `views.blur=0.5` to {"views": {"blur": 0.5}}. The value is TOML; a bare word is a string."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise UserError(f"Cannot read {text!r}: an override is written key=value, for example train.lr=0.03.")
@@ -85,7 +85,7 @@ def parse_override(text: str) -> Table:
 
 
 def fill(cls: type[T], table: Table, where: str) -> T:
-    """Builds the dataclass `cls` from a TOML table, checking names and types.
+    """Build the dataclass `cls` from a TOML table, checking names and types.
 
     Raises UserError naming the key (`where` is the table's name) for an unknown key or a value of the wrong type.
     """
@@ -103,7 +103,7 @@ def fill(cls: type[T], table: Table, where: str) -> T:
 
 
 def typed(cls: type[Any], table: Table, where: str) -> Table:
-    """The table with its values as the dataclass `cls` has them; names that it does not know are left to `fill`.
+    """Return the table with values converted to the types of the dataclass `cls`; unknown names are left to `fill`.
 
     Raises UserError naming the key for a value of the wrong type.
     """
@@ -145,7 +145,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
 
 
 def counted(count: float, noun: str) -> str:
-    """'1 image', '2,000 images', '0.5 epochs'."""
+    """Return count and noun: '1 image', '2,000 images', '0.5 epochs'."""
     return f"{count:{'g' if isinstance(count, float) else ','}} {noun}" + ("" if count == 1 else "s")
 
 
@@ -153,7 +153,7 @@ _UNITS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.
 
 
 def parse_duration(text: str) -> float:
-    """'90s', '10m', '1h30m', '2h' -> seconds. A bare number is refused: it would be a guess. Raises UserError."""
+    """Parse '90s', '10m', '1h30m' or '2h' to seconds. Raises UserError, also for a number without unit."""
     parts = re.findall(r"(\d+(?:\.\d+)?)\s*(sec|min|s|m|h|d)", text.lower())
     seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
     if seconds <= 0 or re.sub(r"(\d+(?:\.\d+)?)\s*(sec|min|s|m|h|d)|\s", "", text.lower()):
@@ -162,7 +162,7 @@ def parse_duration(text: str) -> float:
 
 
 def show_bytes(count: float) -> str:
-    """'512 bytes', '84.3 MB', '335 GB'."""
+    """Return a readable size: '512 bytes', '84.3 MB', '335 GB'."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -171,7 +171,7 @@ def show_bytes(count: float) -> str:
 
 
 def show_duration(seconds: float) -> str:
-    """Seconds as a person says them: '48 s', '9 min 05 s', '3 h 12 min'."""
+    """Return a readable duration: '48 s', '9 min 05 s', '3 h 12 min'."""
     if seconds < 59.5:
         return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""What a person sees on the terminal while something runs: always on stderr, stdout belongs to `--json`."""
+"""Terminal output: progress and results, always on stderr, because stdout belongs to `--json`."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from simsiam.config import counted, show_duration
 
 
 class Listener:
-    """Is told how a run goes; this one keeps silent. `train` knows nothing else about who watches."""
+    """Receives progress events. This base class ignores them."""
 
     def decoding(self, done: int, total: int, bad: int) -> None:
-        """After every image that is decoded into the cache."""
+        """Called after every image decoded into the cache."""
 
     def embedding(self, done: int, total: int) -> None:
-        """After every batch that is embedded."""
+        """Called after every embedded batch."""
 
     def finetuning(self, progress: float) -> None:
-        """After every epoch of fine-tuning: the share of it all that is done."""
+        """Called after every epoch of fine-tuning. progress: overall fraction done, in 0..1."""
 
     def plan(self, facts: Sequence[tuple[str, str]], reasons: Sequence[tuple[str, str, str]]) -> None:
-        """Before training: what is trained on what, and the reason for every default that was derived."""
+        """Called before training with what is trained on what, and the reason for every derived default."""
 
     def step(self, figures: dict[str, Any], progress: float, left: float | None) -> None:
-        """About once a second: the newest training figures, the share that is done and the seconds left."""
+        """Called about once a second with the latest training figures, the fraction done and the seconds left."""
 
     def monitor(self, figures: dict[str, Any]) -> None:
-        """After every look at the held-out images."""
+        """Called after every evaluation on the held-out images."""
 
     def say(self, text: str) -> None:
-        """A line that must be seen."""
+        """Show a line that must be seen."""
 
     def close(self) -> None:
-        """Takes down what moves on the screen; told at the end, however it comes."""
+        """Remove progress bars; called at the end, however the run ends."""
 
 
 class _Stderr:
-    """stderr, where it may be closed (a terminal that is gone, `| head`): what runs goes on, in silence."""
+    """stderr that may be closed (terminal gone, `| head`): the program then continues silently."""
 
     @property
     def _stream(self) -> Any:
-        # A progress bar stands in for sys.stderr, which is None where there was none from the start (`2>&-`).
+        # A progress bar replaces sys.stderr, which is None if it was closed from the start (`2>&-`).
         return getattr(sys.stderr, "rich_proxied_file", sys.stderr) or io.StringIO()
 
     def __getattr__(self, name: str) -> Any:
@@ -65,24 +65,24 @@ class _Stderr:
 _PAUSE = 30.0  # seconds
 _CONTROLS = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)]} | {
     code: f"\\u{code:04x}"
-    for code in [*range(0x2028, 0x202F), *range(0x2066, 0x206A)]  # turn the line round
+    for code in [*range(0x2028, 0x202F), *range(0x2066, 0x206A)]  # change the text direction
 }
 
 
 def visible(text: str) -> str:
-    """Names of files are anybody's: their control characters are shown, not obeyed by the terminal."""
+    """Escape control characters: file names are untrusted, and the terminal must show these instead of obeying them."""
     return text.translate(_CONTROLS)
 
 
 def screen() -> Any:
-    """rich's console on stderr. Paths are shown as they are: `:smile:` in one is no emoji."""
+    """Return rich's console on stderr, without emoji codes: `:smile:` in a path is shown literally."""
     from rich.console import Console as Rich
 
     return Rich(file=cast(IO[str], _Stderr()), highlight=False, emoji=False)
 
 
 class Console(Listener):
-    """Progress bars and lines through rich; plain lines where stderr is no terminal."""
+    """Progress bars and lines through rich; plain lines if stderr is not a terminal."""
 
     def __init__(self) -> None:
         from rich.progress import Progress
@@ -108,14 +108,14 @@ class Console(Listener):
     def _count(self, kind: str, done: int, total: int, text: str) -> None:
         from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-        if not self.screen.is_terminal:  # a file or a log: a line now and then, where it takes long
+        if not self.screen.is_terminal:  # a file or a log: an occasional line for long tasks
             now = time.monotonic()
             if self._counted is None or self._counted[0] != kind:
                 self._counted = (kind, now)
             elif now - self._counted[1] >= _PAUSE:
                 self._counted = (kind, now)
                 self.say(f"{kind}: {100 * done // total} %")
-            if done == total:  # what comes next is another one
+            if done == total:  # the next count is a new task
                 self._counted = None
             return
         columns = [MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()]
@@ -129,10 +129,10 @@ class Console(Listener):
         self._count("decoding", done, total, f"{bad} bad" if bad else "")
         if done == total:
             left_out = f"; {counted(bad, 'bad file')} left out." if bad else "."
-            self.say(f"Decoded {counted(done - bad, 'image')} that the cache lacked{left_out}")
+            self.say(f"Decoded {counted(done - bad, 'image')} into the cache{left_out}")
 
     def checking(self, done: int, total: int, bad: int) -> None:
-        """After every image that `check` has read."""
+        """Called after every image that `check` has read."""
         self._count("checking", done, total, f"{bad} bad" if bad else "")
 
     def embedding(self, done: int, total: int) -> None:
@@ -179,7 +179,7 @@ class Console(Listener):
             parts.append(f"kNN {figures['knn']:.1f}")
         if figures.get("effective_rank") is not None:
             parts.append(f"effective rank {figures['effective_rank']:.0f}")
-            parts.append(f"own second view found {figures['retrieval']:.0f} %")
+            parts.append(f"second view retrieved {figures['retrieval']:.0f} %")
         parts.append(figures["verdict"])
         self.screen.print(f"[dim]  {figures.get('of', 'held out')}: " + "  ".join(parts) + "[/]", soft_wrap=True)
 
@@ -190,14 +190,14 @@ class Console(Listener):
         self.screen.print(f"\n[bold]{text}[/]")
 
     def entry(self, name: str, says: str) -> None:
-        """A name and what it is, indented and wrapped."""
+        """Print a name and its description, indented and wrapped."""
         from rich.markup import escape
         from rich.padding import Padding
 
         self.screen.print(Padding(f"[cyan]{name}[/]" + (f"  {escape(says)}" if says else ""), (0, 0, 0, 2)))
 
     def results(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table of figures, the last thing on the screen."""
+        """Print a table of results."""
         from rich.markup import escape
         from rich.table import Table
 
@@ -217,13 +217,13 @@ class Console(Listener):
         self._said = 0.0
 
     def show_warnings(self) -> None:
-        """From now on a warning is one line here, said once, not Python's two with a source line."""
+        """Show each warning once, as one line here, instead of Python's two with a source line."""
 
         said: set[str] = set()
 
         def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
             line = f"Warning: {message}".replace("\n", " ")
-            if line not in said:  # the viewer lists a folder more than once
+            if line not in said:  # the viewer lists a folder repeatedly
                 said.add(line)
                 self.screen.print(visible(line), soft_wrap=True, markup=False, style="yellow")
 

@@ -1,4 +1,4 @@
-"""What a run is told: recipe, overrides, and for what is left, defaults derived from the data, each with its reason."""
+"""The settings of a run: recipe, overrides, and defaults derived from the data, each with its reason."""
 
 from __future__ import annotations
 
@@ -37,48 +37,48 @@ from simsiam.optim import Schedule
 from simsiam.runs import RECIPE
 
 Reasons = list[tuple[str, str, str]]
-"""(setting, value, why) of every default that the data decided."""
+"""(setting, value, why) of every derived default."""
 
 OPEN = "open"
-"""In a table: no recipe was asked for."""
+"""Key that marks a table without a requested recipe."""
 _SMALL_IMAGE = 48
 _TABLES = ("method", "encoder", "train", "views", "eval")
 _OPTIONS = ("recipe", "out", "resume", "device", "workers")
 _PATIENCE = {"cpu": 1800.0, "cuda": 4 * 3600.0, "mps": 1800.0}
-"""Seconds that a run takes at most where nobody asked for more."""
+"""Longest default duration of a run, in seconds."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How the weights are moved. The defaults are the paper's for ImageNet (section 3)."""
+    """Settings of the optimisation. The defaults are the paper's for ImageNet (section 3)."""
 
     epochs: float | None = None
     budget: str | None = None
-    """Train for so long ('10m'): the schedule follows the clock. Instead of epochs."""
+    """Training time ('10m') instead of epochs: the schedule follows the clock."""
     batch_size: int = 512
     optimizer: Literal["sgd", "lars", "larc"] = "sgd"
-    """lars scales each layer's step by its weights' norm; BN and biases then have neither that nor weight decay. larc treats
-    them like the others."""
+    """lars scales each layer's step by the norm of its weights, but BN and biases get neither scaling nor weight decay;
+    larc treats them like the others."""
     lr: float = 0.05
-    """Base learning rate: the rate is lr x batch_size / 256."""
+    """Base learning rate: the actual rate is lr x batch_size / 256."""
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    """On everything, BN and biases too, but with lars."""
+    """Of all parameters; lars excludes BN and biases."""
     warmup_epochs: float = 0.0
-    """In which the rate rises from 0 in a line; half of the run at most."""
+    """Epochs of linear warm-up from 0, at most half of the run."""
     cosine: Literal["step", "epoch"] = "step"
     """The learning rate changes every step, or every epoch as in the paper."""
     precision: Precision = "auto"
     compile: bool | None = None
-    """Fuse the encoder's BN, ReLU and shortcuts (torch.compile); None: on a GPU, where that is measured to be faster and the
-    run is long enough to make up for the time it takes."""
+    """Fuse the encoder's BN, ReLU and shortcuts (torch.compile); None: on a GPU, if it is measured to be faster and the
+    run is long enough to amortise compilation."""
     threads: int | None = None
-    """Of the CPU; None: all cores, or half of them where that is faster at the start because others use the machine."""
+    """CPU threads; None: all cores, or half of them if that is faster at the start because the machine is shared."""
     on_collapse: Literal["stop", "continue"] = "stop"
     init: str | None = None
-    """A run whose weights training starts from: all of them where the method fits, else the encoder's."""
+    """Run whose weights to start from: all of them if its method matches, else only the encoder's."""
     checkpoint_seconds: float = 60.0
-    """A kill loses at most so much; a signal loses nothing."""
+    """Seconds between checkpoints: the most that a kill loses; a signal loses nothing."""
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
@@ -97,26 +97,26 @@ class TrainSettings:
 
     @property
     def peak(self) -> float:
-        """The learning rate itself."""
+        """The peak learning rate, scaled with the batch."""
         return self.lr * self.batch_size / 256
 
     @property
     def seconds(self) -> float | None:
-        """The budget; None where epochs decide."""
+        """The budget in seconds; None without one."""
         return None if self.budget is None else parse_duration(self.budget)
 
     def schedule(self, steps_per_epoch: int) -> Schedule:
-        """Of the learning rate, for a data set of so many batches."""
+        """Return the learning rate schedule for this number of batches per epoch."""
         by_epoch = self.cosine == "epoch"
         return Schedule(self.peak, steps_per_epoch, self.epochs, self.seconds, self.warmup_epochs, by_epoch)
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How the encoder is used: in evaluations, and in everything after training."""
+    """Settings of inference: evaluations and everything else after training."""
 
     size: int
-    """Side of the encoder's input in use, in pixels; views may be smaller (docs/how-it-works.md)."""
+    """Side of the encoder's input at inference, in pixels; views may be smaller (docs/how-it-works.md)."""
 
     def __post_init__(self) -> None:
         if self.size < 8:
@@ -125,7 +125,7 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run; `table()` is its `config.toml`, which runs it again."""
+    """Everything that determines a run; `table()` is its `config.toml`, which reproduces it."""
 
     data: str
     seed: int
@@ -138,17 +138,17 @@ class Recipe:
 
     @property
     def prepare(self) -> Preprocessing:
-        """What happens to an image in use."""
+        """Image preprocessing at inference."""
         return preprocessing(self.eval.size, self.views.mean, self.views.std)
 
     @property
     def short_side(self) -> int:
-        """Pixels to keep of an image, for use and for views."""
+        """Short side at which to keep images, in pixels: enough for inference and for views."""
         training = preprocessing(self.views.size, self.views.mean, self.views.std)
         return max(self.prepare.short_side, training.short_side)
 
     def table(self) -> Table:
-        """What `read` takes; without the settings that are None."""
+        """Return the table that `read` takes, without settings that are None."""
 
         def rows(settings: Any) -> Table:
             return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
@@ -165,7 +165,7 @@ class Recipe:
 
 
 def read(table: Table) -> Recipe:
-    """A complete table, as `Recipe.table` gives it, -> Recipe. Raises UserError for an unknown name or a wrong value."""
+    """Build a Recipe from a complete table (`Recipe.table`). Raises UserError for an unknown name or a wrong value."""
     table = checked(table)
     for key in ("data", *_TABLES):
         if key not in table or (key == "method" and "name" not in table[key]):
@@ -180,7 +180,7 @@ def read(table: Table) -> Recipe:
     if len(views.each()) not in module.VIEWS:
         takes = " or ".join(map(str, sorted(module.VIEWS)[:4])) + (" ..." if len(module.VIEWS) > 4 else "")
         raise UserError(
-            f"{name} takes {takes} views of an image: views.count and views.small_count make {len(views.each())}."
+            f"{name} takes {takes} views per image, but views.count and views.small_count give {len(views.each())}."
         )
     return Recipe(
         data=str(table["data"]),
@@ -195,15 +195,15 @@ def read(table: Table) -> Recipe:
 
 
 def checked(table: Table) -> Table:
-    """A recipe, or a part of one, its tables and the types of its settings checked: 512.0 becomes 512, a list a tuple.
+    """Check the tables and types of a full or partial recipe and convert its values: 512.0 becomes 512, a list a tuple.
 
-    Raises UserError for a table that no recipe has and for a value of the wrong type. Unknown settings are left to `read`.
+    Raises UserError for an unknown table and for a value of the wrong type. Unknown settings are left to `read`.
     """
     for key, value in table.items():
         if key not in ("data", "seed", *_TABLES):
             raise UserError(f"Unknown setting {key}.{did_you_mean(key, ['data', 'seed', *_TABLES])}")
         if key in _TABLES and not isinstance(value, dict):
-            raise UserError(f"{key} is {value!r}: in a recipe it is a table, [{key}].")
+            raise UserError(f"{key} is {value!r}: in a recipe it must be a table, [{key}].")
     name = table.get("method", {}).get("name", "")
     if not isinstance(name, str):
         raise UserError(f"method.name is {name!r}: it must be text.")
@@ -212,12 +212,12 @@ def checked(table: Table) -> Table:
 
 
 def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Table:
-    """What the user asked for as one table: recipe, then settings by name, then overrides. Always with "data"; with `OPEN`
-    where there is no recipe but what `resolve` chooses."""
+    """Merge the user's recipe, settings by name and overrides, in this order, into one table. It always has "data", and
+    `OPEN` if the recipe is left to `resolve`."""
     if isinstance(overrides, str | Mapping):
-        raise UserError(f"overrides is {overrides!r}: it must be a list of texts, like ['train.lr=0.1'].")
+        raise UserError(f"overrides is {overrides!r}: it must be a list of strings, like ['train.lr=0.1'].")
     if data is not None and not isinstance(data, str | os.PathLike):
-        raise UserError(f"The data are {type(data).__name__}: name one folder, file or data set as text or a path.")
+        raise UserError(f"data is a {type(data).__name__}: it must be the path or name of one data set.")
     given = [{key: value} for key, value in settings.items() if value is not None]
     if settings.get("epochs") is not None and settings.get("budget") is not None:
         raise UserError("Give --epochs or --budget, not both.")
@@ -226,7 +226,7 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
         override = qualify(override)
         asked = merge(asked, override)
         for length, rival in (("epochs", "budget"), ("budget", "epochs")):
-            if length in override.get("train", {}):  # the later of the two counts
+            if length in override.get("train", {}):  # the later one wins
                 asked["train"] = {key: value for key, value in asked["train"].items() if key != rival}
     method, init = asked.get("method", {}).get("name"), asked.get("train", {}).get("init")
     table: Table = {}
@@ -236,17 +236,17 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
         init = os.path.abspath(os.path.expanduser(init))
         asked = merge(asked, {"train": {"init": init}})
     if init is not None and not (Path(init) / RECIPE).exists():
-        raise UserError(f"{init} is no run to start from: it has no {RECIPE}.")
+        raise UserError(f"{init} is not a run to start from: it has no {RECIPE}.")
     asked = checked(asked)
     if init is not None and recipe is None:
         table = checked(read_recipe(Path(init) / RECIPE))
-        measured = ("precision", "compile", "threads")  # on the machine of that run; this one is measured anew
+        measured = ("precision", "compile", "threads")  # on that run's machine; measured again on this one
         table["train"] = {key: value for key, value in table.get("train", {}).items() if key not in measured}
         family = str(table["encoder"]["name"]).partition("-")[0]
         table = as_method(table, family if family in ("thin", "cifar") else "imagenet", method)
     elif recipe is not None or data is None:
         table = preset(recipe or "demo", method)
-    if {"epochs", "budget"} & asked.get("train", {}).keys():  # one takes the place of the other in a recipe
+    if {"epochs", "budget"} & asked.get("train", {}).keys():  # each replaces the other in a recipe
         table = {**table, "train": {k: v for k, v in table.get("train", {}).items() if k not in ("epochs", "budget")}}
     table = merge(table, asked)
     if data is not None and "data" in asked:
@@ -257,18 +257,18 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
 
 
 def preset(recipe: str, method: str | None = None) -> Table:
-    """A recipe as another method takes it: its encoder, views, batch and length; heads and optimiser are the method's own,
-    from its DEFAULTS for this recipe. Of a file of the user's own only the method's settings are left out.
+    """Adapt a recipe to another method: encoder, views, batch and length are kept; heads and optimiser come from the
+    method's DEFAULTS for this recipe. A user's own file keeps everything but its method settings.
 
     Args:
         recipe: name of a built-in recipe or path of a TOML file.
-        method: None for the recipe's own.
+        method: its name; None for the one in the recipe.
     """
     return as_method(checked(recipes.get(recipe)), recipe, method)
 
 
 def as_method(table: Table, recipe: str, method: str | None) -> Table:
-    """`preset` of a table that has been read: `recipe` is its name, where it is a built-in one."""
+    """`preset` for a table already read; `recipe` is its name, if built in."""
     if method is None or method == table.get("method", {}).get("name", method):
         return table
     kept = ("epochs", "budget", "batch_size", "cosine")
@@ -283,10 +283,10 @@ def as_method(table: Table, recipe: str, method: str | None) -> Table:
 
 
 def qualify(override: Table) -> Table:
-    """`{"lr": 0.1}` -> `{"train": {"lr": 0.1}}`: a setting may be named without its table where only one has it."""
+    """`{"lr": 0.1}` -> `{"train": {"lr": 0.1}}`: a setting may be named without its table if only one has it."""
     (key, value), *_ = override.items()
     if key in _OPTIONS:
-        raise UserError(f"{key} is an option, not a setting: --{key} on the command line, {key}=... of train().")
+        raise UserError(f"{key} is an option, not a setting: use --{key} on the command line, {key}=... in train().")
     if key in (*_TABLES, "data", "seed"):
         return override if isinstance(value, dict) or key in ("data", "seed") else {key: {"name": value}}
     owners = {"train": TrainSettings, "views": ViewSettings, "encoder": EncoderSpec}
@@ -300,31 +300,31 @@ def qualify(override: Table) -> Table:
         return {homes[0]: override}
     known = [f"{table}.{field.name}" for table, owner in owners.items() for field in dataclasses.fields(owner)]
     if homes:
-        raise UserError(f"{key} could be {' or '.join(f'{home}.{key}' for home in homes)}: write which.")
+        raise UserError(f"{key} could be {' or '.join(f'{home}.{key}' for home in homes)}: write one of these.")
     raise UserError(f"Unknown setting {key}.{did_you_mean(key, known, (name.split('.')[1] for name in known))}")
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the defaults are derived from."""
+    """What defaults are derived from."""
 
     images: int
-    """That are trained on."""
+    """Number of training images."""
     short_side: int
-    """Median over the images, pixels."""
+    """Median over the images, in pixels."""
     device: str
-    """cpu, cuda or mps"""
+    """cpu, cuda or mps."""
 
     @property
     def small(self) -> bool:
-        """Whether the images are of CIFAR's kind rather than photographs."""
+        """Whether the images are CIFAR-like rather than photographs."""
         return self.short_side <= _SMALL_IMAGE
 
 
 def look_at(images: ImageSet, rows: np.ndarray, device: str, sample: int = 200) -> Facts:
-    """Reads the headers of up to `sample` images, spread over the set. rows: those that are trained on.
+    """Read the headers of up to `sample` images, spread over the set. rows: the training images.
 
-    Raises UserError where there are less than two of these.
+    Raises UserError if there are fewer than two training images.
     """
     if len(rows) < 2:
         raise UserError(f"{images.name} has {counted(len(rows), 'image')} to train on: at least 2 are needed.")
@@ -332,24 +332,24 @@ def look_at(images: ImageSet, rows: np.ndarray, device: str, sample: int = 200) 
     for i in np.unique(np.linspace(0, len(images) - 1, min(sample, len(images))).astype(int)).tolist():
         try:
             sides.append(min(open_image(images.read(i)).size))
-        except Exception:  # archives and plug-ins raise what they like; counted and named when the set is decoded
+        except Exception:  # archives and plug-ins raise anything; bad files are reported during decoding
             continue
     return Facts(len(rows), int(np.median(sides)) if sides else 32, device)
 
 
 def check_settings(table: Table, device: str, asked_size: int | None = None) -> None:
-    """Tells a mistake in the settings before a large set is listed: raises UserError where `resolve` will."""
+    """Raise the UserErrors of `resolve` for bad settings before a large set is listed."""
     resolve(table, Facts(1_000_000, 256, device), asked_size)
 
 
 def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[Recipe, Reasons]:
-    """Fills in what the user left open.
+    """Fill in what the user left open.
 
     Args:
         table: the user's recipe and overrides, merged.
-        asked_size: --size: both views and use.
-    Returns the recipe and the reason for every default that depends on the data or the machine. Epochs stay open where
-    neither epochs nor budget is given: `default_epochs` decides when the speed is known.
+        asked_size: --size, for both views and inference.
+    Returns the recipe and the reason for every default that depends on the data or the machine. Epochs stay open if
+    neither epochs nor budget is given: `default_epochs` decides once the speed is known.
     """
     why: Reasons = []
     table = dict(table)
@@ -366,7 +366,7 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
             why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))
         most = 512 if facts.device == "cuda" else 256
         asked = table.get("train", {}).keys()
-        if defaults["train"].get("batch_size", 0) > most:  # of a paper that had a hundred devices
+        if defaults["train"].get("batch_size", 0) > most:  # from a paper that used a hundred devices
             own = getattr(methods.get(defaults["method"]["name"]), "ONE_DEVICE", {})
             own = merge(own, {"train": {"batch_size": most}})
             defaults = merge(defaults, own)
@@ -408,7 +408,7 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
         views["size"] = max(8, use["size"] * 3 // 4 // 8 * 8) if thin else use["size"]
         if views["size"] != use["size"]:
             why.append(
-                ("views.size", str(views["size"]), f"crops enlarge, so {use['size']} px in use look alike; faster")
+                ("views.size", str(views["size"]), f"crops enlarge objects to their size at {use['size']} px; faster")
             )
     encoder.setdefault("size", use["size"])
     batch = train.setdefault("batch_size", 256)
@@ -421,12 +421,12 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
 
 
 def largest_batch(images: int) -> int:
-    """The largest batch that still gives an epoch of so many training images four steps."""
+    """Return the largest batch with which an epoch of this many training images has four steps."""
     return images // 4
 
 
 def _base(encoder: Any, facts: Facts, images: str) -> tuple[str, str]:
-    """The built-in recipe that fills in what is open, and why: by the encoder's family, where one is asked for."""
+    """Return the built-in recipe for open settings, and why: that of the encoder's family, if one is requested."""
     if encoder is not None:
         family = str(encoder).partition("-")[0]
         return family if family in ("thin", "cifar") else "imagenet", f"the encoder is {encoder}"
@@ -436,17 +436,17 @@ def _base(encoder: Any, facts: Facts, images: str) -> tuple[str, str]:
 
 
 def _upto(most: int, side: int, step: int) -> int:
-    """The largest multiple of `step` that images of this side fill, at most `most`."""
+    """Return the largest multiple of `step` up to `most` and `side`, but at least `step`."""
     return max(step, min(most, side // step * step))
 
 
 def default_epochs(facts: Facts, seconds_per_epoch: float) -> tuple[float, str]:
-    """Epochs where nobody named any: the paper's, but no longer than a person waits."""
+    """Return the default epochs, and why: the paper's, limited by `_PATIENCE`."""
     full = 800 if facts.images < 200_000 else 100
     patience = _PATIENCE[facts.device]
     fit = patience / seconds_per_epoch
     if fit >= full:
-        return full, "as many as the paper trains on a set of this size"
+        return full, "the paper's length for a set of this size"
     epochs = max(1.0, float(math.floor(fit)))
     limit = show_duration(patience)
-    return epochs, f"about {limit}; the paper trains {full} epochs. --epochs or --budget decide otherwise"
+    return epochs, f"about {limit}; the paper trains {full} epochs. Change it with --epochs or --budget"

@@ -1,4 +1,4 @@
-"""The run folder: everything that a run leaves behind, written so that a kill at any moment loses nothing."""
+"""The run folder: every file that a run writes, such that a kill at any moment loses nothing."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _LOCK = ".lock"
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $SIMSIAM_CACHE, or ~/.cache/simsiam."""
+    """Return the folder for files that can be recreated: $SIMSIAM_CACHE, or ~/.cache/simsiam."""
     return Path(os.environ.get("SIMSIAM_CACHE") or "~/.cache/simsiam").expanduser()
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed over `path`."""
+    """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "r+b") as file:  # Windows flushes only what may be written
+        with open(temporary, "r+b") as file:  # Windows can flush only writable files
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -48,27 +48,27 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def left_by_a_kill(folder: Path, name: str = "*") -> set[Path]:
-    """The temporary paths in a folder that `atomic` had not renamed yet to files of that name, a pattern."""
+    """Return the temporary files in a folder that `atomic` did not get to rename. name: pattern of the final name."""
     return set(folder.glob(f".{name}.*.tmp"))
 
 
 def _mend(error: OSError) -> str:
-    # A message without number comes from a library that writes, and is a full disk most often.
+    # An error without errno comes from a library that writes, and usually means a full disk.
     return " Free some space." if error.errno in (None, errno.ENOSPC, errno.EDQUOT) else ""
 
 
 def keep(write: Callable[[], Any]) -> bool:
-    """Whether `write` could write. Where not, a warning says so: what it would have kept is shown all the same."""
+    """Call `write` and return whether it succeeded. If not, only warn: the result is shown anyway."""
     try:
         write()
     except UserError as error:
-        warnings.warn(f"{error} The result is shown, and not kept.", stacklevel=3)
+        warnings.warn(f"{error} The result is shown but not saved.", stacklevel=3)
         return False
     return True
 
 
 def _check_name(folder: Path) -> None:
-    """Raises UserError for a name that is not UTF-8: safetensors and Parquet files cannot be opened there."""
+    """Raise UserError for a name that is not UTF-8: safetensors and Parquet files cannot be opened there."""
     try:
         os.fspath(folder).encode()
     except UnicodeEncodeError:
@@ -77,7 +77,7 @@ def _check_name(folder: Path) -> None:
 
 
 def make_writable(folder: Path) -> None:
-    """Makes the folder where it is missing. Raises UserError where no file can be written into it."""
+    """Create the folder if it is missing. Raises UserError if no file can be written into it."""
     _check_name(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,16 +88,16 @@ def make_writable(folder: Path) -> None:
 
 
 def check_unused(run: Path) -> None:
-    """Raises UserError where something is already in the folder that was asked for, for a new run."""
+    """Raise UserError if the folder requested for a new run is not empty."""
     _check_name(run)
     if (run / RECIPE).exists():
-        raise UserError(f"{run} holds a run already: go on with it by --resume, or choose another -o.")
+        raise UserError(f"{run} already contains a run: continue it with --resume, or choose another -o.")
     if run.is_file() or (run.is_dir() and any(path.name != _LOCK for path in run.iterdir())):
         raise UserError(f"{run} exists and is not a run: choose another -o.")
 
 
 def made(run: Path | None, data: str, method: str) -> Path:
-    """The run folder, there from now on; None: a new one under `runs/`, which no other process can take as well."""
+    """Create the run folder and return it. run: None for a new one under `runs/` that no other process can get."""
     stem = "".join(c if c.isalnum() or c in "-_" else "-" for c in data.lower()).strip("-") or "images"
     names = (Path("runs") / f"{stem}-{method}-{number}" for number in itertools.count(1))
     for path in names if run is None else [run]:
@@ -107,14 +107,14 @@ def made(run: Path | None, data: str, method: str) -> Path:
             continue
         except OSError as error:
             raise UserError(
-                f"Cannot make the run folder {path}: {error.strerror or error}. Choose another -o."
+                f"Cannot create the run folder {path}: {error.strerror or error}. Choose another -o."
             ) from None
         return path
-    raise AssertionError("an -o that is a file is refused before")
+    raise AssertionError("check_unused rejects an -o that is a file")
 
 
 def claim(run: Path) -> FileLock:
-    """A lock on the run folder, to be held while training writes there. Raises UserError where another process holds it."""
+    """Return a lock on the run folder, to hold during training. Raises UserError if another process holds it."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(run / _LOCK)
@@ -128,40 +128,40 @@ def claim(run: Path) -> FileLock:
 
 
 def resumable(run: Path | None) -> Path:
-    """The run that was asked for. Raises UserError where there is none."""
+    """Return the run to resume. Raises UserError if there is none."""
     if run is None:
-        raise UserError("--resume needs to know which run: add -o RUN.")
+        raise UserError("--resume needs a run: add -o RUN.")
     if not (run / RECIPE).exists():
-        raise UserError(f"{run} holds no run to resume: it has no {RECIPE}.")
+        raise UserError(f"{run} is not a run, so it cannot be resumed: it has no {RECIPE}.")
     return run
 
 
 def write_text(path: Path, text: str) -> None:
-    """UTF-8, whole or not at all."""
+    """Write UTF-8 text, completely or not at all."""
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may not be UTF-8
 
 
 def write_json(path: Path, value: Any) -> None:
-    """As `write_text`."""
+    """Write JSON, completely or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object at `path`. Raises UserError where it is missing or broken."""
+    """Read the JSON object at `path`. Raises UserError if it is missing or broken."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"There is no {path}: was {path.parent} copied in part?") from None
+        raise UserError(f"There is no {path}: {path.parent} may be an incomplete copy.") from None
     except (ValueError, OSError) as error:
         raise UserError(f"Cannot read {path}: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"Cannot read {path}: it holds no JSON object.")
+        raise UserError(f"Cannot read {path}: it is not a JSON object.")
     return value
 
 
 def read_kept(path: Path) -> dict[str, Any]:
-    """The JSON object at `path`, of what can be made again; {} where it is missing or broken."""
+    """Read the JSON object at `path`, which can be recreated: {} if it is missing or broken."""
     try:
         return read_json(path)
     except UserError:
@@ -169,23 +169,23 @@ def read_kept(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """One safetensors file: tensors and a string-to-string header, no code in it."""
+    """Write a safetensors file: tensors and a string-to-string header, no code."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; the library lets only the owner read
+        mode = temporary.stat().st_mode  # follows the umask; the library would let only the owner read
         try:
             save_file(plain, str(temporary), metadata=dict(metadata or {}))
-        except SafetensorError as error:  # a full disk, most often
+        except SafetensorError as error:  # usually a full disk
             raise OSError(str(error)) from None
         temporary.chmod(mode)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file and its header. Raises UserError where it is missing or broken."""
+    """Return the tensors and the header of a safetensors file. Raises UserError if it is missing or broken."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -198,9 +198,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 class Checkpoints:
-    """`checkpoints/`: the newest states, and the last one that the collapse guard called healthy.
+    """`checkpoints/`: the newest state, and the last one that the collapse guard called healthy.
 
-    A state is one safetensors file; its header carries the JSON part (step, elapsed seconds, ...), so a kill can never
+    A state is one safetensors file whose header holds the JSON part (step, elapsed seconds, ...), so a kill can never
     separate the two. `LAST` and `HEALTHY` are text files that name a state.
     """
 
@@ -208,7 +208,7 @@ class Checkpoints:
         self.folder = run / "checkpoints"
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, healthy: bool) -> Path:
-        """The file of the state, which is `LAST` from now on and, if so, `HEALTHY`. States that are neither are deleted."""
+        """Save a state as `LAST` and, if `healthy`, as `HEALTHY`; delete states that are neither. Returns its file."""
         path = self.folder / f"step-{step:09d}.safetensors"
         if self.named(LAST) != path or not path.exists():
             write_tensors(path, tensors, {"state": json.dumps(dict(state))})
@@ -222,14 +222,14 @@ class Checkpoints:
         return path
 
     def named(self, name: str) -> Path | None:
-        """The file that `LAST` or `HEALTHY` names; None before the first."""
+        """Return the file that `LAST` or `HEALTHY` names; None before the first save."""
         try:
             return self.folder / (self.folder / name).read_text(encoding="utf-8").strip()
         except OSError:
             return None
 
     def load(self, name: str = LAST) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The named state, or None where none was saved yet."""
+        """Return the tensors and JSON part of the named state; None before the first save."""
         path = self.named(name)
         if path is None:
             return None
@@ -238,7 +238,7 @@ class Checkpoints:
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object a line, appended and flushed; a resumed run drops the lines past its step."""
+    """`metrics.jsonl`: one JSON object per line, appended and flushed; a resumed run drops lines after its step."""
 
     def __init__(self, run: Path, resume_step: int | None = None) -> None:
         self.path = run / METRICS
@@ -250,7 +250,7 @@ class Metrics:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
 
     def write(self, **values: Any) -> None:
-        """Raises UserError where the disk is full."""
+        """Append a line. Raises UserError if it cannot be written, e.g. to a full disk."""
         try:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
@@ -258,12 +258,12 @@ class Metrics:
             raise UserError(f"Cannot write {self.path}: {error.strerror or error}.{_mend(error)}") from None
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # a line that did not fit is tried again here, and `write` has said so
+        with contextlib.suppress(OSError):  # retries a line that did not fit, which `write` has reported
             self._file.close()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Every whole line of `metrics.jsonl`; a line cut off by a kill is skipped."""
+    """Return every complete line of `metrics.jsonl`; one cut off by a kill is skipped."""
     lines = []
     with contextlib.suppress(FileNotFoundError), open(run / METRICS, encoding="utf-8") as file:
         for line in file:

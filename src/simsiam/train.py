@@ -49,7 +49,7 @@ from simsiam.session import Session, finite, images_changed, method_tensors, sig
 from simsiam.step import Step
 
 _BANK, _QUERIES = 12_000, 2_000
-"""Images of the final kNN; `simsiam evaluate` takes all. Of CIFAR-10 so many have the k of all (`knn.usual_k`)."""
+"""Bank and queries of the final kNN; `simsiam evaluate` uses all. For CIFAR-10, k stays the same (`knn.usual_k`)."""
 
 
 def train(
@@ -71,38 +71,38 @@ def train(
     listener: Listener | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Trains an encoder on unlabelled images.
+    """Train an encoder on unlabelled images.
 
     Args:
-        data: whatever `open_images` takes; None for the recipe's own, or the bundled demo set.
+        data: anything `open_images` accepts; None for the recipe's, or the bundled demo set.
         out: the run folder; None for a new one under `runs/`.
-        method, encoder: by name, as `simsiam list` has them.
+        method, encoder: names, as listed by `simsiam list`.
         epochs: passes over the images.
-        budget: train for this time, like "10m"; the schedule follows the clock.
-        batch_size: images a step.
+        budget: training time, e.g. "10m"; the schedule follows the clock.
+        batch_size: images per step.
         seed: the same seed gives the same weights.
-        size: side of the views, and of the images in use, in pixels.
+        size: side of the views, and of images at inference, in pixels.
         recipe: name of a built-in recipe or path of a TOML file.
-        overrides: settings as text, "train.lr=0.1".
-        resume: go on with the run in `out`, to the same weights as if it had never stopped. `data` may then name the place
-            that its images were moved to.
-        settings: any other setting by its name, or a table of them: lr=0.1, init="runs/before", views={"size": 32}, ...
+        overrides: settings as strings, e.g. "train.lr=0.1".
+        resume: continue the run in `out`, to the same weights as if it had never stopped. `data` may then give the new
+            path of its images.
+        settings: any other setting by name, or a table of them: lr=0.1, init="runs/before", views={"size": 32}, ...
 
-    Of what is None, the recipe decides, or what the data and the machine suggest.
+    Arguments left as None come from the recipe, or are derived from the data and the machine.
 
     Returns the run's summary: the keys of `train --json`.
-    Raises UserError for the user's mistakes, before anything is overwritten. A signal (SIGINT, SIGTERM) saves the state
-    and raises Interrupted.
+    Raises UserError for user errors, before anything is overwritten. A signal (SIGINT, SIGTERM) saves the state and
+    raises Interrupted.
 
-    Under torchrun every process calls it with the same arguments: they share each batch, and rank 0 alone writes and
-    shows. `batch_size` stays that of all together.
+    Under torchrun, every process calls this with the same arguments: they share each batch, and only rank 0 writes
+    files and reports progress. `batch_size` is the total over all processes.
     """
     settings |= {"method": method, "encoder": encoder, "epochs": epochs, "budget": budget}
     settings |= {"batch_size": batch_size, "seed": seed}
     threads = set_threads()
-    advice = "choose a smaller --batch-size, --size or --encoder; `simsiam plan` says what fits."
+    advice = "choose a smaller --batch-size, --size or --encoder; `simsiam plan` shows what fits."
     try:
-        fits = enough_memory(f"The memory is too small for such batches: {advice}")
+        fits = enough_memory(f"Not enough memory for this batch size: {advice}")
         with fits, ranks.joined(pick_device(device)) as where, repeatable(where):
             listener = (listener if ranks.main() else None) or Listener()
             return _train(data, out, recipe, overrides, size, resume, where, workers, listener, settings)
@@ -128,17 +128,15 @@ def _train(
     if resume:
         run = resumable(given)
         if recipe is not None or overrides or size is not None or _any(settings):
-            listener.say(
-                f"Warning: --resume takes its settings from {run / RECIPE}; those that were given are ignored."
-            )
+            listener.say(f"Warning: --resume takes its settings from {run / RECIPE}; the given ones are ignored.")
         if (run / SUMMARY).exists():
             summary = read_json(run / SUMMARY)
             if "imported" in summary:
                 again = f"simsiam train DATA --init {shlex.quote(str(run))}"
-                raise UserError(f"{run} was imported and not trained here. Start from it: {again}")
-            listener.say(f"{run} is finished: nothing is left to resume.")
+                raise UserError(f"{run} was imported and cannot be resumed. Start from it with: {again}")
+            listener.say(f"{run} is finished: there is nothing to resume.")
             return {**summary, "run": str(run)}  # it may have been moved
-        ranks.same(lambda: claim(run).release())  # whoever waits for another's run learns it before the images are read
+        ranks.same(lambda: claim(run).release())  # fail before reading images if another process is training there
         asked = {**read_recipe(run / RECIPE), **({} if data is None else {"data": asked["data"]})}
         resumed = read(asked)
     elif given is not None:
@@ -146,14 +144,14 @@ def _train(
 
     if not resume:
         check_settings(asked, where.type, size)
-    listener.say(f"Looking at {asked['data']} ...")
+    listener.say(f"Inspecting {asked['data']} ...")
     try:
         images = open_images(asked["data"])
     except UserError as error:
         if not resume or data is not None:
             raise
         raise UserError(
-            f"{error} If it was moved, name its new place: simsiam train DATA --resume -o {shlex.quote(str(given))}"
+            f"{error} If it was moved, give its new path: simsiam train DATA --resume -o {shlex.quote(str(given))}"
         ) from None
     rows, held_out = images.split()
     facts = look_at(images, rows, where.type)
@@ -162,8 +160,8 @@ def _train(
         assert resume
         raise images_changed(plan.data, run)
     prepare = plan.prepare
-    # All at once where all ranks have to know which images are bad, where a method looks at every one beforehand, and where
-    # reading them in another order than the files' takes many times as long.
+    # Decode everything first if all ranks must know which images are bad, if the method visits every image before
+    # training, or if reading out of file order is many times slower.
     if ranks.several() or images.in_order or hasattr(methods.get(plan.method).Method, "before_training"):
         cache = ranks.first(lambda: build_cache(images, plan.short_side, workers=workers, progress=listener.decoding))
         _check_alike(cache)
@@ -178,12 +176,14 @@ def _train(
     compute = Compute(where, probed.precision)
     torch.set_num_threads(probed.threads)
     if where.type == "cpu" and kernels.lacking():
-        listener.say(f"Views and batch normalisation take longer than they could here: {kernels.lacking()}.")
+        listener.say(
+            f"Running without compiled kernels ({kernels.lacking()}): views and batch normalisation are slower."
+        )
     if not resume:
         plan, more = settle(plan, probed, facts, loader.steps_per_epoch)
         reasons += more
     elif plan.train.compile and not probed.compiles:
-        listener.say("This machine cannot compile the encoder: the run goes on without.")
+        listener.say("This machine cannot compile the encoder: the run continues without compiling.")
         plan = replace(plan, train=replace(plan.train, compile=False))
     run = ranks.same(lambda: made(given, Path(asked["data"]).stem, plan.method))
     compute.place(method)
@@ -210,7 +210,7 @@ def _train(
                 about["kernels"] = kernels.compiled() is not None
             write_json(run / ENVIRONMENT, {**describe(where), **about})
         s.open(resume)
-        if resume and data is not None and ranks.main():  # the same images in another place
+        if resume and data is not None and ranks.main():  # the same images at a new path
             write_text(run / RECIPE, write_recipe({**read_recipe(run / RECIPE), "data": plan.data}))
         listener.plan(_facts(s, cache, len(rows), len(held_out), probed.step_seconds), reasons)
 
@@ -223,9 +223,9 @@ def _train(
             try:
                 s.begin(before)
                 fit(s, stopped)
-            except UserError as error:  # the disk is full, ...: mended, the run goes on
+            except UserError as error:  # e.g. a full disk: the run can be resumed once that is fixed
                 if ranks.main():
-                    with contextlib.suppress(UserError):  # what was saved before is whole
+                    with contextlib.suppress(UserError):  # earlier checkpoints are intact
                         s.save()
                 raise UserError(f"{error} The run is saved up to step {s.saved_step():,}. {_go_on(s)}") from error
         return ranks.same(lambda: _finish(s, before(), cache, rows, held_out, prepare))
@@ -235,7 +235,7 @@ def _train(
 
 
 def fit(s: Session, stopped: list[str]) -> None:
-    """The loop. Ends when the schedule does, when the guard stops it, or, the state saved, with Interrupted."""
+    """The training loop. Ends with the schedule or by the guard; a signal saves the state and raises Interrupted."""
     s.method.train()
     compiles = bool(s.recipe.train.compile)
     step = Step(s.method, s.optimizer, s.recipe.views.each(), s.compute, compiles=compiles, say=s.listener.say)
@@ -245,7 +245,7 @@ def fit(s: Session, stopped: list[str]) -> None:
             hook(s.method, "before_training", _sweep(s, stopped))
     while not s.over:
         epoch = s.step // per_epoch
-        if s.step % per_epoch == 0:  # a run that is resumed within an epoch has what this did in its state
+        if s.step % per_epoch == 0:  # after a resume within an epoch, its effect is part of the state
             hook(s.method, "before_epoch", epoch)
         for batch in s.loader.epoch(epoch, s.step % per_epoch):
             began = time.perf_counter()
@@ -269,34 +269,34 @@ def fit(s: Session, stopped: list[str]) -> None:
 
 def _go_on(s: Session) -> str:
     again = f"torchrun --nproc-per-node {ranks.count()} -m simsiam" if ranks.several() else "simsiam"
-    return f"Go on with: {again} train --resume -o {shlex.quote(str(s.run))}"
+    return f"Resume with: {again} train --resume -o {shlex.quote(str(s.run))}"
 
 
 def _sweep(s: Session, stopped: list[str]) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Views of the images, in whole batches, before the first step. A signal ends it: there is nothing to save yet."""
+    """Yield views of the images, in whole batches, before the first step. A signal ends it; nothing is saved."""
     settings = s.recipe.views.each()[:2]
     for number, batch in enumerate(s.loader.epoch(0)):
         s.agree(stopped)
         if stopped:
             raise Interrupted(f"{stopped[0]}: stopped before the first step. {_go_on(s)}")
         draws = generator(s.compute.device, s.recipe.seed, -1, number, *ranks.own_key())
-        with torch.autocast(s.compute.device.type, enabled=False):  # what asks for the views runs within one
+        with torch.autocast(s.compute.device.type, enabled=False):  # the caller runs under autocast
             views = random_views(batch.images, settings, draws, batch.sizes)
         yield list(views), batch.index
 
 
 @torch.no_grad()
 def hook(method: torch.nn.Module, name: str, *arguments: Any) -> None:
-    """Calls an optional part of the method's contract, without gradient."""
+    """Call an optional hook of the method, without gradients."""
     part = getattr(method, name, None)
     if part is not None:
         part(*arguments)
 
 
 def build_method(recipe: Recipe, images: int, encoder: Encoder | None = None) -> torch.nn.Module:
-    """The method with fresh weights, a function of the recipe's seed; torch's global generator is left as it was.
+    """Build the method with fresh weights determined by the recipe's seed; torch's global generator is left unchanged.
 
-    images: how many are trained on, for methods that remember something of each.
+    images: number of training images, for methods with per-image memory.
     encoder: None for one with fresh weights.
     """
     encoder = encoder or build(recipe.encoder, recipe.seed)
@@ -308,7 +308,7 @@ def build_method(recipe: Recipe, images: int, encoder: Encoder | None = None) ->
 
 
 def optimizer(method: Any, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD with momentum and weight decay on everything (appendix A), or LARS; fused: one pass over the weights."""
+    """Return SGD with momentum and weight decay on all parameters (appendix A), fused into one pass; or LARS."""
     train, groups = recipe.train, methods.param_groups(method)
     settings: Table = {"lr": train.peak, "momentum": train.momentum, "weight_decay": train.weight_decay}
     if train.optimizer != "sgd":
@@ -320,29 +320,27 @@ def optimizer(method: Any, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _check_parts(batch_size: int) -> None:
-    """Raises UserError where a batch cannot be shared evenly among the processes."""
+    """Raise UserError if a batch cannot be divided evenly among the processes."""
     if batch_size % ranks.count() or batch_size < 2 * ranks.count():
         raise UserError(
-            f"train.batch_size is {batch_size}: torchrun started {ranks.count()} processes, so it must be a multiple of "
-            "that, with at least 2 images for each."
+            f"train.batch_size is {batch_size}: torchrun started {ranks.count()} processes, so it must be a multiple "
+            "of that number, with at least 2 images each."
         )
 
 
 def _check_alike(cache: Cache) -> None:
-    """Raises UserError where a process could not read what another could: their batches would not be parts of one."""
+    """Raise UserError if the processes could not read the same images: their parts would not form one batch."""
     usable = cache.usable(np.arange(len(cache)))
     _, (differs,) = ranks.agree(0.0, not np.array_equal(usable, ranks.same(lambda: usable)))
     if differs:
-        raise UserError(
-            "Not every process could read the same images: a disk or a network failed in between. Try again."
-        )
+        raise UserError("Not every process could read the same images: a disk or network failed meanwhile. Try again.")
 
 
 def _initial(plan: Recipe, images: int, listener: Listener) -> torch.nn.Module:
-    """The method before its first step, with the weights of the run `train.init`, where that is set.
+    """Return the method before its first step, with the weights of the run `train.init` if that is set.
 
-    All weights, where that run has the same method in the same widths, else the encoder's; of a run that failed, those
-    of its last healthy state. Raises UserError where it has none or its encoder is another.
+    All weights if that run has the same method and widths, else the encoder's; for a failed run, those of its last
+    healthy state. Raises UserError if it has none or if its encoder differs.
     """
     if plan.train.init is None:
         return build_method(plan, images)
@@ -354,16 +352,16 @@ def _initial(plan: Recipe, images: int, listener: Listener) -> torch.nn.Module:
     try:
         encoder.load_state_dict(weights or read_encoder(run)[0].state_dict())
     except RuntimeError:
-        raise UserError(f"The encoder of {run} is no {plan.encoder.name} as it is asked for here.") from None
+        raise UserError(f"The encoder of {run} does not match the requested {plan.encoder.name}.") from None
     method = build_method(plan, images, encoder)
     ours, trained = method.state_dict(), dict(method.named_parameters())
-    # A queue may be of another length, and what was remembered of each image is of other images.
+    # A queue may have another length, and per-image memory belongs to other images.
     alike = {name for name, value in ours.items() if name in theirs and theirs[name].shape == value.shape}
     fits = theirs.keys() == ours.keys() and alike >= trained.keys()
     if fits:
         method.load_state_dict({**ours, **{name: theirs[name] for name in alike}})
         hook(method, "allocate", images)
-    what = "all weights" if fits else "the encoder (not the heads: they are of another method or other widths)"
+    what = "all weights" if fits else "the encoder (not the heads: their method or widths differ)"
     listener.say(f"Starts from {what} of {run}.")
     return method
 
@@ -373,7 +371,7 @@ def _any(settings: Table) -> bool:
 
 
 def _command() -> dict[str, str]:
-    called = Path(sys.argv[0])  # the last of these: python -m simsiam
+    called = Path(sys.argv[0])  # the latter: python -m simsiam
     ours = called.name == "simsiam" or called == Path(__file__).with_name("__main__.py")
     return {"command": shlex.join(["simsiam", *sys.argv[1:]])} if ours else {}
 
@@ -416,17 +414,18 @@ def _facts(s: Session, cache: Cache, rows: int, held_out: int, step_seconds: flo
 def _finish(
     s: Session, before: Encoder, cache: Cache, rows: Rows, held_out: Rows, prepare: Preprocessing
 ) -> dict[str, Any]:
-    """The last look, the encoder, samples to look at, the figures; `summary.json` comes last and means: finished."""
+    """Evaluate once more, save encoder and samples, and return the summary; `summary.json`, written last, marks the run
+    as finished."""
     if s.looked_at != s.step:
         s.look()
     s.save()
-    # A run that ended within its first epoch has not seen all images: they need not be decoded for this.
+    # A run that ended within its first epoch has not seen all images: do not decode the rest for this.
     cache.usable(draw(held_out, _QUERIES), s.listener.decoding)
     rows, held_out = cache.decoded(rows), cache.decoded(held_out)
     s.method.eval()
     encoder = cast(Encoder, s.method.encoder)
     plan, verdict = s.recipe, s.verdict
-    # Weights that are not finite are of no use to anybody: the last healthy ones are.
+    # Non-finite weights are useless: fall back to the last healthy ones.
     step = s.step if verdict.name != "diverged" else s.back_to_healthy()
     about = {
         "method": plan.method,
@@ -475,5 +474,5 @@ def _finish(
     write_json(s.run / SUMMARY, summary)
     if cache.bad:
         were = "file was" if len(cache.bad) == 1 else "files were"
-        s.listener.say(f"{len(cache.bad):,} bad {were} left out; {s.run / SUMMARY} names them.")
+        s.listener.say(f"{len(cache.bad):,} bad {were} left out; {s.run / SUMMARY} lists them.")
     return summary

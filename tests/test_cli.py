@@ -186,7 +186,7 @@ def test_key_value_may_stand_where_data_stands(tmp_path: Path) -> None:
         (["train", "{photos}", "--encoder", "resnet1800"], "resnet"),
         (["train", "{photos}", "--recipe", "cifra"], "cifar"),
         (["train", "{photos}", "--budget", "soon"], "10m"),
-        (["train", "{photos}", "--budget", "5m", "train.epochs=0"], "above 0"),
+        (["train", "{photos}", "--budget", "5m", "train.epochs=2"], "not both"),
         (["train", "{photos}", "-o", "{run}"], "--resume"),
         (["train", "--resume"], "-o"),
         (["train", "{photos}", "--device", "tpu9"], "--device cpu"),

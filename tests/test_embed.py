@@ -427,7 +427,7 @@ def test_a_damaged_description_is_one_line(run: Path, tmp_path: Path) -> None:
         shutil.copytree(run, tmp_path / "run", dirs_exist_ok=True)
         (tmp_path / "run" / "encoder.json").write_text(text)
         with pytest.raises(
-            UserError, match=r"encoder.json(:| is damaged:) it (holds no JSON object|does not describe an encoder)"
+            UserError, match=r"encoder.json(:| is damaged:) it (is not a JSON object|does not describe an encoder)"
         ):
             read_encoder(tmp_path / "run")
 

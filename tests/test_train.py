@@ -29,6 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import simsiam
+from simsiam.assess import evaluate_run
 from simsiam.compute import Compute
 from simsiam.config import Interrupted, UserError, read_recipe, write_recipe
 from simsiam.console import Listener
@@ -930,6 +931,9 @@ def test_a_recipe_that_is_asked_for_is_not_mixed_with_another() -> None:
         (["views.size=[1, 2]"], {}, "views.size is .* whole number"),
         (["train.batch_size=1.5"], {}, "train.batch_size is 1.5: it must be a whole number"),
         (["method=3"], {}, "method.name is 3"),
+        (["method.name=byol"], {"method": "simclr"}, "method.name is given twice, as simclr and as byol"),
+        (["train.batch_size=32"], {"batch_size": 100_000}, "train.batch_size is given twice"),
+        (["train.epochs=2"], {"budget": "5s"}, "not both"),
         (["train.lr=fast"], {}, "must be a number"),
         (["recipe=thin"], {}, "--recipe"),
         (["budget=60"], {}, "10m"),

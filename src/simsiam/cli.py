@@ -144,8 +144,9 @@ def train(
         if reported:
             console.say(f"Report   {run / REPORT}")
         place, images = shlex.quote(summary["run"]), shlex.quote(summary["data"])
-        console.say(f"Next     simsiam evaluate {place}")
-        console.say(f"         simsiam embed {place} {images} -o DIR")
+        if summary["verdict"] == "healthy":
+            console.say(f"Next     simsiam evaluate {place}")
+            console.say(f"         simsiam embed {place} {images} -o DIR")
         if as_json:
             _print_json(summary)
     if summary["verdict"] != "healthy":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -211,6 +211,30 @@ def checked(table: Table) -> Table:
     return {**table, **{key: typed(cls, table[key], key) for key, cls in owners.items() if key in table}}
 
 
+def _laid(overrides: Iterable[Table]) -> Table:
+    """The overrides as one table. The later of two wins, also of epochs and budget."""
+    table: Table = {}
+    for override in map(qualify, overrides):
+        table = merge(table, override)
+        for length, rival in (("epochs", "budget"), ("budget", "epochs")):
+            if length in override.get("train", {}):
+                table["train"] = {key: value for key, value in table["train"].items() if key != rival}
+    return table
+
+
+def _check_agreement(named: Table, written: Table, where: str = "") -> None:
+    """Raises UserError if an option and a key=value set one thing to two values."""
+    for key in named.keys() & written.keys():
+        one, other = named[key], written[key]
+        if isinstance(one, dict) and isinstance(other, dict):
+            _check_agreement(one, other, f"{key}.")
+        elif one != other:
+            raise UserError(f"{where}{key} is given twice, as {one} and as {other}: give it once.")
+    lengths = {"epochs", "budget"}
+    if where == "train." and len(lengths & (named.keys() | written.keys())) == 2:
+        raise UserError("Give epochs or budget, not both.")
+
+
 def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str], settings: Mapping[str, Any]) -> Table:
     """Merge the user's recipe, settings by name and overrides, in this order, into one table. It always has "data", and
     `OPEN` if the recipe is left to `resolve`."""
@@ -218,16 +242,12 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
         raise UserError(f"overrides is {overrides!r}: it must be a list of strings, like ['train.lr=0.1'].")
     if data is not None and not isinstance(data, str | os.PathLike):
         raise UserError(f"data is a {type(data).__name__}: it must be the path or name of one data set.")
-    given = [{key: value} for key, value in settings.items() if value is not None]
+    named = _laid([{key: value} for key, value in settings.items() if value is not None])
+    written = _laid(map(parse_override, overrides))
     if settings.get("epochs") is not None and settings.get("budget") is not None:
         raise UserError("Give --epochs or --budget, not both.")
-    asked: Table = {}
-    for override in [*given, *map(parse_override, overrides)]:
-        override = qualify(override)
-        asked = merge(asked, override)
-        for length, rival in (("epochs", "budget"), ("budget", "epochs")):
-            if length in override.get("train", {}):  # the later one wins
-                asked["train"] = {key: value for key, value in asked["train"].items() if key != rival}
+    _check_agreement(named, written)
+    asked = merge(named, written)
     method, init = asked.get("method", {}).get("name"), asked.get("train", {}).get("init")
     table: Table = {}
     if init is not None and not isinstance(init, str | os.PathLike):

@@ -244,10 +244,10 @@ class Session:
         healthy = self._sound and all(bool(value.isfinite().all()) for value in tensors.values())
         self.checkpoints.save(self.step, tensors, state, healthy=healthy)
 
-    def saved_step(self) -> int:
-        """Return the step of the newest checkpoint, or 0."""
+    def saved_step(self) -> int | None:
+        """Return the step of the newest checkpoint; None before the first."""
         path = self.checkpoints.named(LAST)
-        return 0 if path is None else int(path.stem.removeprefix("step-"))
+        return None if path is None else int(path.stem.removeprefix("step-"))
 
     def back_to_healthy(self) -> int:
         """Load the last healthy weights into the method and return their step. The initial state is always there."""

@@ -219,16 +219,18 @@ def _train(
             some = draw(rows, BN_IMAGES)
             return untrained(plan.encoder, plan.seed, prepare, cache, some[cache.usable(some)], compute)
 
-        with signals() as stopped:
-            try:
+        try:
+            with signals() as stopped:
                 s.begin(before)
                 fit(s, stopped)
-            except UserError as error:  # e.g. a full disk: the run can be resumed once that is fixed
-                if ranks.main():
-                    with contextlib.suppress(UserError):  # earlier checkpoints are intact
-                        s.save()
-                raise UserError(f"{error} The run is saved up to step {s.saved_step():,}. {_go_on(s)}") from error
-        return ranks.same(lambda: _finish(s, before(), cache, rows, held_out, prepare))
+            return ranks.same(lambda: _finish(s, before(), cache, rows, held_out, prepare))
+        except UserError as error:  # e.g. a full disk: the run can be resumed once that is fixed
+            if ranks.main():
+                with contextlib.suppress(UserError):  # earlier checkpoints are intact
+                    s.save()
+            saved = s.saved_step()
+            kept = "" if saved is None else f" The run is saved up to step {saved:,}."
+            raise UserError(f"{error}{kept} {_go_on(s)}") from error
     finally:
         listener.close()
         s.close()

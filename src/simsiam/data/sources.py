@@ -178,9 +178,9 @@ def _from_files(name: str, root: str, files: list[File], data: str) -> ImageSet:
             others = tuple({*itertools.chain.from_iterable(e for e, _ in kinds), *_NOT_READ}.difference(endings))
             ignored = [file for file in files if file.id.lower().endswith(others)]
             if ignored:
+                used = f"{data}: {counted(len(chosen), 'file')} used."
                 warnings.warn(
-                    f"{data}: {counted(len(chosen), 'file')} used. Left out, being of other kinds: {_count(ignored)}.{_hint(ignored)}",
-                    stacklevel=3,
+                    f"{used} Left out, being of other kinds: {_count(ignored)}.{_hint(ignored)}", stacklevel=3
                 )
             return open_kind(name, root, chosen)
     # Last: next to files with extensions, these may be the same ones under other names (Hugging Face's blobs).

@@ -19,7 +19,6 @@ from simsiam import methods, recipes
 from simsiam.config import UserError
 from simsiam.encoders import EncoderSpec, build
 from simsiam.recipe import preset, read
-from simsiam.train import hook
 
 BATCH, SIZE = 8, 16
 SMALL = {
@@ -42,7 +41,7 @@ def make(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     encoder = build(EncoderSpec("thin-resnet18", SIZE, width=8), seed)
     torch.manual_seed(seed)
     method: nn.Module = module.Method(encoder, settings)
-    hook(method, "allocate", IMAGES)
+    method.allocate(IMAGES)
     return method
 
 
@@ -57,7 +56,7 @@ def batch(name: str, seed: int, dtype: torch.dtype = torch.float32) -> tuple[lis
 
 def begin(name: str, method: nn.Module) -> None:
     with torch.no_grad():
-        hook(method, "before_training", (batch(name, seed, dtype(method)) for seed in range(IMAGES // BATCH)))
+        method.before_training(batch(name, seed, dtype(method)) for seed in range(IMAGES // BATCH))
 
 
 def dtype(method: nn.Module) -> torch.dtype:
@@ -65,18 +64,18 @@ def dtype(method: nn.Module) -> torch.dtype:
 
 
 def optimiser(method: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(methods.param_groups(method), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    return torch.optim.SGD(method.param_groups(), lr=0.05, momentum=0.9, weight_decay=1e-4)
 
 
 def step(name: str, method: nn.Module, sgd: torch.optim.Optimizer, number: int) -> float:
     """One training step as in the training loop, each in its own epoch."""
     torch.manual_seed(number)
-    hook(method, "before_epoch", number)
+    method.before_epoch(number)
     loss, _ = method(*batch(name, number, dtype(method)))
     sgd.zero_grad()
     loss.backward()
     sgd.step()
-    hook(method, "after_step", number / 10)  # the fraction of training done
+    method.after_step(number / 10)  # the fraction of training done
     return loss.item()  # type: ignore[no-any-return]
 
 
@@ -139,7 +138,7 @@ def test_forward_gives_a_float32_loss_and_detached_stats(name: str) -> None:
     before = [view.clone() for view in views]
     method = make(name)
     begin(name, method)
-    hook(method, "before_epoch", 0)
+    method.before_epoch(0)
     loss, stats = method(views, index)
     assert loss.shape == () and loss.dtype == torch.float32 and loss.requires_grad and loss.isfinite()
     assert "std" in stats
@@ -152,7 +151,7 @@ def test_forward_gives_a_float32_loss_and_detached_stats(name: str) -> None:
 def test_the_loss_reaches_the_encoder(name: str) -> None:
     method = make(name)
     begin(name, method)
-    hook(method, "before_epoch", 0)
+    method.before_epoch(0)
     method(*batch(name, 0))[0].backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in method.parameters())
     assert sum(float(p.grad.norm()) for p in method.encoder.parameters() if p.grad is not None) > 0  # type: ignore[union-attr]
@@ -173,7 +172,7 @@ def test_embed_gives_features_and_projection(name: str) -> None:
 @every_method
 def test_param_groups_hold_every_trained_parameter_once(name: str) -> None:
     method = make(name)
-    grouped = [id(p) for group in methods.param_groups(method) for p in group["params"]]
+    grouped = [id(p) for group in method.param_groups() for p in group["params"]]
     trained = [id(p) for p in method.parameters() if p.requires_grad]
     assert len(grouped) == len(set(grouped)) and set(grouped) == set(trained)
 
@@ -229,7 +228,7 @@ def test_the_first_20_losses_are_golden(name: str) -> None:
     """
     method = in_float64(make(name))
     begin(name, method)
-    sgd = torch.optim.SGD(methods.param_groups(method), lr=0.005, momentum=0.9, weight_decay=1e-4)
+    sgd = torch.optim.SGD(method.param_groups(), lr=0.005, momentum=0.9, weight_decay=1e-4)
     losses = [step(name, method, sgd, number) for number in range(20)]
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("SIMSIAM_GOLDEN") == "write":
@@ -245,7 +244,7 @@ def test_a_bf16_step_is_finite(name: str) -> None:
     method, twin = make(name), make(name)
     for each in (method, twin):
         begin(name, each)
-        hook(each, "before_epoch", 0)
+        each.before_epoch(0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, stats = method(*batch(name, 0))
     assert loss.dtype == torch.float32 and loss.isfinite() and all(value.isfinite() for value in stats.values())

@@ -25,7 +25,7 @@ from simsiam.data.sources import open_images
 from simsiam.encoders import EncoderSpec, build
 from simsiam.methods import barlow, simclr, swav
 from simsiam.runs import ENVIRONMENT, Checkpoints, read_json, read_metrics
-from simsiam.train import _check_alike, hook
+from simsiam.train import _check_alike
 
 RANKS = 2
 BATCH, IMAGES, STEPS = 8, 16, 4
@@ -46,7 +46,7 @@ def small_method(name: str, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     chosen = SMALL.get(name, {"dim": 16, "projector_hidden": 16})
     method: nn.Module = module.Method(encoder, module.Settings(**{**chosen, **settings})).double()
-    hook(method, "allocate", IMAGES)
+    method.allocate(IMAGES)
     return method.double()
 
 
@@ -59,8 +59,8 @@ def batch(step: int, count: int) -> tuple[list[Tensor], Tensor]:
 def trained(name: str, **settings: Any) -> dict[str, Tensor]:
     """Return the state after a few steps on this rank's part of the same batches."""
     method = small_method(name, **settings).train()
-    forward = ranks.parallel(method)
-    steps = torch.optim.SGD(methods.param_groups(method), lr=0.05, momentum=0.9)
+    forward = ranks.parallel(method, method.sync_bn)
+    steps = torch.optim.SGD(method.param_groups(), lr=0.05, momentum=0.9)
     part = BATCH // ranks.count()
     own = slice(ranks.rank() * part, (ranks.rank() + 1) * part)
 
@@ -68,16 +68,17 @@ def trained(name: str, **settings: Any) -> dict[str, Tensor]:
         views, index = batch(step, methods.get(name).VIEWS[0])
         return [view[own] for view in views], index[own]
 
-    hook(method, "before_training", [share(step) for step in range(2)])
+    with torch.no_grad():
+        method.before_training([share(step) for step in range(2)])
     for step in range(STEPS):
         if step % 2 == 0:
-            hook(method, "before_epoch", step // 2)
+            method.before_epoch(step // 2)
         loss, stats = forward(*share(step))
         assert stats["std"].isfinite()
         steps.zero_grad()
         loss.backward()
         steps.step()
-        hook(method, "after_step", step / STEPS)
+        method.after_step(step / STEPS)
     return method.state_dict()
 
 

@@ -18,7 +18,6 @@ from simsiam.data.loader import Batch
 from simsiam.data.views import ViewSettings
 from simsiam.encoders import ResNet
 from simsiam.step import Captured, Step
-from simsiam.train import hook
 from test_methods import BATCH, SIZE, begin, make, optimiser
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,7 +62,7 @@ def started(
     compute = Compute(device, "fp32")
     compute.place(method)
     step = Step(method, optimiser(method), views(name), compute, **ways)
-    hook(method, "before_epoch", 0)
+    method.before_epoch(0)
     return method, step
 
 
@@ -86,8 +85,8 @@ def test_what_is_captured_once_holds_for_every_step(name: str, settings: dict[st
     method, step = started(name, settings=settings)
     for number in range(4):  # while SwAV's queue fills
         step(batch(number), 0, number)
-        hook(method, "after_step", number / 10)
-    hook(method, "before_epoch", 1)
+        method.after_step(number / 10)
+    method.before_epoch(1)
     step(batch(4), 0, 4)
     assert method.fixed
     places = [value.data_ptr() for value in method.state_dict().values()]
@@ -99,7 +98,7 @@ def test_what_is_captured_once_holds_for_every_step(name: str, settings: dict[st
         records.append(operations.seen)
         assert not operations.sent
         step.optimizer.step()  # type: ignore[union-attr]
-        hook(method, "after_step", number / 10)
+        method.after_step(number / 10)
     assert records[0] == records[1] == records[2]
     assert not [each for each in records[0] if each.split()[0].removeprefix("aten.").startswith(WAITS)]
     assert places == [value.data_ptr() for value in method.state_dict().values()]
@@ -121,7 +120,7 @@ def test_swavs_step_is_not_fixed_before_its_queue_is_in_use() -> None:
     for number in range(4):
         step(batch(number), 0, number)
         assert not method.fixed
-    hook(method, "before_epoch", 1)
+    method.before_epoch(1)
     step(batch(4), 0, 4)
     assert method.fixed
     assert make("swav", queue=0).fixed
@@ -319,9 +318,9 @@ def test_a_step_of_graphs_takes_the_same_steps(name: str, settings: dict[str, An
         losses = []
         for number in range(8):
             if number == 5:
-                hook(method, "before_epoch", 1)
+                method.before_epoch(1)
             losses.append(step(batch(number), 0, number)[0])
-            hook(method, "after_step", number / 10)
+            method.after_step(number / 10)
         runs.append((losses, method.state_dict()))
     assert cuda
     assert [float(each) for each in runs[0][0]] == [float(each) for each in runs[1][0]]
@@ -340,9 +339,9 @@ def test_graphs_give_the_numbers_of_single_kernels(name: str, settings: dict[str
             losses = []
             for number in range(10):
                 if number == 5:
-                    hook(method, "before_epoch", 1)
+                    method.before_epoch(1)
                 losses.append(step(batch(number, device), 0, number)[0])
-                hook(method, "after_step", number / 10)
+                method.after_step(number / 10)
             runs.append((torch.stack(losses), method.state_dict()))
     (one_by_one, weights), (at_once, others) = runs
     assert len(set(at_once.tolist())) == 10

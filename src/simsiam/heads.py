@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Literal, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -42,15 +42,24 @@ def mlp(widths: Sequence[int], *, hidden_norm: bool = True, output_norm: Norm = 
 
 
 class Siamese(nn.Module):
-    """Base class of all methods: one encoder and one projection MLP with the same weights for every view."""
+    """Base class of all methods: one encoder and one projection MLP with the same weights for every view.
+
+    The contract of a method, hooks included, is documented in the package `methods`. Hooks run without gradient.
+    """
 
     encoder: Encoder
     projector: nn.Module
+    sweeps = False
+    """Whether `before_training` has to see every image before the first step."""
     sync_bn = True
     """With several processes, BN takes its statistics from the whole batch (`ranks.parallel`)."""
     fixed = True
     """Whether every step from now on performs the same operations, never synchronises with the device, and changes
     buffers only in place: a GPU then launches them as one graph (`step.Captured`)."""
+
+    def __init__(self, encoder: Encoder, settings: Any) -> None:
+        super().__init__()
+        self.encoder, self.settings = encoder, settings
 
     @property
     def network(self) -> nn.Sequential:
@@ -61,6 +70,22 @@ class Siamese(nn.Module):
         """Return features h [B,dim] and the projection z [B,d], not normalised, of x, float [B,3,h,w]."""
         h = self.encoder(x)
         return h, self.projector(h)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for torch's optimisers: by default one of all trainable parameters."""
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def allocate(self, images: int) -> None:
+        """Create buffers that hold something for each of the training images."""
+
+    def before_training(self, batches: Iterable[tuple[list[Tensor], Tensor]]) -> None:
+        """Called once, under autocast, if `sweeps`: with views and indices of all whole batches."""
+
+    def before_epoch(self, epoch: int) -> None:
+        """Called at the start of each epoch."""
+
+    def after_step(self, progress: float) -> None:
+        """Called after each step; progress in [0, 1] is the share of training completed before it."""
 
 
 def project(network: nn.Sequential, views: Sequence[Tensor]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from simsiam.data.cache import Cache, Progress
 from simsiam.data.views import ViewSettings, random_view
 from simsiam.embed import Preprocessing, embed_rows, pixel_rows
 from simsiam.evaluate.knn import accuracy
+from simsiam.heads import Siamese
 
 SAMPLE = 512
 """Number of held-out images for the label-free figures."""
@@ -53,7 +54,7 @@ class Monitor:
         self.sample, self.bank, self.queries = (cache.decoded(part) for part in parts)
         self.labelled = labels is not None and len(self.queries) > 0 and bool((labels[self.queries] >= 0).any())
 
-    def look(self, method: nn.Module, knn: bool = True) -> dict[str, Any]:
+    def look(self, method: Siamese, knn: bool = True) -> dict[str, Any]:
         """Return the figures of the method as it is now, and which images they are of ("of").
 
         There are no figures if the output is not finite. Restores the method's mode and does not use training's random
@@ -63,7 +64,7 @@ class Monitor:
         method.eval()
         figures = self._two_views(method)
         if figures and self.labelled and knn:
-            figures["knn"] = self.knn(method.encoder)  # type: ignore[arg-type]
+            figures["knn"] = self.knn(method.encoder)
         method.train(training)
         return {**figures, "of": self.of}
 
@@ -85,7 +86,7 @@ class Monitor:
         known = [torch.from_numpy(self.cache.labels[rows]) for rows in (self.bank, self.queries)]
         return accuracy(bank, known[0], queries, known[1], k=_K)
 
-    def _two_views(self, method: nn.Module) -> dict[str, Any]:
+    def _two_views(self, method: Siamese) -> dict[str, Any]:
         draws = generator(self.compute.device, 0x5EED)
         features: list[list[Tensor]] = [[], []]
         projections: list[list[Tensor]] = [[], []]
@@ -95,7 +96,7 @@ class Monitor:
             for side in range(2):
                 x = random_view(images, self.views, draws, sizes)
                 with torch.inference_mode(), self.compute.autocast():
-                    h, z = method.embed(x)  # type: ignore[operator]
+                    h, z = method.embed(x)
                 features[side].append(h.float())
                 projections[side].append(z.float())
         h1, z1, z2 = torch.cat(features[0]), torch.cat(projections[0]), torch.cat(projections[1])

@@ -20,7 +20,6 @@ from simsiam.data.loader import Batch
 from simsiam.data.sources import ImageSet, open_images
 from simsiam.data.views import random_views
 from simsiam.kernels import padded
-from simsiam.methods import param_groups
 from simsiam.recipe import Recipe, check_settings, default_epochs, gather, look_at, resolve
 from simsiam.step import Step
 from simsiam.train import build_method, optimizer
@@ -187,7 +186,7 @@ def _measure(
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), compute.autocast():
         loss, _ = method(list(made), given.index)
         del loss
-    weights = sum(p.numel() * p.element_size() for group in param_groups(method) for p in group["params"])
+    weights = sum(p.numel() * p.element_size() for group in method.param_groups() for p in group["params"])
     state = sum(value.numel() * value.element_size() for value in method.state_dict().values())
     kept = sum(saved.values()) - sum(saved.get(p.untyped_storage().data_ptr(), 0) for p in method.parameters())
     inputs = sum(view.numel() * view.element_size() for view in made) + batch.numel()

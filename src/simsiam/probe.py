@@ -18,6 +18,7 @@ from simsiam.compute import Compute, Pace, generator, out_of_memory, probe_preci
 from simsiam.config import UserError
 from simsiam.data.loader import Batch, Loader
 from simsiam.data.views import random_views
+from simsiam.heads import Siamese
 from simsiam.recipe import Facts, Reasons, Recipe, default_epochs
 from simsiam.step import Step
 
@@ -57,7 +58,7 @@ class Probed:
 
 
 def probe(
-    method: torch.nn.Module,
+    method: Siamese,
     recipe: Recipe,
     loader: Loader,
     device: torch.device,
@@ -127,7 +128,7 @@ def probe(
 
 
 def _probe_gpu(
-    method: torch.nn.Module,
+    method: Siamese,
     recipe: Recipe,
     batch: Batch,
     compute: Compute,
@@ -167,7 +168,7 @@ def _compiled(work: Callable[[], float], asked: bool, say: Callable[[str], None]
     return 0.0, reason
 
 
-def _step_seconds(method: torch.nn.Module, recipe: Recipe, batch: Batch, compute: Compute, compiles: bool) -> float:
+def _step_seconds(method: Siamese, recipe: Recipe, batch: Batch, compute: Compute, compiles: bool) -> float:
     """Return the fastest of a few steps on a GPU; the weights are left unchanged."""
     step = Step(method, None, recipe.views.each(), compute, compiles=compiles)
     times = []

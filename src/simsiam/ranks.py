@@ -171,13 +171,13 @@ def as_on_rank_0(values: Iterable[Tensor]) -> None:
             dist.broadcast(value, 0)
 
 
-def parallel(method: nn.Module) -> nn.Module:
+def parallel(method: nn.Module, sync_bn: bool = True) -> nn.Module:
     """Return the module to call in place of `method` in training: its gradients are averaged over the ranks (DDP), and
-    its BN is synchronised, in place (paper, section 3), unless `method.sync_bn` is False."""
+    its BN is synchronised, in place (paper, section 3), if `sync_bn`."""
     if not several():
         return method
     device = next(method.parameters()).device
-    if getattr(method, "sync_bn", True):
+    if sync_bn:
         _synchronise(method, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers; older ones have no other

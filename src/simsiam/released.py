@@ -196,7 +196,7 @@ def _momentum(method: Any, state: Any) -> dict[str, Tensor]:
     with the frozen bias, then the predictor's. Ours are the same without that bias. The learning rate is not part of
     the buffers, so they need no conversion.
     """
-    trained = [parameter for group in methods.param_groups(method) for parameter in group["params"]]
+    trained = [parameter for group in method.param_groups() for parameter in group["params"]]
     frozen = 1 + next(i for i, parameter in enumerate(trained) if parameter is method.projector[6].weight)
     try:
         numbers = [number for group in state["param_groups"] for number in group["params"]]

@@ -22,6 +22,7 @@ from simsiam.compute import Compute, Pace
 from simsiam.config import UserError
 from simsiam.console import Listener
 from simsiam.data.loader import Loader
+from simsiam.heads import Siamese
 from simsiam.monitor import Monitor
 from simsiam.optim import Schedule
 from simsiam.recipe import Recipe
@@ -42,7 +43,7 @@ class Session:
 
     run: Path
     recipe: Recipe
-    method: torch.nn.Module
+    method: Siamese
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     loader: Loader

@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsiam import ranks
 from simsiam.compute import Compute, out_of_memory, seed_of
 from simsiam.data.loader import Batch
 from simsiam.data.views import ViewSettings, random_views
 from simsiam.encoders import Encoder
+from simsiam.heads import Siamese
 from simsiam.kernels import Images
 
 _WARM = 3
@@ -36,7 +37,7 @@ class Step:
 
     def __init__(
         self,
-        method: nn.Module,
+        method: Siamese,
         optimizer: torch.optim.Optimizer | None,
         views: list[ViewSettings],
         compute: Compute,
@@ -45,7 +46,7 @@ class Step:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.method, self.optimizer, self.compute = method, optimizer, compute
-        self._forward, self._settings = ranks.parallel(method), views
+        self._forward, self._settings = ranks.parallel(method, method.sync_bn), views
         self._draws = torch.Generator(compute.device)
         self.encoders = [module for module in method.modules() if isinstance(module, Encoder)]
         self._fused: dict[Encoder, Callable[[list[Tensor]], Sequence[Tensor]]] = {}
@@ -64,7 +65,7 @@ class Step:
 
     def update(self, views: Sequence[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
         """Perform the step on the given views."""
-        captured = self._differentiated if getattr(self.method, "fixed", True) else None
+        captured = self._differentiated if self.method.fixed else None
         loss, std = (captured or self._differentiate)(*views, index)
         if self.optimizer is not None:
             self.optimizer.step()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from simsiam.data.sources import open_images
 from simsiam.data.views import random_views
 from simsiam.embed import BN_IMAGES, Preprocessing, read_encoder, save_encoder, untrained
 from simsiam.encoders import Encoder, build
+from simsiam.heads import Siamese
 from simsiam.monitor import Monitor, draw
 from simsiam.optim import LARS
 from simsiam.probe import probe, settle
@@ -162,7 +163,7 @@ def _train(
     prepare = plan.prepare
     # Decode everything first if all ranks must know which images are bad, if the method visits every image before
     # training, or if reading out of file order is many times slower.
-    if ranks.several() or images.in_order or hasattr(methods.get(plan.method).Method, "before_training"):
+    if ranks.several() or images.in_order or methods.get(plan.method).Method.sweeps:
         cache = ranks.first(lambda: build_cache(images, plan.short_side, workers=workers, progress=listener.decoding))
         _check_alike(cache)
     else:
@@ -243,19 +244,21 @@ def fit(s: Session, stopped: list[str]) -> None:
     step = Step(s.method, s.optimizer, s.recipe.views.each(), s.compute, compiles=compiles, say=s.listener.say)
     per_epoch = s.loader.steps_per_epoch
     if s.step == 0:
-        with s.compute.autocast():
-            hook(s.method, "before_training", _sweep(s, stopped))
+        with torch.no_grad(), s.compute.autocast():
+            s.method.before_training(_sweep(s, stopped))
     while not s.over:
         epoch = s.step // per_epoch
         if s.step % per_epoch == 0:  # after a resume within an epoch, its effect is part of the state
-            hook(s.method, "before_epoch", epoch)
+            with torch.no_grad():
+                s.method.before_epoch(epoch)
         for batch in s.loader.epoch(epoch, s.step % per_epoch):
             began = time.perf_counter()
             rate = s.schedule.rate(s.step, s.seconds)
             for group in s.optimizer.param_groups:
                 group["lr"] = group.get("lr_scale", 1.0) * (s.schedule.peak if group.get("fixed_lr") else rate)
             loss, std = step(batch, s.recipe.seed, s.step)
-            hook(s.method, "after_step", s.schedule.progress(s.step, s.seconds))
+            with torch.no_grad():
+                s.method.after_step(s.schedule.progress(s.step, s.seconds))
 
             s.stepped(loss, std, time.perf_counter() - began)
             if ranks.main() and (s.due or stopped):
@@ -287,15 +290,7 @@ def _sweep(s: Session, stopped: list[str]) -> Iterator[tuple[list[Tensor], Tenso
         yield list(views), batch.index
 
 
-@torch.no_grad()
-def hook(method: torch.nn.Module, name: str, *arguments: Any) -> None:
-    """Call an optional hook of the method, without gradients."""
-    part = getattr(method, name, None)
-    if part is not None:
-        part(*arguments)
-
-
-def build_method(recipe: Recipe, images: int, encoder: Encoder | None = None) -> torch.nn.Module:
+def build_method(recipe: Recipe, images: int, encoder: Encoder | None = None) -> Siamese:
     """Build the method with fresh weights determined by the recipe's seed; torch's global generator is left unchanged.
 
     images: number of training images, for methods with per-image memory.
@@ -304,14 +299,14 @@ def build_method(recipe: Recipe, images: int, encoder: Encoder | None = None) ->
     encoder = encoder or build(recipe.encoder, recipe.seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed + 1)
-        method: torch.nn.Module = methods.get(recipe.method).Method(encoder, recipe.method_settings)
-        hook(method, "allocate", images)
+        method: Siamese = methods.get(recipe.method).Method(encoder, recipe.method_settings)
+        method.allocate(images)
     return method
 
 
-def optimizer(method: Any, recipe: Recipe) -> torch.optim.Optimizer:
+def optimizer(method: Siamese, recipe: Recipe) -> torch.optim.Optimizer:
     """Return SGD with momentum and weight decay on all parameters (appendix A), fused into one pass; or LARS."""
-    train, groups = recipe.train, methods.param_groups(method)
+    train, groups = recipe.train, method.param_groups()
     settings: Table = {"lr": train.peak, "momentum": train.momentum, "weight_decay": train.weight_decay}
     if train.optimizer != "sgd":
         return LARS(groups, **settings, vectors=train.optimizer == "larc")
@@ -338,7 +333,7 @@ def _check_alike(cache: Cache) -> None:
         raise UserError("Not every process could read the same images: a disk or network failed meanwhile. Try again.")
 
 
-def _initial(plan: Recipe, images: int, listener: Listener) -> torch.nn.Module:
+def _initial(plan: Recipe, images: int, listener: Listener) -> Siamese:
     """Return the method before its first step, with the weights of the run `train.init` if that is set.
 
     All weights if that run has the same method and widths, else the encoder's; for a failed run, those of its last
@@ -362,7 +357,7 @@ def _initial(plan: Recipe, images: int, listener: Listener) -> torch.nn.Module:
     fits = theirs.keys() == ours.keys() and alike >= trained.keys()
     if fits:
         method.load_state_dict({**ours, **{name: theirs[name] for name in alike}})
-        hook(method, "allocate", images)
+        method.allocate(images)
     what = "all weights" if fits else "the encoder (not the heads: their method or widths differ)"
     listener.say(f"Starts from {what} of {run}.")
     return method
@@ -385,7 +380,7 @@ def _threads() -> str:
 
 
 def _facts(s: Session, cache: Cache, rows: int, held_out: int, step_seconds: float) -> list[tuple[str, str]]:
-    recipe, encoder = s.recipe, cast(Encoder, s.method.encoder)
+    recipe, encoder = s.recipe, s.method.encoder
     parameters = sum(p.numel() for p in encoder.parameters())
     left = (
         recipe.train.seconds
@@ -425,7 +420,7 @@ def _finish(
     cache.usable(draw(held_out, _QUERIES), s.listener.decoding)
     rows, held_out = cache.decoded(rows), cache.decoded(held_out)
     s.method.eval()
-    encoder = cast(Encoder, s.method.encoder)
+    encoder = s.method.encoder
     plan, verdict = s.recipe, s.verdict
     # Non-finite weights are useless: fall back to the last healthy ones.
     step = s.step if verdict.name != "diverged" else s.back_to_healthy()

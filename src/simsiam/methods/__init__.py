@@ -1,6 +1,6 @@
 """The self-supervised methods: one module per paper, registered by its file name.
 
-Each module defines a class `Method(nn.Module)` and a dataclass `Settings`, and names its sources in `CITATION` and
+Each module defines a class `Method(Siamese)` (heads.py) and a dataclass `Settings`, and names its sources in `CITATION` and
 `PUBLISHED`. The contract, which tests/test_methods.py checks for every module:
 
     CITATION, PUBLISHED      text with the paper's arXiv number; {setting: figure}
@@ -15,11 +15,11 @@ Each module defines a class `Method(nn.Module)` and a dataclass `Settings`, and 
     forward(views, index) -> (loss, stats)   views: list of float [B,3,h,w]; index: int64 [B], positions in the training
                                              set; loss: float32 scalar; stats: detached scalars, including "std"
     embed(x) -> (h, z)                       features and projection, for monitoring
-  and, if needed, these hooks, which run without gradient:
+  and, if needed, what `Siamese` has defaults for; hooks run without gradient:
     param_groups() -> list                   torch parameter groups; "fixed_lr": True keeps the initial learning rate,
                                              "lr_scale" multiplies it
     allocate(images)                         creates buffers that hold something for each image
-    before_training(batches)                 called once with (views, index) of all whole batches, under autocast
+    sweeps = True, before_training(batches)  called once with (views, index) of all whole batches, under autocast
     before_epoch(epoch)                      called at the start of each epoch
     fixed                                    False until every step performs the same operations (`Siamese.fixed`)
     sync_bn = False                          in multi-process runs, each process keeps its own BN statistics
@@ -34,9 +34,6 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import Any
-
-from torch import nn
 
 from simsiam.config import UserError, did_you_mean
 
@@ -50,11 +47,3 @@ def get(name: str) -> ModuleType:
     if name not in names():
         raise UserError(f"Unknown method {name!r}.{did_you_mean(name, names())}")
     return importlib.import_module(f"{__name__}.{name}")
-
-
-def param_groups(method: nn.Module) -> list[dict[str, Any]]:
-    """Return the method's own parameter groups, or a single group of all trainable parameters."""
-    if hasattr(method, "param_groups"):
-        groups: list[dict[str, Any]] = method.param_groups()  # type: ignore[operator]
-        return groups
-    return [{"params": [parameter for parameter in method.parameters() if parameter.requires_grad]}]

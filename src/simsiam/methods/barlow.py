@@ -92,8 +92,7 @@ class Method(Siamese):
     """Makes every channel of z agree between the views and decorrelates the channels. No negatives, no asymmetry."""
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
-        super().__init__()
-        self.settings, self.encoder = settings, encoder
+        super().__init__(encoder, settings)
         self.projector = mlp([encoder.dim, settings.projector_hidden, settings.projector_hidden, settings.dim])
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -87,8 +87,7 @@ class Method(Siamese):
     """An online network whose predictor predicts the output of a target network, its EMA."""
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
-        super().__init__()
-        self.settings, self.encoder = settings, encoder
+        super().__init__(encoder, settings)
         self.projector = mlp([encoder.dim, settings.hidden, settings.dim])
         self.predictor = mlp([settings.dim, settings.hidden, settings.dim])
         self.target = twin(self.network)

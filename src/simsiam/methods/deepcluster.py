@@ -95,14 +95,14 @@ class Method(Siamese):
     stored for two views. Unlike in the released code, each view is a separate forward pass with its own BN statistics.
     """
 
+    sweeps = True
     memory: Tensor
     assigned: Tensor
     prototypes: Tensor
     seed: Tensor
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
-        super().__init__()
-        self.settings, self.encoder = settings, encoder
+        super().__init__(encoder, settings)
         self.projector = mlp([encoder.dim, settings.projector_hidden, settings.dim])
         self.register_buffer("seed", torch.randint(2**31, ()))
 

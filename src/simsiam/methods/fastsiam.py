@@ -77,8 +77,7 @@ class Method(Siamese):
     """SimSiam with several views, each of which predicts the mean of the others."""
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
-        super().__init__()
-        self.settings, self.encoder = settings, encoder
+        super().__init__(encoder, settings)
         hidden = settings.projector_hidden or encoder.dim
         self.projector = projection_mlp(encoder.dim, hidden, settings.dim, settings.projector_layers)
         self.predictor = prediction_mlp(settings.dim, settings.predictor_hidden or max(1, settings.dim // 4))

@@ -96,8 +96,7 @@ class Method(Siamese):
     head: Tensor
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
-        super().__init__()
-        self.settings, self.encoder = settings, encoder
+        super().__init__(encoder, settings)
         hidden = settings.projector_hidden or encoder.dim
         self.projector = mlp([encoder.dim, hidden, settings.dim], hidden_norm=False)
         self.key_network = twin(self.network)

@@ -98,8 +98,7 @@ class Method(Siamese):
     """
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
-        super().__init__()
-        self.settings, self.encoder = settings, encoder
+        super().__init__(encoder, settings)
         hidden = settings.projector_hidden or encoder.dim
         self.projector = mlp(
             [encoder.dim, *[hidden] * (settings.projector_layers - 1), settings.dim], output_norm="affine"

@@ -118,9 +118,7 @@ class Method(Siamese):
     _age: int | None
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
-        super().__init__()
-        self.settings = settings
-        self.encoder = encoder
+        super().__init__(encoder, settings)
         hidden = settings.projector_hidden or encoder.dim
         self.projector = projection_mlp(encoder.dim, hidden, settings.dim, settings.projector_layers, settings.bn)
         bottleneck = settings.predictor_hidden or max(1, settings.dim // 4)

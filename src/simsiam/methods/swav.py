@@ -144,8 +144,7 @@ class Method(Siamese):
     _epoch: int | None
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
-        super().__init__()
-        self.settings, self.encoder = settings, encoder
+        super().__init__(encoder, settings)
         self.projector = mlp(
             [encoder.dim, *[settings.projector_hidden] * (settings.projector_layers - 1), settings.dim]
         )

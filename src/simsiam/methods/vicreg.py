@@ -87,8 +87,7 @@ class Method(Siamese):
     """Pulls the views of an image together, keeps the variance of every channel of z, and decorrelates the channels."""
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
-        super().__init__()
-        self.settings, self.encoder = settings, encoder
+        super().__init__(encoder, settings)
         self.projector = mlp([encoder.dim, settings.projector_hidden, settings.projector_hidden, settings.dim])
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,9 +1,9 @@
-"""What our own kernels bring on this CPU: a training step and an encoder in use, by torch's operations and by ours.
+"""Speed of our kernels on this CPU: a training step and inference, with torch's operations and with ours.
 
     python benchmarks/cpu.py [--encoder thin-resnet18] [--size 24 96] [--batch 128] [--rounds 20] [--json FILE]
 
-Images are random pixels of the size that the cache would keep. The ways take turns, one call each in every round, and
-ratios are taken within a round, so that a machine that changes its speed changes both sides. Figures are medians ± std.
+Images are random pixels of the size that the cache would store. The variants alternate, one call each per round, and
+ratios are taken within a round, so that changes in machine speed affect both sides. Figures are medians ± std.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Ways = dict[str, Callable[[], Any]]
 
 
 def packed(count: int, side: int) -> Packed:
-    """Images a quarter wider than high, whose short side is `side`."""
+    """`count` random images with short side `side`, a quarter wider than high."""
     sizes = np.array([(side, side * 5 // 4)] * count, np.int32)
     length = 3 * int(sizes[0].prod())
     pixels = np.random.default_rng(0).integers(0, 256, count * length, dtype=np.uint8)
@@ -91,7 +91,7 @@ def using(name: str, size: int, batch_size: int, compute: Compute) -> Ways:
 
 
 def in_turns(ways: Ways, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call, after two rounds that only warm up."""
+    """Seconds of every call, after two warm-up rounds."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for number in range(rounds + 2):

@@ -1,8 +1,8 @@
 #!/bin/sh
-# What docs/results.md says of a GPU, and what it lists as open, in pieces of under ten minutes; each leaves its results in $OUT.
+# Measures the GPU figures of docs/results.md and its open items, in pieces of under ten minutes; results go to $OUT.
 #   benchmarks/gpu.sh tests|step|speed|peers|cifar|ablations|methods DATA
-# DATA: CIFAR-10. cifar, ablations and methods take one run or experiment a call, the first that is not finished, and go on
-# where it stopped: runs/ stays on a machine that is kept warm. One piece at a time: tests take the GPU from a run beside them.
+# DATA: CIFAR-10. Each call of cifar, ablations or methods starts or resumes the first unfinished run or experiment, so
+# keep runs/ between calls. Run one piece at a time: the tests would share the GPU with any other run.
 set -eu
 piece=$1
 data=${2:-demo}
@@ -11,7 +11,7 @@ limit=${LIMIT:-540}
 export SIMSIAM_CACHE="${SIMSIAM_CACHE:-$PWD/runs/cache}" PYTHONUNBUFFERED=1
 mkdir -p runs "$out"
 
-# SIGTERM: the run saves its state and ends; the next call resumes it.
+# On SIGTERM the run saves its state and exits; the next call resumes it.
 train() {
     run=$1
     shift
@@ -21,7 +21,7 @@ train() {
 }
 
 case $piece in
-tests) # one thread each: ten processes of sixteen threads wait for one another; interrupted, pytest tells why tests failed
+tests) # one thread each: ten processes of sixteen threads block one another; on SIGINT pytest still reports failures
     OMP_NUM_THREADS=1 timeout --signal=INT --kill-after=20 "$limit" \
         python -m pytest -v --tb=short -n 10 --dist worksteal tests >"$out/tests.log" 2>&1 || true
     grep -E "FAILED|ERROR|passed|failed" "$out/tests.log" || true

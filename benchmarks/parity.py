@@ -1,11 +1,11 @@
-"""Our training beside the authors' own code: the same weights and views, step by step, must give the same weights.
+"""Compare our training with the authors' code: the same initial weights and views must give the same trained weights.
 
     python benchmarks/parity.py --released DIR [--archs resnet18 resnet50] [--epochs 3] [--steps 8] [--json FILE]
 
-DIR is a checkout of facebookresearch/simsiam, whose `builder.py` (model) and `main_simsiam.py` (learning rate) are run as
-they are; the loop between them is theirs too, less the distributed wrapper, which needs a GPU. Ours is the recipe `imagenet`
-with a batch of 16, a rate that moves the weights in a few steps, and views of 32 pixels of the demo set. In float64, so that
-no difference is rounding.
+DIR is a checkout of facebookresearch/simsiam, whose `builder.py` (model) and `main_simsiam.py` (learning rate) are used
+unmodified; the loop is theirs too, without the distributed wrapper, which needs a GPU. Ours is the recipe `imagenet`
+with a batch of 16, a learning rate that moves the weights in a few steps, and 32-pixel views of the demo set.
+Everything runs in float64 to keep rounding negligible.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LR = 8.0
 
 
 def released(folder: str) -> ModuleType:
-    """Their `main_simsiam`. Its package has our name: it is imported first and then forgotten."""
+    """Import their `main_simsiam`. Its package is also called simsiam, so it is dropped from sys.modules afterwards."""
     sys.path.insert(0, folder)
     main = importlib.import_module("main_simsiam")
     sys.path.remove(folder)
@@ -37,9 +37,9 @@ def released(folder: str) -> ModuleType:
 
 
 def compare(main: ModuleType, arch: str, epochs: int, steps: int, batch: int = 16, size: int = 32) -> dict[str, Any]:
-    """Differences after so many epochs of so many steps: of the losses, absolute, and of the weights, BN statistics and
-    momentum, |ours - theirs| / |theirs| of the whole tensor, the worst of them; and by how much training has moved the
-    matrices and filters, relative, their median."""
+    """Differences after `epochs` of `steps` steps each: the largest absolute one of the losses; the largest of |ours -
+    theirs| / |theirs| over the tensors of weights, BN statistics and momentum; and the median relative change of the
+    matrices and filters in training."""
     from simsiam.compute import generator
     from simsiam.data.cache import build_cache
     from simsiam.data.loader import Loader
@@ -99,7 +99,7 @@ def compare(main: ModuleType, arch: str, epochs: int, steps: int, batch: int = 1
 
     state, trained = ours.state_dict(), dict(ours.named_parameters())
     statistics = {name: theirs.state_dict()[released_name(name)] for name in state if "running" in name}
-    # The frozen bias, which ours does not have, is in the mean of the output BN behind it, as far as its momentum goes.
+    # Their frozen bias, which ours lacks, is in the running mean of the output BN, as far as its momentum has gone.
     output_bn, passes = theirs.encoder.fc[7], 2 * step
     statistics["projector.7.running_mean"] -= theirs.encoder.fc[6].bias * (1 - (1 - output_bn.momentum) ** passes)
     named = {name: theirs.get_parameter(released_name(name)) for name in trained}
@@ -119,7 +119,7 @@ def compare(main: ModuleType, arch: str, epochs: int, steps: int, batch: int = 1
 
 
 def off(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|; what should be 0 and is rounding (the mean of a BN's output) counts in absolute terms."""
+    """|a - b| / |b|, with |b| at least 1e-6 for what is 0 up to rounding (the mean of a BN's output)."""
     return float((a - b).detach().norm() / b.detach().norm().clamp(min=1e-6))
 
 

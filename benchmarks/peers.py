@@ -1,21 +1,21 @@
-"""Ours beside the peers and beside the limit: the same images, model, batch and view size, in one process, in turns.
+"""Compare ours with peers and with the limit: the same images, model, batch and view size, alternating in one process.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/peers.py [--only training,views] [--seconds 10] [--repeats 3] [--data DATA] [--json FILE]
 
-    training  images/s from end to end: `simsiam.train`, the bare step on one batch (the limit), the peers of pipelines.py
-    views     images/s of two views each, of images already decoded
-    decode    images/s from JPEG files to pixels of a short side; and of the whole first epoch, two views included
-    embed     images/s of an encoder in use, beside the bare forward pass (the limit)
-    search    seconds for the nearest neighbours of many queries, beside the bare matrix product (the limit)
-    startup   seconds of a fresh process
+    training  images/s end to end: `simsiam.train`, the bare step on one batch (the limit), the peers in pipelines.py
+    views     images/s for two views each of images already decoded
+    decode    images/s from JPEG files to pixels of a given short side; and of the whole first epoch with two views
+    embed     images/s of inference, against the bare forward pass (the limit)
+    search    seconds for the nearest neighbours of many queries, against the bare matrix product (the limit)
+    startup   seconds to start a new process
     memory    peak of a training process with its workers, MB (proportional set size: a shared page counts once)
-    growth    microseconds per image as a data set grows; --counts 1000 10000 100000 1000000 for the long one
+    growth    microseconds per image as a data set grows; --counts 1000 10000 100000 1000000 for the long version
 
-Contenders take turns, each round in another order. A ratio is taken within a round and says how many times better ours is;
-median and std are over the rounds. The start of processes and the first steps are not counted (decode: ours in full).
-"Best" is bf16 autocast (where the processor does not emulate it), channels_last, lasting workers and the fastest choice
-of workers and threads, tried out before.
+Contenders alternate, in a different order each round. A ratio is taken within a round and is the factor by which ours
+is better; median and std are over the rounds. Process start-up and the first steps are not counted (except for ours in
+decode). "Best" is bf16 autocast (unless the processor emulates it), channels_last, persistent workers and the fastest
+choice of workers and threads, found by trial beforehand.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ from simsiam.neighbours import top_k
 
 Work = Callable[[], Any]
 Contenders = dict[str, Callable[[], float] | str]
-"""Ours first. A text in place of work: why this one is left out."""
+"""Ours first. A string in place of a function is the reason why the contender is left out."""
 Costs = dict[str, dict[int, list[float]]]
-"""What -> images -> microseconds per image, a figure of each round."""
+"""Operation -> number of images -> microseconds per image, one figure per round."""
 median = statistics.median
 
 
 @dataclass
 class Comparison:
-    """What one call of each contender measured, round by round."""
+    """The figures measured by each contender, one call per round."""
 
     title: str
     unit: str
@@ -82,13 +82,13 @@ class Comparison:
         here = [(name, work) for name, work in self.contenders.items() if not isinstance(work, str)]
         self.values = {name: [] for name, _ in here}
         for turn in range(rounds):
-            # Ours goes first in the first round: the limits take their settings from its run.
+            # Ours goes first in the first round: the limits read their settings from its run.
             for name, work in [*here[turn % len(here) :], *here[: turn % len(here)]]:
                 self.values[name].append(work())
                 print(f"  {self.title}: {name} {self.values[name][-1]:.4g} {self.unit}", file=sys.stderr, flush=True)
 
     def ratios(self, name: str) -> list[float]:
-        """How many times better ours is, round by round."""
+        """The factor by which ours is better, for each round."""
         pairs = zip(next(iter(self.values.values())), self.values[name], strict=True)
         return [ours / its if self.unit.endswith("/s") else its / ours for ours, its in pairs]
 
@@ -113,7 +113,7 @@ def spread(values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Bench:
-    """The settings, and what is made under them, once, in `place`."""
+    """The settings, and the data and runs made with them, once each, in `place`."""
 
     arguments: argparse.Namespace
     place: Path
@@ -127,7 +127,7 @@ class Bench:
         return Task(self.folder(size), size, a.batch, self.device, a.encoder, a.seconds)
 
     def folder(self, size: int) -> Path:
-        """Small images for small views; for larger ones, JPEG photographs of 120 to 280 px."""
+        """Small images for small views; JPEG photographs of 120 to 280 px for larger ones."""
         if size <= 32:
             return self._made("small", partial(pipelines.small_images, self.arguments.data))
         return self._made("photos", photo_folder)
@@ -136,7 +136,7 @@ class Bench:
         return self._made("large", pipelines.large_photos)
 
     def run(self, size: int) -> Path:
-        """A run of ours; trained now where there is none."""
+        """A run of ours, trained now if there is none."""
         run = self.place / f"run-{size}-auto"
         if not (run / "encoder.json").exists():
             ours(self, size)
@@ -154,7 +154,7 @@ class Bench:
 
 
 def ours(bench: Bench, size: int, precision: str = "auto") -> float:
-    """images/s of `simsiam.train` without looks, checkpoints and the first step; model and views are the peers'."""
+    """images/s of `simsiam.train` without evaluation, checkpoints and first step; model and views are the peers'."""
     task, run = bench.task(size), bench.place / f"run-{size}-{precision}"
     shutil.rmtree(run, ignore_errors=True)
     method = (
@@ -165,7 +165,7 @@ def ours(bench: Bench, size: int, precision: str = "auto") -> float:
     overrides += [f"encoder.name={task.encoder}", "views.scale=[0.2, 1.0]", "views.blur_p=0.5"]
     overrides += ["train.compile=true"] if bench.arguments.compile else []
     device = bench.arguments.device
-    build_cache(open_images(task.folder), decoded_side(size))  # decoding has a section of its own
+    build_cache(open_images(task.folder), decoded_side(size))  # decoding is measured in its own section
     summary = simsiam.train(str(task.folder), run, recipe="thin", size=size, device=device, overrides=overrides)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
@@ -214,7 +214,7 @@ def training(bench: Bench) -> Iterator[Comparison]:
 
 def memory(bench: Bench) -> Iterator[Comparison]:
     for size in bench.arguments.sizes:
-        for peer in chosen(bench.arguments):  # tried out here, not in the process that is measured
+        for peer in chosen(bench.arguments):  # tuned here, not in the measured process
             if not peer.missing:
                 pipelines.tuned(peer, bench.task(size), bench.place)
         bench.run(size)
@@ -226,7 +226,7 @@ def memory(bench: Bench) -> Iterator[Comparison]:
 
 
 def peak_megabytes(bench: Bench, size: int, contender: str) -> float:
-    """The most that a process training this contender and all processes below it held, looked at ten times a second."""
+    """Peak memory of a process that trains this contender, with all its descendants, sampled ten times a second."""
     again = ["--place", str(bench.place), "--child", contender, "--sizes", str(size)]
     child = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], *again], stdout=subprocess.DEVNULL)
     peak = 0
@@ -238,7 +238,7 @@ def peak_megabytes(bench: Bench, size: int, contender: str) -> float:
 
 
 def kilobytes(pid: int) -> int:
-    """Proportional set size of a process and all below it (Linux); 0 where it has just ended."""
+    """Proportional set size of a process and its descendants (Linux); 0 if it has just ended."""
     try:
         own = next(
             line for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() if line.startswith("Pss:")
@@ -253,7 +253,7 @@ def kilobytes(pid: int) -> int:
 
 
 def decoded_side(size: int) -> int:
-    """Short side of the images that views of this size are cut from."""
+    """Short side of the images that views of this size are cropped from."""
     return preprocessing(size, pipelines.MEAN, pipelines.STD).short_side
 
 
@@ -269,7 +269,7 @@ def by_loader(bench: Bench, images: Any, view: Callable[[Any], Any], workers: in
 
 
 def repeated(bench: Bench, work: Work, images: float, warmup: int = 1) -> float:
-    """images/s of work on so many of them."""
+    """images/s of `work`, each call of which processes `images` images."""
     clock = Clock(bench.arguments.seconds, images, bench.device, warmup)
     while not clock.over():
         work()
@@ -302,7 +302,7 @@ def views(bench: Bench) -> Iterator[Comparison]:
 
 
 def decode_once(bench: Bench, folder: Path, size: int, with_views: bool) -> float:
-    """images/s from files to the cache, whole builds until the time is over; on request with one epoch of views."""
+    """images/s from files to the cache, in whole builds until the time is up; optionally with one epoch of views."""
     short_side, directory = decoded_side(size), bench.place / "decoded"
     draws, count, seconds = generator(bench.device, 0), 0, 0.0
     while seconds < bench.arguments.seconds:
@@ -340,7 +340,7 @@ def decoding(bench: Bench) -> Iterator[Comparison]:
             found = pipelines.files(folder)
             pixels: Contenders = {"simsiam": partial(decode_once, bench, folder, size, False)}
             pixels["simsiam, without the cache"] = partial(decode_only, bench, folder, short_side)
-            pixels |= loader_contenders(bench, found, resize, collate=list)  # of many sizes: not stacked
+            pixels |= loader_contenders(bench, found, resize, collate=list)  # sizes differ: not stacked
             yield Comparison(f"decode, JPEG of {kind} to {short_side} px", "images/s", pixels)
             epoch: Contenders = {"simsiam": partial(decode_once, bench, folder, size, True)}
             epoch |= loader_contenders(bench, found, lightly)
@@ -432,7 +432,7 @@ def startup(bench: Bench) -> Iterator[Comparison]:
 
 
 def fresh(command: list[str]) -> Callable[[], float]:
-    """Times a python of its own, run once before so that its files are in the page cache."""
+    """Return a timer of a separate Python process, run once here so that its files are in the page cache."""
     run = partial(subprocess.run, [sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
     run()
     return partial(seconds, run)
@@ -449,7 +449,7 @@ def growth(bench: Bench, rounds: int) -> Costs:
         contents.append(buffer.getvalue())
     for count in bench.arguments.counts:
         folder = bench.place / "growing"
-        for label in range(10):  # ImageFolder wants classes
+        for label in range(10):  # ImageFolder requires classes
             (folder / f"class{label}").mkdir(parents=True)
         for i in range(count):
             (folder / f"class{i % 10}" / f"{i:07d}.png").write_bytes(contents[i % len(contents)])
@@ -462,7 +462,7 @@ def growth(bench: Bench, rounds: int) -> Costs:
 
 
 def costs_of(bench: Bench, folder: Path) -> Iterator[tuple[str, float]]:
-    """(what, seconds) of all whose cost could grow faster than the data set."""
+    """Yield (operation, seconds) for everything whose cost could grow faster than the data set."""
     directory = bench.place / "grown"
     images = open_images(folder)
     yield "list", seconds(lambda: open_images(folder))
@@ -531,7 +531,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bank", type=int, default=50_000)
     parser.add_argument("--counts", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="images, for growth")
     parser.add_argument("--place", type=Path, help="folder for what is made; a temporary one by default")
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # memory: a process of its own that trains this contender
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # memory: a separate process that trains this contender
     arguments = parser.parse_args()
     arguments.only = arguments.only.split(",")
     unknown = set(arguments.only) - {*SECTIONS, "growth"}
@@ -554,7 +554,7 @@ def versions() -> dict[str, str | None]:
 
 
 def measure(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """Runs the sections, printing their tables; returns every figure."""
+    """Run the sections, print their tables and return all figures."""
     bench = Bench(arguments, place)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     results: dict[str, Any] = {"environment": describe(), "peers": versions(), "settings": settings}
@@ -575,7 +575,7 @@ def measure(arguments: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse()
-    warnings.simplefilter("ignore")  # peers warn of more workers than cores, of pinned memory without a GPU, ...
+    warnings.simplefilter("ignore")  # peers warn about more workers than cores, pinned memory without a GPU, ...
     set_threads()
     with tempfile.TemporaryDirectory() as temporary:
         place = arguments.place or Path(temporary)

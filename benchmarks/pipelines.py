@@ -1,17 +1,19 @@
-"""The peers' ways of training SimSiam, each at its defaults and at its best settings; `peers.py` measures them.
+"""The peers' SimSiam training pipelines, each with default and with best settings; `peers.py` measures them.
 
 All train the same backbone with heads of the same widths on the same images, at the same batch and view size. Transforms,
-loader, loop, heads and optimiser are each peer's own:
+loader, loop, heads and optimiser are those of each peer:
 
 * lightly: the package from PyPI; its transform, heads and loss, in the loop of its `examples/pytorch/simsiam.py`.
-* released code: facebookresearch/simsiam (`main_simsiam.py`, `simsiam/loader.py`, `simsiam/builder.py`), written anew with
-  the same operations in the same order. Left out: DistributedDataParallel with SyncBatchNorm, of no use to one device.
+* released code: facebookresearch/simsiam (`main_simsiam.py`, `simsiam/loader.py`, `simsiam/builder.py`), rewritten with
+  the same operations in the same order. Left out: DistributedDataParallel with SyncBatchNorm, which one device does not
+  need.
 * solo-learn: vturrisi/solo-learn 1.0.6 (`main_pretrain.py`, `solo/data/pretrain_dataloader.py`, `solo/methods/base.py` and
-  `simsiam.py`, `scripts/pretrain/cifar/simsiam.yaml`), written anew on pytorch-lightning: the registry's newest solo-learn
-  asks for torch 1.9.1 and cannot stand beside ours. Left out: logger, progress bar and checkpoints, DDP, DALI.
+  `simsiam.py`, `scripts/pretrain/cifar/simsiam.yaml`), rewritten on pytorch-lightning: the newest solo-learn on PyPI
+  requires torch 1.9.1 and cannot be installed alongside ours. Left out: logger, progress bar and checkpoints, DDP,
+  DALI.
 
-What is left out would only slow the peers down. Their scripts' workers, 8, 32 and 4, are their defaults here. Our kernels
-are switched off while they train: a peer's operations are torch's.
+The omitted parts would only slow the peers down. The default numbers of workers, 8, 32 and 4, are those of their
+scripts. Our kernels are disabled while they train, so that a peer's operations are torch's.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ _WARMUP_STEPS = 3
 
 @dataclass(frozen=True)
 class Task:
-    """What everybody trains on."""
+    """The training task that all contenders share."""
 
     folder: Path
     size: int
@@ -73,21 +75,21 @@ class Task:
 class Knobs:
     workers: int
     threads: int
-    """Of torch in the training process."""
+    """torch threads in the training process."""
     best: bool
-    """bf16 autocast where the processor has it, channels_last, pinned memory and workers that live on; else as the peer's
-    own script has it."""
+    """bf16 autocast if the processor supports it, channels_last, pinned memory and persistent workers; otherwise as in
+    the peer's own script."""
 
 
 class Clock:
-    """images/s of a window of `seconds`, after some steps that are not counted."""
+    """Measures images/s over `seconds`, after some warm-up steps that are not counted."""
 
     def __init__(self, seconds: float, batch: float, device: torch.device, warmup: int = _WARMUP_STEPS) -> None:
         self.seconds, self.batch, self.device, self.warmup = seconds, batch, device, warmup
         self.steps, self.rate = 0, math.nan
 
     def over(self) -> bool:
-        """To be asked after every step."""
+        """Whether the time is up; must be called after every step."""
         self.steps += 1
         if self.steps == self.warmup:
             wait(self.device)
@@ -103,7 +105,7 @@ class Clock:
 
 
 def small_images(data: str, folder: Path, count: int) -> None:
-    """Training images of `data`, evenly spread over it, as PNG files."""
+    """Write up to `count` training images of `data`, evenly spread over it, as PNG files."""
     images = open_images(data)
     rows = images.train[np.linspace(0, len(images.train) - 1, min(count, len(images.train))).astype(int)]
     for i, row in enumerate(rows.tolist()):
@@ -111,7 +113,7 @@ def small_images(data: str, folder: Path, count: int) -> None:
 
 
 def large_photos(folder: Path, count: int) -> None:
-    """A twentieth as many JPEG files of 1600x1200."""
+    """Write a twentieth of `count`, but at least 8, JPEG files of 1600x1200."""
     for i, photograph in enumerate(crops(1600, 1200, max(8, count // 20))):
         photograph.save(folder / f"{i:06d}.jpg", quality=90)
 
@@ -140,10 +142,10 @@ def files(folder: Path) -> list[Path]:
 
 
 class Pictures(Dataset[Any]):
-    """What a transform makes of the given images, over and over: an epoch is at least as long as CIFAR-10's.
+    """The transformed images, repeated so that an epoch is at least as long as CIFAR-10's.
 
-    Images in memory are copied first, as torchvision's CIFAR10 makes each anew from its array; those given as paths are
-    read by ImageFolder's own loader. With `labels`, each comes as (index, views, label).
+    Images in memory are copied first, as torchvision's CIFAR10 creates each from its array; paths are read by
+    ImageFolder's loader. With `labels`, items are (index, views, label).
     """
 
     def __init__(self, images: Sequence[Image.Image | Path], views: Callable[[Any], Any], labels: bool = False) -> None:
@@ -172,14 +174,14 @@ class Two:
 
 
 class Blur:
-    """Pillow's Gaussian blur of a random radius."""
+    """Pillow's Gaussian blur with a random radius."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
 def pillow_view(size: int, smallest: float, interpolation: T.InterpolationMode) -> T.Compose:
-    """The paper's augmentation as the released code and solo-learn spell it: torchvision on one Pillow image."""
+    """The paper's augmentation as in the released code and solo-learn: torchvision on one Pillow image."""
     return T.Compose(
         [
             T.RandomResizedCrop(size, scale=(smallest, 1.0), interpolation=interpolation),
@@ -241,7 +243,7 @@ def _send(x: Tensor, task: Task, best: bool, wait: bool) -> Tensor:
 
 
 def lightly(task: Task, knobs: Knobs, clock: Clock) -> None:
-    # Peers are imported inside functions: a process that trains ours must not hold them, its memory is measured.
+    # Peers are imported inside functions so that they do not count in the memory measured for ours.
     from lightly.loss import NegativeCosineSimilarity
     from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
     from lightly.transforms import SimSiamTransform
@@ -312,7 +314,7 @@ def released(task: Task, knobs: Knobs, clock: Clock) -> None:
                 z1, z2 = encoder(x1), encoder(x2)
                 p1, p2 = predictor(z1), predictor(z2)
                 loss = -(criterion(p1, z2.detach()).mean() + criterion(p2, z1.detach()).mean()) * 0.5
-            total, seen = total + loss.item() * len(x1), seen + len(x1)  # its meter waits for every loss
+            total, seen = total + loss.item() * len(x1), seen + len(x1)  # its meter synchronises on every loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -329,7 +331,7 @@ def solo_learn(task: Task, knobs: Knobs, clock: Clock) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.backbone = task.backbone()
-            self.classifier = nn.Linear(self.backbone.dim, _CLASSES)  # trains along, on detached features
+            self.classifier = nn.Linear(self.backbone.dim, _CLASSES)  # trained alongside, on detached features
             self.projector, self.predictor = heads(self.backbone.dim, task, inplace=False)
 
         def configure_optimizers(self) -> Any:
@@ -374,7 +376,7 @@ def solo_learn(task: Task, knobs: Knobs, clock: Clock) -> None:
         accelerator="gpu" if task.device.type == "cuda" else "cpu",
         devices=1,
         max_epochs=1000,
-        # On a CPU, lightning takes bf16 for fp16, also where that has to be emulated.
+        # On a CPU, lightning replaces fp16 with bf16, even if that has to be emulated.
         precision="32-true" if not has_bf16(task) else "bf16-mixed" if knobs.best else "16-mixed",
         callbacks=[Stop()],
         logger=False,
@@ -386,7 +388,7 @@ def solo_learn(task: Task, knobs: Knobs, clock: Clock) -> None:
 
 
 def has_bf16(task: Task) -> bool:
-    """False where the processor emulates it, ten times slower than float32."""
+    """False if the processor would have to emulate it, ten times slower than float32."""
     return computes_bf16(task.device)
 
 
@@ -398,7 +400,7 @@ class Peer:
     name: str
     train: Callable[[Task, Knobs, Clock], None]
     workers: int
-    """Of its own script."""
+    """Workers in its own script."""
     needs: str = "torch"
 
     @property
@@ -420,9 +422,9 @@ def defaults(peer: Peer) -> Knobs:
 
 
 def tuned(peer: Peer, task: Task, place: Path) -> Knobs:
-    """The fastest of a few choices of workers and threads, tried out once and kept in `place`.
+    """The fastest of a few choices of workers and threads, measured once and stored in `place`.
 
-    More processes than cores make a step with several threads wait for itself, so what is best has to be measured.
+    With more processes than cores, the threads of a step wait for one another, so the best choice has to be measured.
     """
     kept = place / f"best-{peer.train.__name__}-{task.size}.json"
     if not kept.exists():
@@ -437,12 +439,12 @@ def tuned(peer: Peer, task: Task, place: Path) -> Knobs:
 
 
 def images_per_second(peer: Peer, task: Task, knobs: Knobs, share: float = 1.0) -> float:
-    """Of so large a share of the task's seconds."""
+    """Measure the peer's images/s over `share` of the task's seconds."""
     before = torch.get_num_threads()
     torch.set_num_threads(knobs.threads)
     clock = Clock(task.seconds * share, task.batch, task.device)
     try:
-        with kernels.off():  # the backbone is ours, what runs it is theirs
+        with kernels.off():  # the backbone is ours, but must run on torch's operations
             peer.train(task, knobs, clock)
     finally:
         torch.set_num_threads(before)

@@ -1,9 +1,9 @@
-"""The training step on a GPU, one way beside the other: launched kernel by kernel, as one graph, compiled, and both.
+"""Compare ways to run the training step on a GPU: kernel by kernel, as one CUDA graph, compiled, and both.
 
     python benchmarks/step.py [--encoder cifar-resnet18] [--size 32] [--batch 512] [--json FILE] [--profile FILE]
 
-Images are random pixels, on the device. "step" is forward, loss, backward and optimiser on views that are there; "whole"
-draws its views, too. The ways take turns, `--repeats` rounds; figures are medians, in images/s.
+Images are random pixels on the device. "step" is forward, loss, backward and optimiser on existing views; "whole" also
+draws the views. The ways alternate for `--repeats` rounds; figures are medians in images/s.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def timed(work: Callable[[], Any], seconds: float) -> float:
-    """Seconds of one call."""
+    """Mean seconds per call of `work`, called for about `seconds`."""
     torch.cuda.synchronize()
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:

@@ -1,11 +1,11 @@
-"""End-to-end training against its limit: the same model's step on a fixed batch already in memory.
+"""Compare end-to-end training with its limit: the same model's step on a fixed batch already in memory.
 
     python benchmarks/training.py [--size 32 96] [--repeats 5] [--seconds 10] [--settings KEY=VALUE ...] [--json FILE]
 
-Both alternate in one process. End to end is `simsiam.train` itself (loader, views, step, figures, guard; looks at held-out
-images and checkpoints are left out, as in `images_per_second`). The limit is forward, loss, backward and optimiser step on
-one batch. Where a machine's speed changes from one window to the next, the share is steadier: how much of the time of
-`simsiam.train` is forward, loss, backward and optimiser step (CPU only: a GPU runs beside the clock).
+Both alternate in one process. End to end is `simsiam.train` itself (loader, views, step, metrics, guard; evaluation on
+held-out images and checkpoints are excluded, as in `images_per_second`). The limit is forward, loss, backward and
+optimiser step on one batch. If the machine's speed varies, the share is steadier: the fraction of `simsiam.train`'s
+time that these four take (CPU only: a GPU runs asynchronously to the clock).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from simsiam.train import build_method, optimizer
 
 
 def photo_folder(folder: Path, count: int = 2000) -> Path:
-    """Crops of 120 to 280 pixels of the demo set's photographs, as JPEG files of many sizes."""
+    """Write crops of 120 to 280 pixels of the demo set's photographs, as JPEG files of many sizes."""
     photographs = [Image.open(io.BytesIO(content)).convert("RGB") for content in photograph_files().values()]
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -54,7 +54,7 @@ def photo_folder(folder: Path, count: int = 2000) -> Path:
 def end_to_end(
     data: str, run: Path, size: int, seconds: float, device: str, overrides: list[str]
 ) -> tuple[float, float]:
-    """images/s of `simsiam.train` for so many seconds and the step's share of the time, from the third line of figures on:
+    """images/s of `simsiam.train` over `seconds` and the step's share of the time, from the third line of metrics on:
     as for the limit, the first steps only warm up."""
     build_cache(open_images(data), preprocessing(size, ViewSettings.mean, ViewSettings.std).short_side)
     taken: list[float] = []
@@ -72,7 +72,7 @@ def end_to_end(
         )
     finally:
         Step.update = update  # type: ignore[method-assign]
-    taken = taken[-read_json(run / "summary.json")["steps"] :]  # a probe at the start may take some, too
+    taken = taken[-read_json(run / "summary.json")["steps"] :]  # a probe at the start may take some steps too
     batch = read(read_recipe(run / "config.toml")).train.batch_size
     lines = [line for line in read_metrics(run) if line["kind"] == "train"][1:]
     assert len(lines) > 2, "too short a run: raise --seconds"
@@ -83,7 +83,7 @@ def end_to_end(
 
 
 def limit(run: Path, seconds: float, device: str) -> float:
-    """images/s of the bare step under the very settings of `run`."""
+    """images/s of the bare step with the settings of `run`."""
     recipe = read(read_recipe(run / "config.toml"))
     where = pick_device(device)
     compute = Compute(where, "bf16" if recipe.train.precision == "bf16" else "fp32")
@@ -102,7 +102,7 @@ def limit(run: Path, seconds: float, device: str) -> float:
         step.update(views, batch.index)
         count += 1
         if count % 10 == 0:
-            wait(where)  # else a GPU's queue is filled for longer than the clock runs
+            wait(where)  # otherwise a GPU's queue would outlast the timed window
     wait(where)
     return count * recipe.train.batch_size / (time.perf_counter() - start)
 

@@ -137,7 +137,7 @@ def test_what_cannot_be_is_refused_in_words(server: Server) -> None:
     assert server.refuses("near/96")[0] == 404 and server.refuses("picture/-1")[0] == 404
     assert server.refuses("near", data=b"no image", method="POST") == (
         422,
-        '{"detail":"This is no image that can be read: text, not an image."}',
+        '{"detail":"This is not a readable image: text, not an image."}',
     )
     # An upload of the maximum size is read and found not to be an image; one byte more is rejected.
     assert server.refuses("near", data=bytes(UPLOAD), method="POST")[0] == 422

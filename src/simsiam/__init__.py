@@ -1,7 +1,7 @@
-"""SimSiam and its family: an encoder from a folder of unlabelled images, with proof of what it learnt.
+"""SimSiam and related methods: train an encoder on a folder of unlabelled images and measure what it learnt.
 
 The Python interface mirrors the command line: `simsiam.train(...)` makes a run, `simsiam.load(run).embed(images)` uses it.
-A mistake of the caller's is a `simsiam.UserError`, a ValueError whose message says what to do.
+Invalid input raises `simsiam.UserError`, a ValueError whose message says what to do.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> Any:
 
 class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
-        """Whoever imports the submodule `simsiam.train` first must not turn `simsiam.train(...)` into a call of a module."""
+        """Keep imports of the submodule `simsiam.train` from replacing the function `simsiam.train`."""
         if not (name in _HOME and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
@@ -47,5 +47,5 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
-    """With what is imported on first use, or `help(simsiam)` and a completing shell would not know it."""
+    """Include names that are imported on first use, for `help(simsiam)` and tab completion."""
     return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""How good a run's encoder is, always beside what needs no training: raw pixels and the untrained encoder."""
+"""Evaluate a run's encoder against baselines that need no training: raw pixels and the untrained encoder."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ _SHOWN = 2_000
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """An encoder that is examined, the images and what it takes to run it."""
+    """An encoder to evaluate, the images and what is needed to run it."""
 
     encoder: Encoder
     before: Encoder | None
-    """The same untrained; None: no baselines."""
+    """The same encoder, untrained; None: no baselines."""
     prepare: Preprocessing
     cache: Cache
     compute: Compute
     listener: Listener
 
     def embed(self, network: Callable[[Tensor], Tensor], rows: Rows) -> Tensor:
-        """float32 [N,D] of the images of these rows."""
+        """Embed the images of `rows` with `network`: float32 [N,D]."""
         return embed_rows(network, self.prepare, self.cache, rows, self.compute, self.listener.embedding)
 
 
 def side_by_side(subject: Subject, train: Rows, test: Rows) -> dict[str, Callable[[], Features]]:
-    """What makes features of the same images: the trained encoder and, as baselines, the untrained one and none at all."""
+    """Functions that make features of the same images: "trained" and, as baselines, "untrained" and raw "pixels"."""
     cache = subject.cache
 
     def features(embed: Callable[[Rows], Tensor]) -> Features:
@@ -90,20 +90,20 @@ def evaluate_run(
     workers: int | None = None,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a run and, on its own data, writes `evaluation.json` into its folder; what it holds of other evaluations
-    stays.
+    """Evaluate a run and, on its own data, write `evaluation.json` into its folder, keeping other evaluations of the
+    same images there.
 
     Args:
-        data: labelled images; None for those that the run was trained on, which may also be named, where they were moved
-            to. Without a test split of its own, the part that training holds out is the test part.
-        names: one or several evaluations, by name; None for all.
-        baselines: False leaves out raw pixels and the untrained encoder.
-        k: neighbours of kNN; None: 200, or 20 where classes have fewer than 1,000 images.
-        sgd: the paper's linear protocol too, as "linear_sgd": LARS, 90 epochs of random crops and flips.
-        share: in (0, 1]: the whole network is trained on this share of the labels too, from the trained weights and from
-            the untrained ones, as "finetune". None: not.
-    Returns {"knn": {"trained", "untrained", "pixels", settings...}, "linear", "fewshot", "collapse", ...}, None where
-    there are no labels, and "file", None where it was not written. Raises UserError where `run` has no encoder.
+        data: labelled images; None: those the run was trained on. If these were moved, pass their new location. Without
+            a test split, the images that training holds out are the test set.
+        names: names of one or more evaluations; None: all.
+        baselines: False skips raw pixels and the untrained encoder.
+        k: number of neighbours for kNN; None: 200, or 20 if classes have fewer than 1,000 images.
+        sgd: also run the paper's linear protocol, as "linear_sgd": LARS, 90 epochs of random crops and flips.
+        share: also fine-tune the whole network on this share of the labels, in (0, 1], from the trained and from the
+            untrained weights, as "finetune"; None: do not.
+    Returns {"knn": {"trained", "untrained", "pixels", settings...}, "linear", "fewshot", "collapse", ...}, with None
+    for evaluations that lack labels, and "file", None if it was not written. Raises UserError if `run` has no encoder.
     """
     run = Path(run)
     if share is not None:
@@ -130,12 +130,12 @@ def evaluate_run(
         raise UserError(f"{error} If it was moved, name its new place: {again}") from None
     same = images.fingerprint == meta.get("fingerprint")
     own = data is None or same
-    if own and not same and meta.get("fingerprint"):  # an imported run tells none
-        listener.say(f"The images of {name} have changed since they were trained on: figures of then are not shown.")
+    if own and not same and meta.get("fingerprint"):  # imported runs have no fingerprint
+        listener.say(f"The images of {name} have changed since training: results for the old images are not used.")
     cache = build_cache(images, prepare.short_side, workers=workers, progress=listener.decoding)
     train, test = cache.split()
     if len(train) < 2:
-        raise UserError(f"{name} has {counted(len(train), 'usable image')}: an evaluation needs more.")
+        raise UserError(f"{name} has {counted(len(train), 'usable image')}: an evaluation needs at least 2.")
     before = None
     if baselines:
         before = untrained(encoder.spec, meta["seed"], prepare, cache, draw(train, BN_IMAGES), compute)
@@ -155,8 +155,8 @@ def evaluate_run(
     def save() -> bool:
         return own and keep(lambda: write_json(run / EVALUATION, {**before_this, **result}))
 
-    kept = save()  # the rest takes long, and may need more memory than there is
-    others = f"{run / EVALUATION} has the other evaluations" if kept else "Leave it out"
+    kept = save()  # the rest is slow and may run out of memory
+    others = f"The other evaluations are in {run / EVALUATION}" if kept else "Leave it out"
     too_much = f"needs more memory than {compute.device} has. {others}; another --device may have more."
     if sgd:
         with enough_memory(f"--sgd {too_much}"):
@@ -170,12 +170,12 @@ def evaluate_run(
 
 
 def _collapse(run: Path, same: bool, features: dict[str, Any]) -> dict[str, Any]:
-    """The features' figures, and where the run's own summary tells it of the same images, the verdict on z: that is what
-    training judges."""
+    """The features' figures and, if the run's summary covers the same images, its figures and verdict on z, which is
+    what training judges."""
     plain = {key: value["trained"] if isinstance(value, dict) else value for key, value in features.items()}
     found = {key: plain[key] for key in ("std", "effective_rank", "most_rank", "verdict", "dim", "rows")}
     summary = read_json(run / SUMMARY) if same and (run / SUMMARY).exists() else {}
-    if summary.get("verdict") is not None:  # None: a run that was imported
+    if summary.get("verdict") is not None:  # None for imported runs
         found |= {"std_features": found["std"], "effective_rank_features": found["effective_rank"]}
         found |= {key: summary.get(key) for key in ("std", "effective_rank", "most_rank", "verdict", "dim")}
     return found
@@ -185,7 +185,7 @@ def _sgd(subject: Subject, features: Features, rows: Rows, seed: int) -> dict[st
     data = features.labelled()
     if data is None or features.train_labels is None or data.test_labels is None:
         return None
-    views = subject.prepare.crops((0.08, 1.0))  # as the released code's linear training
+    views = subject.prepare.crops((0.08, 1.0))  # as in the released code's linear training
 
     def epoch(number: int) -> Tensor:
         draws = generator(subject.compute.device, seed, number)
@@ -220,15 +220,15 @@ def _finetuned(subject: Subject, train: Rows, test: Rows, share: float, seed: in
 
 
 def keep_samples(run: Path, subject: Subject, views: ViewSettings, train: Rows, shown: Rows) -> None:
-    """`samples/`, for people to look at: the views of a few images as the network saw them, and up to 2,000 of the
-    `shown` images with their embeddings after and before training. The encoder is in the run folder already."""
+    """Write `samples/` for the report: a few images with views as the network saw them, and up to 2,000 of the `shown`
+    images with their embeddings after and before training. The encoder must already be in the run folder."""
     folder, cache = run / "samples", subject.cache
     folder.mkdir(exist_ok=True)
     images, sizes = cache.packed(draw(train, 8))
     draws = generator(torch.device("cpu"), 0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (views.mean, views.std))
     seen = [plain_pixels(images, views.size, 1.0, sizes)]
-    for view in views.each()[:2]:  # the second may be a small one, which is enlarged
+    for view in views.each()[:2]:  # the second may be smaller and is enlarged
         drawn = F.interpolate(random_view(images, view, draws, sizes), views.size)
         seen.append((drawn * std + mean) * 255)
     _save(folder / "views.npy", np.stack([_pictures(view) for view in seen], 1))
@@ -252,5 +252,5 @@ def _save(path: Path, values: NDArray[Any]) -> None:
 
 
 def _pictures(pixels: Tensor) -> NDArray[np.uint8]:
-    """float [B,3,h,w] in 0..255 -> [B,h,w,3]."""
+    """float [B,3,h,w] in 0..255 -> uint8 [B,h,w,3]."""
     return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

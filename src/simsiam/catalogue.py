@@ -1,4 +1,4 @@
-"""Everything that can be chosen by name, discovered: what `simsiam list` prints and the docs show."""
+"""Discover everything that can be chosen by name, for `simsiam list` and the docs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _NO_SINGLE_IMAGES = {
     *("_optical_flow", "_stereo_matching", "cityscapes", "coco", "fakedata", "flickr", "folder", "hmdb51", "kinetics"),
     *("kitti", "lfw", "moving_mnist", "phototour", "sbd", "sbu", "ucf101", "vision", "voc", "widerface"),
 }
-"""torchvision's modules of videos, pairs, detection and captions."""
+"""torchvision's modules of videos, image pairs, detection and captions."""
 
 
 def everything() -> dict[str, dict[str, str]]:
-    """{"methods": {name: one line about it}, "encoders": ..., "datasets", "evaluations", "experiments", "recipes"}."""
+    """{"methods": {name: description}, "encoders": ..., "datasets", "evaluations", "experiments", "recipes"}."""
     from simsiam import encoders, evaluate, methods, recipes, reproduce
 
     def first_line(module: str) -> str:
@@ -23,8 +23,8 @@ def everything() -> dict[str, dict[str, str]]:
     headers = {name: (recipe_folder / f"{name}.toml").read_text(encoding="utf-8") for name in recipes.names()}
     return {
         "methods": {name: first_line(f"simsiam.methods.{name}") for name in methods.names()},
-        "encoders": dict.fromkeys(encoders.names(), "") | {"timm/NAME": "any model of timm"},
-        "datasets": {"demo": "patches of the photographs that scikit-image brings along"} | _torchvision(),
+        "encoders": dict.fromkeys(encoders.names(), "") | {"timm/NAME": "any timm model"},
+        "datasets": {"demo": "patches of the photographs included in scikit-image"} | _torchvision(),
         "evaluations": {name: first_line(f"simsiam.evaluate.{name}") for name in evaluate.names()},
         "experiments": {name: reproduce.get(name).title for name in reproduce.names()},
         "recipes": {name: text.splitlines()[0].lstrip("# ") for name, text in headers.items()},
@@ -42,4 +42,4 @@ def _torchvision() -> dict[str, str]:
         and issubclass(kind, datasets.VisionDataset)
         and kind.__module__.rpartition(".")[2] not in _NO_SINGLE_IMAGES
     ]
-    return dict.fromkeys(sets, "torchvision's; write NAME:FOLDER")
+    return dict.fromkeys(sets, "from torchvision; write NAME:FOLDER")

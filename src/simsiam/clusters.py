@@ -1,4 +1,4 @@
-"""Stored embeddings -> clusters by k-means, and outliers: the images least like their nearest neighbours."""
+"""Cluster stored embeddings by k-means and find outliers: the images least similar to their nearest neighbours."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from simsiam.search import Vectors, nearest, open_index
 
 CLUSTERS = "clusters.parquet"
 COUNT = 20
-"""Clusters if no other number is asked for, as many as a person looks through; at most a tenth of the images."""
+"""Default number of clusters, few enough to look through; at most a tenth of the images."""
 
 _EXAMPLES, _ODD, _ODD_NEIGHBOURS = 9, 20, 10
 _DIRECTIONS, _MANY = 64, 50_000
@@ -34,32 +34,33 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Clusters:
-    """N images in clusters, by row."""
+    """The clusters of N images."""
 
     count: int
     seed: int
     label: Rows
-    """[N], the cluster of each: 0, the largest, to count - 1."""
+    """[N], the cluster of each image, from 0, the largest, to count - 1."""
     similarity: NDArray[np.float32]
-    """[N], cosine, to the centre of its cluster."""
+    """[N], cosine similarity of each image to the centre of its cluster."""
     odd: list[tuple[int, float]]
-    """The images that are least like their 10 nearest, at most 20, and their mean cosine similarity to these."""
+    """The images least similar to their 10 nearest neighbours, at most 20: row and mean cosine similarity to these."""
 
 
 def clusters(
     folder: str | Path, count: int | None = None, *, seed: int = 0, device: str = "auto", progress: Tell | None = None
 ) -> dict[str, Any]:
-    """k-means over the directions of the embeddings; `clusters.parquet` in the folder says where each image belongs.
+    """Cluster the directions of the embeddings by k-means and write the result to `clusters.parquet` in the folder.
 
     Args:
-        folder: embeddings, as `simsiam embed` writes them.
-        count: clusters, at least 2; None: 20, or a tenth of the images where those are fewer.
-    Returns {"images", "count", "file", "clusters", "odd", "agreement"}. A cluster is {"cluster", "images", "similarity",
-    "examples", "classes"}: its size, the mean cosine similarity to its centre, the ids nearest to the centre and, where
-    labels are known, the share of each of the three most frequent classes; the largest comes first. `odd` are the 20
-    images that are least like their 10 nearest, {"id", "similarity"}. `agreement` with the labels: {"nmi", "purity"} in
-    [0, 1], None where there are none. `file` is None where it could not be written.
-    Raises UserError where `count` does not fit the images.
+        folder: embeddings written by `simsiam embed`.
+        count: number of clusters, at least 2; None: 20, or a tenth of the images if that is fewer.
+    Returns {"images", "count", "file", "clusters", "odd", "agreement"}. A cluster is {"cluster", "images",
+    "similarity", "examples", "classes"}: its number, its size, the mean cosine similarity to its centre, the ids
+    nearest to the centre and, if labels are known, the shares of the three most frequent classes; the largest comes
+    first. `odd` lists the 20 images least similar to their 10 nearest neighbours, as {"id", "similarity"}. `agreement`
+    with the labels is {"nmi", "purity"} in [0, 1], or None with fewer than two classes. `file` is None if it could not
+    be written.
+    Raises UserError if `count` does not fit the images.
     """
     set_threads()
     stored = read_embeddings(folder, ("id", "class"))
@@ -84,12 +85,12 @@ def find_clusters(
     device: str = "auto",
     progress: Tell | None = None,
 ) -> Clusters:
-    """The arrays that `clusters` describes; arguments and errors are the same."""
+    """Compute the arrays that `clusters` describes; same arguments and errors."""
     tell = progress or (lambda text: None)
     if len(stored) < 2:
         raise UserError(f"{stored.folder} has {counted(len(stored), 'image')}: clusters need at least 2.")
     if count is not None and not 2 <= count <= len(stored):
-        raise UserError(f"{len(stored):,} images cannot form {count} clusters: from 2 to as many as there are images.")
+        raise UserError(f"{len(stored):,} images cannot form {count} clusters: choose 2 to the number of images.")
     count = count or max(2, min(COUNT, len(stored) // 10))
     tell(f"Forming {count} clusters of {len(stored):,} images ...")
     vectors = stored.vectors
@@ -104,7 +105,7 @@ def find_clusters(
     similarity = np.empty(len(label), np.float32)
     for block in parts:
         similarity[block] = (unit_rows(vectors[block]) * centres[label[block]]).sum(1)
-    tell("Looking for images that are like no other ...")
+    tell("Looking for outliers ...")
     near, _ = nearest(vectors, _ODD_NEIGHBOURS, device=device, index=lambda: open_index(stored, progress))
     alone = near.mean(1)
     odd = [(row, float(alone[row])) for row in np.argsort(alone, kind="stable")[:_ODD].tolist()]
@@ -112,8 +113,8 @@ def find_clusters(
 
 
 def write_clusters(stored: Embeddings, found: Clusters) -> None:
-    """`clusters.parquet` in the folder: id, cluster, similarity, and how to make them again. Raises UserError where it
-    cannot be written."""
+    """Write `clusters.parquet` into the folder: id, cluster, similarity and, as metadata, the settings. Raises
+    UserError if it cannot be written."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -124,7 +125,7 @@ def write_clusters(stored: Embeddings, found: Clusters) -> None:
 
 
 def stored_settings(stored: Embeddings) -> dict[str, int]:
-    """The `count` and `seed` of the stored clusters; empty if there are none, or if they are of another number of images."""
+    """The `count` and `seed` of the stored clusters; empty if there are none or the number of images has changed."""
     import pyarrow.parquet as pq
 
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -135,7 +136,7 @@ def stored_settings(stored: Embeddings) -> dict[str, int]:
 
 
 def summary(stored: Embeddings, found: Clusters) -> dict[str, Any]:
-    """What `clusters` returns but the file, with rows in place of ids; the column class has to be there."""
+    """What `clusters` returns, without the file and with rows in place of ids; `stored` must have the column class."""
     classes = stored.items["class"]
     return {
         "images": len(stored),
@@ -149,13 +150,13 @@ def summary(stored: Embeddings, found: Clusters) -> dict[str, Any]:
 
 
 def k_means(vectors: Vectors, count: int, seed: int = 0) -> Rows:
-    """The cluster of every vector by its direction, float [N,D] -> [N] in 0..count-1; the best of four starts. Collapsed
-    vectors may leave clusters empty."""
+    """Cluster vectors by direction, best of four starts: float [N,D] -> [N] in 0..count-1. With collapsed vectors,
+    clusters may be empty."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.decomposition import PCA
 
-    # Distances between unit vectors order as cosine similarity does; a few directions hold nearly all of them, and of
-    # many vectors a part tells which.
+    # Distances between unit vectors rank as cosine similarity does; a few principal directions preserve nearly all of
+    # them, and a sample is enough to find these.
     some = np.sort(np.random.default_rng(seed).permutation(len(vectors))[:_MANY])
     sample = np.empty((len(some), vectors.shape[1]), np.float32)
     for block in blocks(*sample.shape):
@@ -163,11 +164,11 @@ def k_means(vectors: Vectors, count: int, seed: int = 0) -> Rows:
     width = min(_DIRECTIONS, *sample.shape)
     solver = "randomized" if min(sample.shape) > 8 * width else "full"
     kind = MiniBatchKMeans if len(vectors) > _MANY else KMeans
-    with warnings.catch_warnings():  # collapsed features: no variance, and fewer different vectors than clusters
+    with warnings.catch_warnings():  # collapsed features: no variance, and fewer distinct vectors than clusters
         warnings.simplefilter("ignore", RuntimeWarning)
         warnings.simplefilter("ignore", ConvergenceWarning)
         directions = PCA(width, svd_solver=solver, random_state=seed, copy=False).fit(sample)
-        del sample  # centred in place
+        del sample  # PCA has centred it in place
         few = np.empty((len(vectors), width), np.float32)
         for block in blocks(*vectors.shape):
             few[block] = directions.transform(unit_rows(vectors[block]).numpy())

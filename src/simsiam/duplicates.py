@@ -1,4 +1,4 @@
-"""Stored embeddings -> near-duplicates: groups of images that show one picture."""
+"""Find near-duplicates among stored embeddings: groups of images that show the same picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from simsiam.neighbours import blocks, top_k, unit_rows
 from simsiam.search import Vectors, make_index, nearest
 
 PASS = 0.95
-"""Share of altered copies that each of the two thresholds of `near_duplicates` lets pass."""
+"""Share of altered copies that passes each of the two thresholds of `near_duplicates`."""
 
 _NEIGHBOURS = 20
 _SAMPLE = 256
@@ -38,24 +38,25 @@ Rows = NDArray[np.int64]
 def near_duplicates(
     folder: str | Path, threshold: float | None = None, *, device: str = "auto", progress: Tell | None = None
 ) -> dict[str, Any]:
-    """Groups of images that are one picture: the same pixels, or as alike as altered copies of an image are.
+    """Find groups of images that show the same picture: identical pixels, or as similar as altered copies of an image.
 
-    How alike copies are depends on the encoder and the images, so it is measured: images drawn from the set are saved anew
-    as JPEG, scaled, cropped a little and mirrored. 95 % of these copies pass each of two thresholds, on the correlation of
-    the pictures at 16 x 16 pixels, mean colour taken off, and on the cosine similarity of the embeddings. A pair has to
-    pass both. The pictures decide first because many an encoder holds thousands of images to be as similar as copies are.
+    How similar copies are depends on the encoder and the images, so it is measured: a sample of the images is re-saved
+    as JPEG, scaled, slightly cropped and mirrored. 95 % of these copies pass each of two thresholds: on the correlation
+    of the pictures at 16 x 16 pixels without their mean colour, and on the cosine similarity of the embeddings. A pair
+    must pass both. Pictures are compared first because many encoders rate thousands of images as similar as copies.
 
     Args:
-        folder: embeddings, as `simsiam embed` writes them.
-        threshold: a cosine similarity in [-1, 1] that decides alone; then neither the run nor the images are needed.
-        progress: told in words what takes long.
-    Returns {"images", "threshold", "pixel_threshold", "recall", "copies", "groups"}: `recall` is the share of the copies,
-    of images that the thresholds were not measured on, that is found; `copies` how many images could go. A group is a
-    list of {"id", "score", "identical"}: first the image that most others are linked to, then the others by falling
-    score, which is the similarity to the group's image that is most alike (1 where the pixels are the same). The largest
-    groups come first. Every image is compared with the 20 nearest. Nearly flat pictures, sky or blank pages, of which
-    nothing is left without their mean colour, count only where their pixels are the same.
-    Raises UserError where, without a threshold, the run or the images are gone or were changed.
+        folder: embeddings written by `simsiam embed`.
+        threshold: a cosine similarity in [-1, 1] as the only criterion, which needs neither the run nor the images.
+        progress: receives a message before each slow stage.
+    Returns {"images", "threshold", "pixel_threshold", "recall", "copies", "groups"}: `recall` is the share of copies
+    found, for images that the thresholds were not measured on; `copies` is the number of images that could be removed.
+    A group is a list of {"id", "score", "identical"}: first the image with the most links to others, then the rest by
+    descending score, the similarity to the most similar linked image (1 if another image has the same pixels). The
+    largest groups come first. Every image is compared with its 20 nearest neighbours. Without `threshold`, nearly flat
+    pictures (sky, blank pages), of which nothing is left without their mean colour, match only if their pixels are
+    identical.
+    Raises UserError if `threshold` is not given and the run or the images are missing or have changed.
     """
     set_threads()
     if threshold is not None and not -1 <= threshold <= 1:
@@ -69,7 +70,7 @@ def near_duplicates(
 def find_duplicates(
     stored: Embeddings, threshold: float | None = None, *, device: str = "auto", progress: Tell | None = None
 ) -> dict[str, Any]:
-    """What `near_duplicates` returns, with "row" in place of "id"; the columns id and pixels have to be there."""
+    """Like `near_duplicates`, but with "row" in place of "id"; `stored` must have the columns id and pixels."""
     tell = progress or (lambda text: None)
     rows, kind = _kinds(stored.items["pixels"])
     vectors: Any = _Picked(stored.vectors, rows)
@@ -106,7 +107,7 @@ def find_duplicates(
 
 
 class _Picked:
-    """Some rows of memory-mapped vectors, read when they are asked for: an array of them would be a copy in memory."""
+    """Some rows of memory-mapped vectors, read on access: selecting them up front would copy them into memory."""
 
     ndim = 2
 
@@ -121,23 +122,23 @@ class _Picked:
 
 
 def _kinds(pixels: Sequence[str]) -> tuple[Rows, Rows]:
-    """One row of each kind of pixels, [U], in their order; and the kind of every row, [N]: 0..U-1."""
+    """The first row of each distinct `pixels` value, [U] in order of appearance, and each row's kind, [N] in 0..U-1."""
     number: dict[str, int] = {}
     kind = np.array([number.setdefault(each, len(number)) for each in pixels], np.int64)
     return np.unique(kind, return_index=True)[1], kind
 
 
 def _links(found: Rows, scores: NDArray[np.float32] | None = None) -> tuple[Rows, NDArray[np.float64]]:
-    """Each row with its neighbours, [N,k], as pairs without repetition: [L,2], the smaller row first, and their scores."""
+    """Turn every row's neighbours, [N,k], into unique pairs [L,2], the smaller row first, with their scores [L]."""
     rows, others = np.arange(len(found)).repeat(found.shape[1]), found.ravel()
-    # As one number each: rows of two are sorted several times slower.
+    # Each pair is encoded as one number: sorting rows of two is several times slower.
     key, which = np.unique(np.minimum(rows, others) * len(found) + np.maximum(rows, others), return_index=True)
     pairs = np.stack(np.divmod(key, len(found)), 1) if len(key) else np.zeros((0, 2), np.int64)
     return pairs, np.zeros(len(pairs)) if scores is None else scores.ravel()[which].astype(np.float64)
 
 
 def _cosine(vectors: Vectors, links: Rows) -> NDArray[np.float64]:
-    """[L], of each pair of rows."""
+    """Cosine similarity of each pair of rows, [L]."""
     found = np.empty(len(links))
     for block in blocks(len(links), vectors.shape[1]):
         one, other = (unit_rows(vectors[links[block, side]]) for side in range(2))
@@ -146,11 +147,11 @@ def _cosine(vectors: Vectors, links: Rows) -> NDArray[np.float64]:
 
 
 def _groups(kind: Rows, links: Rows, scores: NDArray[np.float64]) -> list[list[tuple[int, float, bool]]]:
-    """What is linked, directly or through others, with all that have the same pixels: (row, score, same pixels as the
-    first), the largest groups first.
+    """Group rows that are linked, directly or through others, or have the same pixels: lists of (row, score, same
+    pixels as the first), the largest groups first.
 
     Args:
-        kind: [N], the kind of pixels of every row, 0..U-1.
+        kind: [N], every row's kind of pixels, 0..U-1.
         links: [L,2], pairs of kinds; scores: [L], their similarities.
     """
     from scipy.sparse import coo_array
@@ -175,10 +176,10 @@ def _groups(kind: Rows, links: Rows, scores: NDArray[np.float64]) -> list[list[t
 
 
 class _Pictures:
-    """Images at 16 x 16 pixels, less their mean colour, of length 1: float16 [N,3,16,16]; 0 where nearly nothing is left."""
+    """Images at 16 x 16 pixels, mean colour removed, of norm 1: float16 [N,3,16,16]; 0 for nearly flat images."""
 
     def __init__(self, count: int, parts: Iterable[tuple[Images, Tensor]]) -> None:
-        """parts: uint8 [B,3,H,W], or packed, and sizes, `count` images in all."""
+        """parts: batches of images, uint8 [B,3,H,W] or packed, with their sizes; `count` images in all."""
         self.looks, end = torch.empty(count, 3, _SIDE, _SIDE, dtype=torch.float16), 0
         for images, sizes in parts:
             small = plain_pixels(images, _SIDE, 1.0, sizes)
@@ -189,7 +190,7 @@ class _Pictures:
         assert end == count
 
     def small(self, mirrored: bool = False) -> Tensor:
-        """At 8 x 8 pixels, float32 [N,192], to find candidates by."""
+        """Downsample to 8 x 8 pixels, float32 [N,192], for the candidate search."""
         found = torch.empty(len(self.looks), 3 * (_SIDE // 2) ** 2)
         for block in blocks(len(found), self.looks[:1].numel()):
             looks = self.looks[block].float()
@@ -197,7 +198,7 @@ class _Pictures:
         return found
 
     def correlation(self, links: Rows) -> NDArray[np.float32]:
-        """[L], as they are or with one of them mirrored, whichever is larger."""
+        """Correlation of each pair, [L]: the larger of the values with and without mirroring one image."""
         found = np.empty(len(links), np.float32)
         for block in blocks(len(links), self.looks[:1].numel()):
             one, other = (self.looks[links[block, side]].float() for side in range(2))
@@ -210,17 +211,17 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _pictures(stored: Embeddings, rows: Rows, device: str, tell: Tell) -> tuple[_Pictures, dict[str, float]]:
-    """The images of the stored rows, and how alike altered copies of some of them are: the two thresholds, and the recall
-    on other images."""
+    """Load the pictures of `rows`, and measure on altered copies of a sample the two thresholds and, on other images of
+    the sample, the recall."""
     try:
         encoder, (cache, cached) = stored.encoder(device), stored.images()
     except UserError as error:
-        raise UserError(f"{error} Or say how alike duplicates are: --threshold 0.95.") from None
-    tell(f"Measuring how alike copies of an image are, on {counted(min(_SAMPLE, len(rows)), 'image')} ...")
+        raise UserError(f"{error} Or compare embeddings alone: --threshold 0.95.") from None
+    tell(f"Measuring how similar copies of an image are, on {counted(min(_SAMPLE, len(rows)), 'image')} ...")
     cached = cached[rows]
     if not cache.usable(cached).all():
         path, reason = cache.bad[0]
-        raise UserError(f"{path} cannot be read any more ({reason}): run `simsiam embed` again.")
+        raise UserError(f"{path} can no longer be read ({reason}): run `simsiam embed` again.")
     pictures = _Pictures(len(rows), (cache.packed(cached[start : start + 1024]) for start in range(0, len(rows), 1024)))
     bank = pictures.small()
     shaped = np.flatnonzero(pictures.looks.flatten(1).any(1).numpy())

@@ -1,4 +1,4 @@
-"""A short probe before a long run: how fast it would go, what holds it up, how much memory it takes, what would fit."""
+"""A short probe before a long run: its speed, bottleneck and memory use, and the batch sizes and epochs that fit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from simsiam.step import Step
 from simsiam.train import build_method, optimizer
 
 _SAMPLE = 2000
-"""Images that are decoded at most: spread over the set."""
+"""Maximum number of images to decode, spread over the set."""
 _FIT = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -40,13 +40,14 @@ def plan(
     seconds: float = 30.0,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Measures decoding, views and steps on the real images for about `seconds`; writes nothing.
+    """Measure decoding, views and training steps on the real images for about `seconds`, without writing any files.
 
-    The arguments are those of `train`. Returns rates in images/s, times in seconds ("seconds": of all, decoding included),
-    sizes in bytes:
-    {"images", "method", "encoder", "batch_size", "precision", "decode_images_per_second", "decode_seconds", "cache_bytes",
-    "views_images_per_second", "images_per_second", "seconds_per_epoch", "epochs", "seconds", "bottleneck", "memory_bytes",
-    "memory_available", "fits": {batch size: bytes}, "epochs_in": {"10m": ..., "1h": ..., "8h": ...}}.
+    The other arguments are those of `train`. Returns rates in images/s, times in seconds ("seconds": the whole run,
+    including decoding) and sizes in bytes:
+    {"images", "method", "encoder", "device", "batch_size", "precision", "decode_images_per_second", "decode_seconds",
+    "cache_bytes", "views_images_per_second", "images_per_second", "seconds_per_epoch", "epochs", "seconds",
+    "bottleneck", "shares": {part: share of the time}, "memory_bytes", "memory_available", "fits": {batch size: bytes},
+    "epochs_in": {"10m": ..., "1h": ..., "8h": ...}}.
     Raises UserError as `train` does.
     """
     set_threads()
@@ -61,7 +62,7 @@ def plan(
     pixels, decode_rate = _decode(images, wanted.short_side, workers, seconds / 3)
     batch, sizes = padded(list(itertools.islice(itertools.cycle(pixels), wanted.train.batch_size)))
     batch, sizes = batch.to(where), sizes.to(where)
-    available = _available(where)  # now: later torch itself holds what a step took
+    available = _available(where)  # now: after a step, torch keeps the memory it took
     while True:
         try:
             precision, views_seconds, step_seconds, memory = _measure(
@@ -86,7 +87,7 @@ def plan(
     cache = known_cache(images, wanted.short_side)
     waiting = len(images) if cache is None else len(cache.missing(np.arange(len(images))))
     decode_seconds = waiting / decode_rate
-    if wanted.train.seconds is not None:  # the budget's clock runs while the first epoch decodes
+    if wanted.train.seconds is not None:  # the budget includes decoding during the first epoch
         epochs = round(max(0.0, wanted.train.seconds - decode_seconds) / epoch_seconds, 1)
     parts = {"decoding": decode_seconds, "views": epochs * per_epoch * views_seconds}
     parts["model"] = epochs * per_epoch * step_seconds
@@ -124,14 +125,14 @@ def plan(
 
 
 def _decode(images: ImageSet, short_side: int, workers: int | None, seconds: float) -> tuple[list[np.ndarray], float]:
-    """Decoded images [H,W,3], spread over the set, and how many a second. Bad ones are left out."""
+    """Decode images spread over the set: arrays [H,W,3], bad ones left out, and images per second."""
     rows = np.unique(np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).astype(int)).tolist()
     order = np.random.default_rng(0).permutation(rows).tolist()
 
     def load(i: int) -> np.ndarray | None:
         try:
             return decode(images.read(order[i]), short_side)
-        except Exception:  # as the cache does: archives and plug-ins raise what they like
+        except Exception:  # as in the cache: archives and plug-ins may raise anything
             return None
 
     start, count = time.perf_counter(), 0
@@ -155,9 +156,9 @@ def _decode(images: ImageSet, short_side: int, workers: int | None, seconds: flo
 def _measure(
     recipe: Recipe, images: int, batch: Tensor, sizes: Tensor, device: torch.device, seconds: float
 ) -> tuple[str, float, float, dict[str, int]]:
-    """Precision, seconds for the views and for the rest of a step, and bytes: fixed, and for each image of a batch.
+    """Precision, seconds for the views and for the rest of a step, and memory in bytes: fixed, and per image.
 
-    images: how many the run trains on.
+    images: number of images the run trains on.
     """
     method = build_method(recipe, max(images, len(batch)))
     whole = bool((sizes == torch.tensor(batch.shape[-2:], device=device)).all())
@@ -202,10 +203,10 @@ def _measure(
 
 
 def _time(work: Callable[[], object], seconds: float, device: torch.device) -> float:
-    """Seconds of `work`: the median of as many as fit, at least three, after those that warm up."""
+    """Median seconds of `work` over as many calls as fit into `seconds`, at least three after warm-up."""
     times: list[float] = []
     begin = time.perf_counter()
-    warm = 1 if device.type == "cpu" else 5  # of which one captures
+    warm = 1 if device.type == "cpu" else 5  # one of which captures the CUDA graph
     while len(times) < warm + 3 or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         work()
@@ -215,7 +216,7 @@ def _time(work: Callable[[], object], seconds: float, device: torch.device) -> f
 
 
 def _available(device: torch.device) -> int | None:
-    """Bytes of memory on the device that may be used; None where that is not known."""
+    """Available memory of the device in bytes; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":

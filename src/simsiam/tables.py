@@ -1,4 +1,4 @@
-"""What the verbs print when they are done, for people to read."""
+"""The summaries that the commands print when they finish."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ def training(console: Console, summary: dict[str, Any]) -> None:
     console.results("Training", ["", "value"], rows)
     if knn:
         _comparison(
-            console, f"kNN, percent right (k={knn['k']}, T={knn['T']}, {knn['test']:,} held-out images)", {"kNN": knn}
+            console,
+            f"kNN accuracy in percent (k={knn['k']}, T={knn['T']}, {knn['test']:,} held-out images)",
+            {"kNN": knn},
         )
 
 
 def evaluation(console: Console, result: dict[str, Any]) -> None:
     named = {name: figures for name, figures in result.items() if isinstance(figures, dict) and "trained" in figures}
     if named:
-        _comparison(console, "Percent right, higher is better", named)
+        _comparison(console, "Accuracy in percent, higher is better", named)
         for name, figures in named.items():
             settings = {key: value for key, value in figures.items() if key not in ("trained", "untrained", "pixels")}
             plain = ", ".join(f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict | list))
@@ -49,7 +51,7 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
         console.say(f"Too few labels, or none, for {', '.join(lacking)}.")
     collapse = result.get("collapse")
     if collapse and collapse["rows"] < 5:
-        console.say(f"Collapse: {counted(collapse['rows'], 'image')} cannot tell.")
+        console.say(f"Collapse: {counted(collapse['rows'], 'image')}, too few to tell.")
     elif collapse:
         console.say(
             f"Collapse: {collapse['verdict']}; std {_number(collapse['std'], 2)} (1 healthy, 0 collapsed), "
@@ -78,7 +80,7 @@ def plan(console: Console, found: dict[str, Any]) -> None:
         ],
         [
             "training",
-            f"{found['images_per_second']:,.0f} images/s, {show_duration(found['seconds_per_epoch'])} an epoch",
+            f"{found['images_per_second']:,.0f} images/s, {show_duration(found['seconds_per_epoch'])} per epoch",
         ],
         ["time to finish", f"{counted(found['epochs'], 'epoch')}, {show_duration(found['seconds'])}"],
         ["bottleneck", f"{found['bottleneck']} ({shares})"],
@@ -95,18 +97,18 @@ def duplicates(console: Console, found: dict[str, Any]) -> None:
         ""
         if found["recall"] is None
         else (
-            f", and {found['pixel_threshold']:.3f} between the pictures: "
-            f"{100 * found['recall']:.0f} % of altered copies pass both"
+            f" and a pixel correlation of at least {found['pixel_threshold']:.3f}: "
+            f"{100 * found['recall']:.0f} % of altered copies are found"
         )
     )
-    console.say(f"Alike means a similarity of {found['threshold']:.3f} or more{measured}.")
+    console.say(f"Duplicates have an embedding similarity of at least {found['threshold']:.3f}{measured}.")
     if found["recall"] is not None and found["recall"] < 0.5:
         console.say(
-            "Warning: most copies would be missed: these images are too plain to be told apart by their pictures. "
-            "--threshold 0.95 goes by the embeddings alone."
+            "Warning: most copies would be missed: these images are too plain to compare by their pixels. "
+            "--threshold 0.95 compares the embeddings alone."
         )
     console.say(
-        f"{found['copies']:,} of {counted(found['images'], 'image')} could go, being copies of another, in "
+        f"{found['copies']:,} of {counted(found['images'], 'image')} could be removed as copies of another, in "
         f"{counted(len(groups), 'group')}."
         if groups
         else f"None of {counted(found['images'], 'image')} is a copy of another."
@@ -137,9 +139,9 @@ def clusters(console: Console, found: dict[str, Any]) -> None:
     if labelled:
         nmi, purity = found["agreement"]["nmi"], found["agreement"]["purity"]
         console.say(
-            f"Agreement with the labels: purity {purity:.2f}, normalised mutual information {nmi:.2f} (1 is full)."
+            f"Agreement with the labels: purity {purity:.2f}, normalised mutual information {nmi:.2f} (1 is perfect)."
         )
-    console.say("Like no other: " + ", ".join(each["id"] for each in found["odd"][:5]))
+    console.say("Outliers: " + ", ".join(each["id"] for each in found["odd"][:5]))
     if found["file"] is not None:
         console.say(f"Written  {found['file']}: the cluster of every image")
 
@@ -195,7 +197,7 @@ def experiment(console: Console, result: dict[str, Any], seeds: int) -> None:
     console.say("")
     console.results(f"{result['title']} ({result['source']}), n = {seeds}", columns, rows)
     console.say(
-        "Order of variants published 1 point or more apart: "
+        "Order of variants published at least 1 point apart: "
         + ", ".join(f"{len(pairs)} pairs {kind}" for kind, pairs in result["pairs"].items())
         + "."
     )
@@ -213,7 +215,7 @@ def _comparison(console: Console, title: str, results: dict[str, Any]) -> None:
 
 def _across(found: dict[str, Any]) -> str:
     groups = found["duplicates_across_splits"]
-    return f" ({groups:,} groups reach from the training into the test split)" if groups else ""
+    return f" ({groups:,} groups span the training and test splits)" if groups else ""
 
 
 def _counts(counts: dict[str, int]) -> str:

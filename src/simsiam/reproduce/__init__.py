@@ -1,19 +1,19 @@
-"""The paper's experiments as commands: every TOML file in this folder is one, by its name.
+"""The paper's experiments as commands: each TOML file in this folder defines one and gives it its name.
 
-A file says what the paper varies and what it found:
+A file describes what the paper varies and what it found:
 
-    title, source          in words; the table or figure
-    [settings]             of all variants
-    [thin] [cifar] [imagenet]   over them at that scale
+    title, source          a short description; the table or figure
+    [settings]             for all variants
+    [thin] [cifar] [imagenet]   override them at that scale
     [[variants]]
     name                   as in the paper's table
-    published              linear top-1 on ImageNet (CIFAR-10 where the source says so), percent
-    expect                 "collapse" where the paper's run collapses, "failure" where it fails in another way
-    epochs                 times the experiment's epochs; 1 where it is not given
-    scales                 where it can be run; all where it is not given
+    published              linear top-1 on ImageNet (CIFAR-10 if the source says so), percent
+    expect                 "collapse" if the paper's run collapses, "failure" if it fails in another way
+    epochs                 multiple of the experiment's epochs; 1 by default
+    scales                 those it can be run at; all by default
     [variants.settings]    [variants.thin] ...
 
-`run` trains what is missing, one run folder for each variant and seed, and sets the figures beside the published ones.
+`run` trains what is missing, one run folder per variant and seed, and compares the figures with the published ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Scale = Literal["thin", "cifar", "imagenet"]
 _RECIPES = {"thin": "demo", "cifar": "cifar", "imagenet": "imagenet"}
 _EPOCHS = {"thin": 10.0, "cifar": 200.0, "imagenet": 100.0}
 _CLEAR = 1.0
-"""Percentage points that two published figures must differ by to be an order that ours can agree with."""
+"""Minimum difference of two published figures, in percentage points, for their order to count."""
 
 
 @dataclass(frozen=True)
@@ -47,33 +47,33 @@ class Variant:
 
     name: str
     published: float | None = None
-    """Linear accuracy in percent, in the setting of the paper; None where it gives none."""
+    """Linear accuracy in percent, in the paper's setting; None if the paper gives none."""
     expect: Literal["success", "collapse", "failure"] = "success"
-    """What the paper reports of it; failure: it does not converge, or diverges."""
+    """The outcome that the paper reports; failure: it does not converge, or diverges."""
     epochs: float = 1.0
-    """Times the epochs of the experiment."""
+    """Multiple of the experiment's epochs."""
     scales: tuple[str, ...] = ("thin", "cifar", "imagenet")
-    """At which it is run."""
+    """Scales at which it is run."""
     settings: Table = field(default_factory=dict)
-    """What sets it apart from the scale's recipe."""
+    """Differences from the scale's recipe."""
 
     @property
     def slug(self) -> str:
-        """The name as part of a folder's."""
+        """The name in a form that suits a folder."""
         return "-".join("".join(c if c.isalnum() or c == "." else " " for c in self.name.lower()).split())
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table or figure of the paper; the file name is the registry."""
+    """A table or figure of the paper, registered by its file name."""
 
     name: str
     title: str
     source: str
     variants: tuple[Variant, ...]
-    """Those of the scale that was asked for."""
+    """The variants of the requested scale."""
     scales: tuple[str, ...]
-    """At which it has any."""
+    """Scales that have variants."""
 
 
 def names() -> list[str]:
@@ -81,7 +81,7 @@ def names() -> list[str]:
 
 
 def get(name: str, scale: Scale = "thin") -> Experiment:
-    """An experiment as it is run at a scale. Raises UserError for an unknown name."""
+    """Read an experiment for a scale. Raises UserError for an unknown name."""
     if name not in names():
         raise UserError(f"Unknown experiment {name!r}.{did_you_mean(name, names())}")
     table = read_recipe(Path(__file__).with_name(f"{name}.toml"))
@@ -95,7 +95,7 @@ def get(name: str, scale: Scale = "thin") -> Experiment:
         method = methods.get(settings.get("method", {}).get("name", "simsiam"))
         if "predictor_lr" in {
             each.name for each in fields(method.Settings)
-        }:  # the paper's; the demo recipe has another
+        }:  # as in the paper; the demo recipe's differs
             settings = merge({"method": {"predictor_lr": 1.0}}, settings)
         variant = Variant(**plain, scales=chosen, settings=settings)
         variants.append(variant)
@@ -116,20 +116,22 @@ def run(
     workers: int | None = None,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
-    """Runs what is missing of an experiment and compares it with the published figures.
+    """Run the missing parts of an experiment and compare it with the published figures.
 
     Args:
-        data: None for the demo set, at the scale "thin".
-        out: folder of the runs and of `result.json`, `table.md` and `curves.svg`; None: runs/reproduce-NAME-SCALE. What
-            it holds already is kept; a run that was stopped goes on.
+        data: None for the demo set, only at the scale "thin".
+        out: folder for the runs, `result.json`, `table.md` and `curves.svg`; None: runs/reproduce-NAME-SCALE. Finished
+            runs in it are kept, interrupted ones resumed.
         epochs: None: 10 at the scale "thin", 200 at "cifar", 100 at "imagenet".
-        seeds: runs of each variant.
-    Returns what `result.json` holds. Raises UserError where `out` holds runs of other settings.
+        seeds: number of runs per variant.
+    Returns the contents of `result.json` and "folder". Raises UserError if `out` holds runs with other settings.
     """
     listener = listener or Listener()
     experiment = get(name, scale)
     if not experiment.variants:
-        raise UserError(f"{name} is not run at the scale {scale!r}: add --scale {' or '.join(experiment.scales)}.")
+        raise UserError(
+            f"{name} is not available at the scale {scale!r}: add --scale {' or '.join(experiment.scales)}."
+        )
     if data is None and scale != "thin":
         raise UserError(f"The scale {scale!r} needs data: add --data DATA.")
     if seeds < 1:
@@ -159,7 +161,7 @@ def run(
 
 
 def _check_batches(experiment: Experiment, data: str) -> None:
-    """Raises UserError where the images are too few for a batch of the table: training would take a smaller one."""
+    """Raise UserError if there are too few images for the largest batch, which training would silently reduce."""
     most = max(variant.settings.get("train", {}).get("batch_size", 0) for variant in experiment.variants)
     if not most:
         return
@@ -172,15 +174,15 @@ def _check_batches(experiment: Experiment, data: str) -> None:
 
 
 def _begin(folder: Path, experiment: Experiment, settings: Table) -> None:
-    """Notes the settings of an experiment that is new; raises UserError where it cannot be run on such data, and where the
-    folder has runs of other settings."""
+    """Write down the settings of a new experiment. Raises UserError if it cannot be run on these data or the folder
+    holds runs with other settings."""
     path = folder / "experiment.json"
-    if not any(folder.glob(f"*/seed-*/{RECIPE}")):  # nor after a mistake that no run could begin with
+    if not any(folder.glob(f"*/seed-*/{RECIPE}")):  # new, or no run could start because of a mistake
         _check_batches(experiment, settings["data"])
         write_json(path, settings)
     elif read_json(path) != settings:
         found = ", ".join(f"{key} {value}" for key, value in read_json(path).items())
-        raise UserError(f"{folder} holds runs of other settings ({found}): ask for the same, or choose another -o.")
+        raise UserError(f"{folder} holds runs with other settings ({found}): use the same, or choose another -o.")
 
 
 def _one(
@@ -194,7 +196,7 @@ def _one(
     workers: int | None,
     listener: Listener,
 ) -> dict[str, Any]:
-    """The figures of one run, trained and evaluated where that has not been done."""
+    """The figures of one run, which is trained and evaluated first unless that is done."""
     if not (place / SUMMARY).exists():
         quiet = _Quiet(listener)
         if (place / RECIPE).exists():
@@ -240,10 +242,10 @@ def _row(variant: Variant, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """How the order of the variants agrees with the published one, pair by pair, and whether the verdicts do.
+    """Compare the order of the variants with the published one, pair by pair, and the verdicts with the expected ones.
 
-    Only pairs count whose published figures differ by at least 1 point. Ours "agree" or "contradict" where the means
-    differ by more than the larger of the two spreads, else, and where a spread is not known, the pair is "undecided".
+    Only pairs whose published figures differ by at least 1 point count. They "agree" or "contradict" if our means
+    differ by more than the larger of the two spreads; otherwise, or if a spread is unknown, they are "undecided".
     """
     pairs: dict[str, list[list[str]]] = {"agree": [], "contradict": [], "undecided": []}
     for i, first in enumerate(rows):
@@ -262,7 +264,7 @@ def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def figure(row: dict[str, Any], key: str, digits: int = 1) -> str:
-    """A row's mean with its spread, and of how many runs it is where not all have the figure: what diverged has none."""
+    """Format a row's mean with its spread and, if some runs lack the figure (as diverged ones do), their number."""
     if row[key] is None:
         return "–"
     spread = row[f"{key}_std"]
@@ -271,7 +273,7 @@ def figure(row: dict[str, Any], key: str, digits: int = 1) -> str:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The experiment's table: published figure, ours with spread, verdict; then how the two agree."""
+    """The experiment's table of published figures, ours with spread, and verdicts, then how far the orders agree."""
     lines = [
         f"# {result['title']} ({result['source']})",
         "",
@@ -293,14 +295,14 @@ def markdown(result: dict[str, Any]) -> str:
     counts = ", ".join(f"{len(found)} {kind}" for kind, found in pairs.items())
     lines += [
         "",
-        f"Order of the variants, by linear accuracy, in pairs that are published 1 point or more apart: {counts}.",
+        f"Order of the variants by linear accuracy, over pairs published at least 1 point apart: {counts}.",
     ]
     lines += [f"- contradicts: {first} against {second}" for first, second in pairs["contradict"]]
     return "\n".join(lines) + "\n"
 
 
 def _draw_curves(folder: Path, variants: Sequence[Variant]) -> None:
-    """`curves.svg`: loss and std of every variant's first seed over training, as in the paper's figure 2."""
+    """Draw `curves.svg`: loss and std over training for every variant's first seed, as in the paper's figure 2."""
     import altair as alt
     import vl_convert
 
@@ -330,7 +332,7 @@ def _draw_curves(folder: Path, variants: Sequence[Variant]) -> None:
 
 
 class _Quiet(Listener):
-    """Of a run among many: progress and warnings, no plan and no looks."""
+    """For one run among many: passes on progress and messages, but not the plan or held-out figures."""
 
     def __init__(self, inner: Listener) -> None:
         self.inner = inner

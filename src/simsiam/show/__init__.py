@@ -1,1 +1,1 @@
-"""What people look at: readers of the run folder. Training never imports this."""
+"""The report on a run and the viewer of embeddings. Training never imports this package."""

@@ -1,7 +1,6 @@
 """The charts of the report as Vega-Lite specs, written with Altair.
 
-A spec carries no colours of text, axes or background: the page's own config sets them, so one spec serves light and
-dark.
+Specs leave the colours of text, axes and background to the page's config, so that one spec serves light and dark mode.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ _MAX_POINTS = 240
 
 
 def summarise(points: Sequence[tuple[float, float]], limit: int = _MAX_POINTS) -> list[Row]:
-    """At most `limit` rows {x, y, low, high}: the mean of each stretch of consecutive points, and its extremes.
+    """Reduce points to at most `limit` rows {x, y, low, high}: mean and extremes of stretches of consecutive points.
 
-    The extremes stay visible as a band, so that a spike of one step is not averaged away.
+    The extremes are drawn as a band, so that a one-step spike is not averaged away.
     """
     size = math.ceil(len(points) / limit) or 1
     rows = []
@@ -42,7 +41,7 @@ def curve(
     label_at: Literal["left", "right"] = "left",
     zero: bool = False,
 ) -> Spec:
-    """A line over training with its spread, and dashed lines at the `references` (label -> height)."""
+    """A line over training with a band for its spread, and dashed lines at the `references` (label -> height)."""
     rows = summarise(points)
     banded = len(rows) < len(points)
     x = alt.X("x:Q", title=x_title, scale=alt.Scale(nice=False, zero=False), axis=alt.Axis(grid=False, tickCount=5))
@@ -69,18 +68,16 @@ def curve(
 
 
 def results(figures: Mapping[str, Mapping[str, float | None]]) -> Spec:
-    """Bars: measure -> representation -> percent, the three representations side by side."""
+    """A bar chart of measure -> representation -> percent, the three representations side by side."""
     values = [
-        {"measure": measure, "of": name, "percent": round(percent, 1)}  # not in the page, which rounds 75.25 up
+        {"measure": measure, "of": name, "percent": round(percent, 1)}  # here, as the page would round 75.25 up
         for measure, row in figures.items()
         for key, name in REPRESENTATIONS.items()
         if (percent := row.get(key)) is not None
     ]
     order = list(REPRESENTATIONS.values())
     base = alt.Chart(alt.Data(values=values)).encode(
-        x=alt.X(
-            "percent:Q", title="right answers, percent", scale=alt.Scale(domain=[0, 100]), axis=alt.Axis(tickCount=5)
-        ),
+        x=alt.X("percent:Q", title="accuracy in percent", scale=alt.Scale(domain=[0, 100]), axis=alt.Axis(tickCount=5)),
         y=alt.Y(
             "measure:N", title=None, sort=list(figures), axis=alt.Axis(labelFontSize=13, ticks=False, domain=False)
         ),
@@ -94,9 +91,9 @@ def results(figures: Mapping[str, Mapping[str, float | None]]) -> Spec:
 
 
 def embedding_map(rows: Sequence[Row], classes: Sequence[str] | None) -> Spec:
-    """A scatter of `rows` {x, y, image, id, class?} as dots or as the pictures themselves.
+    """A scatter plot of `rows` {x, y, image, id, class?}, as dots or as the pictures themselves.
 
-    Dragging moves and Shift + wheel zooms: the bare wheel and a finger keep scrolling the page.
+    Dragging pans and Shift + wheel zooms, so that the plain wheel and touch still scroll the page.
     """
     show = alt.param(
         name="show",
@@ -114,7 +111,7 @@ def embedding_map(rows: Sequence[Row], classes: Sequence[str] | None) -> Spec:
     dots = base.transform_filter("show == 'dots'").mark_circle(size=44)
     pictures = base.transform_filter("show == 'pictures'").mark_image(width=22, height=22).encode(url="image:N")
     if classes:
-        # More than 20 colours cannot be told apart: the tooltip names the class then.
+        # More than 20 colours cannot be told apart; the tooltip names the class instead.
         few = len(classes) <= 20
         scale = alt.Scale(domain=list(classes), scheme="tableau10" if len(classes) <= 10 else "tableau20")
         picked = alt.selection_point(fields=["class"], bind="legend")
@@ -135,7 +132,7 @@ def _legend() -> alt.Legend:
 
 
 def _apart(references: Mapping[str, float], line: float) -> list[Row]:
-    """Rows {y, label}, from the top: labels less than the height of a `line` below another stand in that one's."""
+    """Rows {y, label} from the top down; a label less than the height of a `line` below another is merged into it."""
     rows: list[Row] = []
     for label, height in sorted(references.items(), key=lambda item: -item[1]):
         if rows and rows[-1]["y"] - height < line:
@@ -146,7 +143,7 @@ def _apart(references: Mapping[str, float], line: float) -> list[Row]:
 
 
 def _extent(rows: Sequence[Row], axis: str) -> list[float]:
-    """The range of an axis with a margin; given outright, as the hidden layer has no data to tell it."""
+    """The range of an axis with a margin; set explicitly, as the hidden layer has no data to derive it from."""
     low, high = min(row[axis] for row in rows), max(row[axis] for row in rows)
     margin = 0.03 * (high - low) or 1.0
     return [low - margin, high + margin]
@@ -158,5 +155,5 @@ def _short(value: float) -> float:
 
 def _spec(chart: alt.LayerChart | alt.FacetChart, height: int, description: str) -> Spec:
     spec: Spec = chart.properties(width="container", height=height, description=description).to_dict()
-    # The page brings its own config; the schema's address would be the page's only link to the network.
+    # The page has its own config; the schema's URL would be the page's only reference to the network.
     return {key: value for key, value in spec.items() if key not in ("$schema", "config")}

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page about a run, made from the files of the run folder alone."""
+"""The report: one self-contained HTML page about a run, made only from the files in its folder."""
 
 from __future__ import annotations
 
@@ -50,27 +50,27 @@ _VERDICTS = {
 _MEASURES = {
     "knn": ("kNN", "the most similar training images vote on the class"),
     "linear": ("Linear", "a linear classifier on the frozen features"),
-    "linear_sgd": ("Linear, SGD", "the same by the paper's protocol: LARS on random crops"),
-    "fewshot": ("Few-shot", "a classifier that saw only a few labelled images of each class"),
+    "linear_sgd": ("Linear, SGD", "the same with the paper's protocol: LARS on random crops"),
+    "fewshot": ("Few-shot", "a classifier trained on only a few labelled images per class"),
     "finetune": ("Fine-tuned", "the whole network trained on a share of the labels"),
-    "retrieval": ("Retrieval", "how many of the 10 most similar training images are of the same class"),
-    "clusters": ("Clusters", "k-means without labels, its clusters matched with the classes"),
+    "retrieval": ("Retrieval", "the share of the 10 most similar training images that are of the same class"),
+    "clusters": ("Clusters", "k-means without labels, its clusters then matched to the classes"),
 }
 _FILES = {
-    f"{ENCODER}.safetensors": "the trained weights, no code in it",
-    f"{ENCODER}.json": "what using the weights needs: architecture, size, mean and std",
-    RECIPE: "every setting of this run; give it to --recipe to run again",
-    SUMMARY: "the result in figures",
+    f"{ENCODER}.safetensors": "the trained weights, without any code",
+    f"{ENCODER}.json": "what is needed to use the weights: architecture, size, mean and std",
+    RECIPE: "every setting of this run; pass it to --recipe to run again",
+    SUMMARY: "the final figures",
     EVALUATION: "kNN, linear and few-shot results",
-    METRICS: "the curves, one JSON object a line",
+    METRICS: "the curves, one JSON object per line",
     ENVIRONMENT: "versions and hardware",
-    "samples/embedding/vectors.npy": "embeddings of the sample on this page",
+    "samples/embedding/vectors.npy": "embeddings of the images shown on this page",
 }
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The embedded images that the run kept for looking at; every array has one row per image."""
+    """The embedded images that the run kept for the report; every array has one row per image."""
 
     vectors: Floats  # [N,D]
     untrained: Floats | None  # [N,D'], the same images
@@ -99,10 +99,10 @@ class Sample:
 
 
 def write_report(run: Path) -> Path:
-    """Writes `run/report.html` and returns its path.
+    """Write `run/report.html` and return its path.
 
-    Any file of the run folder may be missing; its part of the page is left out then.
-    Raises UserError where `run` is not a run folder, or a file in it is damaged.
+    Parts of the page whose files are missing are left out.
+    Raises UserError if `run` is not a run folder or a file in it is damaged.
     """
     run = Path(run)
     if not any((run / name).exists() for name in (RECIPE, SUMMARY, METRICS)):
@@ -127,7 +127,7 @@ def _page(run: Path) -> str:
 
 @functools.cache
 def _bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed, from the wheel, so the page loads nothing. Building it takes a second."""
+    """Vega, Vega-Lite and Vega-Embed from the wheel, so that the page loads nothing. Takes a second to build."""
     import vl_convert
 
     script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
@@ -184,13 +184,13 @@ def _json(path: Path) -> Table:
     return read_json(path) if path.exists() else {}
 
 
-# ---------------------------------------------------------------- words and figures
+# ---------------------------------------------------------------- text and figures
 
 
 def _facts(
     run: Path, summary: Table, config: Table, evaluation: Table, metrics: Sequence[Table], sample: Sample | None
 ) -> Table:
-    """What the page says about the run, each value None where no file tells it."""
+    """The facts about the run that the page states; a value is None if no file contains it."""
     last: Table = {}
     for line in metrics:
         last |= {key: value for key, value in line.items() if value is not None}
@@ -216,7 +216,7 @@ def _facts(
 
 
 def _sentences(facts: Table, knn: Mapping[str, Any]) -> list[str]:
-    """The verdict in plain words; the first sentence follows the verdict's name and a colon."""
+    """The verdict as sentences, the first of which follows the verdict's name and a colon."""
     images = f"{facts['images']:,} images" if facts["images"] else "the images"
     time = f" in {_nbsp(show_duration(facts['seconds']))}" if facts["seconds"] else ""
     rank = f"only {facts['effective_rank']:.0f}" if facts["effective_rank"] is not None else "only a few"
@@ -226,12 +226,11 @@ def _sentences(facts: Table, knn: Mapping[str, Any]) -> list[str]:
         f"{facts['dim'] or 'its'} directions. More epochs or a smaller output width may help.",
         "collapsed": "every image gets nearly the same embedding, so this encoder is of no use. Check that the "
         "stop-gradient and the predictor are on, or lower the learning rate.",
-        "diverged": "the loss left the range of finite numbers. The last healthy state was kept; lower the learning "
-        "rate.",
+        "diverged": "the loss became infinite or NaN. The last healthy state was kept; lower the learning rate.",
     }.get(facts["verdict"] or "")
     if first is None or (facts["verdict"] == "healthy" and not facts["finished"]):
         steps = f"{facts['steps']:,} steps so far" if facts["steps"] else "no step has been recorded yet"
-        first = f"{steps}{time}. `simsiam train --resume` goes on."
+        first = f"{steps}{time}. `simsiam train --resume` continues it."
         if facts["finished"]:
             first = f"the weights of a released checkpoint, after {facts['steps']:,} steps. Nothing was trained here."
     trained, untrained, pixels = (knn.get(key) for key in ("trained", "untrained", "pixels"))
@@ -243,30 +242,30 @@ def _sentences(facts: Table, knn: Mapping[str, Any]) -> list[str]:
         against = " and ".join(f"{_percent(value)} {name}" for value, name in others if value is not None)
         second = f"{says}, against {against}." if against else f"{says}."
         best = max((value for value, _ in others if value is not None), default=-math.inf)
-        return [first, second, *(["That is no gain: train longer, or on more images."] if trained <= best else [])]
+        return [first, second, *(["That is no gain: train longer or on more images."] if trained <= best else [])]
     if facts["retrieval"] is not None:
         labels = "" if facts["labelled"] else "There are no labels to test against; "
-        says = f"it finds an image's own second view among the others in {_percent(facts['retrieval'])} of the cases."
+        says = f"it finds an image's own second view among the others in {_percent(facts['retrieval'])} of cases."
         return [first, (labels + says)[0].upper() + (labels + says)[1:]]
     return [first]
 
 
 def _tiles(facts: Table) -> list[tuple[str, str]]:
-    """(name, value) of the key facts that are known."""
+    """(name, value) of each key fact that is known."""
     tiles = [
         ("images", _number(facts["images"])),
         ("encoder", facts["encoder"]),
         ("method", facts["method"]),
         ("epochs", _number(facts["epochs"])),
         ("training time", _nbsp(show_duration(facts["seconds"])) if facts["seconds"] else None),
-        ("images a second", _number(facts["images_per_second"])),
+        ("images per second", _number(facts["images_per_second"])),
         ("bad files", _number(facts["bad_files"])),
     ]
     return [(name, value) for name, value in tiles if value is not None]
 
 
 def _measures(evaluation: Table) -> dict[str, tuple[str, str]]:
-    """Title and explanation of everything that may have been measured: an evaluation that is new has only a name."""
+    """Title and explanation of all that may have been measured; evaluations not in `_MEASURES` get only a title."""
     compared = [key for key, value in evaluation.items() if isinstance(value, dict) and "trained" in value]
     return {**_MEASURES, **{key: (key.replace("_", " ").capitalize(), "") for key in compared if key not in _MEASURES}}
 
@@ -291,7 +290,7 @@ def _results(measures: Mapping[str, tuple[str, str]], figures: Mapping[str, Mapp
 
 
 def _curves(facts: Table, metrics: Sequence[Table]) -> list[Table]:
-    """Charts of what `metrics.jsonl` holds, each with a sentence on how to read it."""
+    """Charts of the figures in `metrics.jsonl`, each with a sentence on how to read it."""
     epochs, steps = facts["epochs"], facts["steps"]
     per_step = epochs / steps if epochs and steps else 1.0
     x_title = "epoch" if epochs and steps else "step"
@@ -302,7 +301,7 @@ def _curves(facts: Table, metrics: Sequence[Table]) -> list[Table]:
             (line["step"] * per_step, float(line[key])) for line in lines if _finite(line.get(key), line.get("step"))
         ]
 
-    # The curve stands on a smaller sample than the table, so it brings its own baselines, in its first line.
+    # The curve uses a smaller sample than the table and so has its own baselines, in its first line.
     first = next((line for line in metrics if line.get("kind") == "monitor" and line.get("step") == 0), {})
     baselines = {
         f"{name} {first[key]:.1f}": float(first[key])
@@ -314,22 +313,22 @@ def _curves(facts: Table, metrics: Sequence[Table]) -> list[Table]:
     wanted: list[tuple[str, str, str, str, dict[str, float], bool]] = [
         ("train", "loss", "Loss", "Falls as the network predicts one view of an image from the other." + minimum,
          {"minimum −1": -1.0} if cosine else {}, False),
-        ("train", "std", "Spread of the embeddings", "std of z × √d. Near 1, different images differ in embedding; "
-         "at 0 they all get the same one.", {"healthy 1": 1.0, "collapsed 0": 0.0}, True),
-        ("monitor", "effective_rank", "Effective rank", "How many independent directions the embeddings use. "
-         "It should settle well above a handful; a fall to a few is partial collapse, unseen by the spread.", {}, True),
-        ("monitor", "knn", "kNN accuracy (%)", "How often the nearest neighbours name the right class, on a sample; where "
-         "it is smaller than the table's, so are its figures. Training has paid off where it is over both dashed lines.",
+        ("train", "std", "Spread of the embeddings", "std of z/|z| × √d. Near 1, different images get different "
+         "embeddings; at 0 they all get the same one.", {"healthy 1": 1.0, "collapsed 0": 0.0}, True),
+        ("monitor", "effective_rank", "Effective rank", "How many independent directions the embeddings use. It should "
+         "settle well above a handful; a fall to a few is partial collapse, which the spread does not show.", {}, True),
+        ("monitor", "knn", "kNN accuracy (%)", "How often the nearest neighbours name the right class, on a sample; a "
+         "smaller sample than the table's gives lower figures. Above both dashed lines, training has paid off.",
          baselines, False),
         ("monitor", "retrieval", "Second view found (%)", "How often an image's other view is its nearest neighbour "
          "among many. It needs no labels; higher is better.", {}, False),
-        ("train", "lr", "Learning rate", "The size of the steps: the schedule that was followed.", {}, True),
+        ("train", "lr", "Learning rate", "The size of the training steps, which follows a schedule.", {}, True),
     ]  # fmt: skip
     found = []
     for kind, key, title, says, references, zero in wanted:
         line = points(kind, key)
         if line:
-            # Labels stand where the line is far from its reference: losses end there, kNN starts there.
+            # Labels go where the line is far from its references: losses end near them, kNN starts near them.
             side: Literal["left", "right"] = "right" if key == "knn" else "left"
             spec = charts.curve(line, title=title, x_title=x_title, references=references, label_at=side, zero=zero)
             found.append({"title": title, "says": says, "last": _number(line[-1][1]), "chart": spec})
@@ -340,7 +339,7 @@ def _curves(facts: Table, metrics: Sequence[Table]) -> list[Table]:
 
 
 def _views(run: Path) -> Table | None:
-    """Rows of original, view 1, view 2 as data URIs; `small` where they are to be enlarged pixel by pixel."""
+    """Rows of original, view 1, view 2 as data URIs; `small` if they should be enlarged pixel by pixel."""
     path = run / "samples" / "views.npy"
     if not path.exists():
         return None
@@ -377,7 +376,7 @@ def _read_sample(run: Path) -> Sample | None:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Raises UserError where the file that is read within is damaged."""
+    """Raise UserError if the file read within is damaged."""
     try:
         yield
     except (OSError, ValueError, EOFError) as error:
@@ -385,19 +384,19 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _draw(count: int, most: int) -> NDArray[np.int64]:
-    """`most` of `count` rows at random, in order, the same ones every time."""
+    """Draw up to `most` of `count` rows at random, in ascending order, the same ones every time."""
     return np.sort(np.random.default_rng(0).permutation(count)[:most])
 
 
 def _neighbours(sample: Sample) -> Table:
-    """Query images, drawn at random over the classes, and who is nearest to them after and before training."""
+    """Query images, drawn at random across the classes, and their nearest neighbours after and before training."""
     k = min(NEIGHBOURS, len(sample.ids) - 1)
     spaces = {"trained": sample.vectors} | ({} if sample.untrained is None else {"untrained": sample.untrained})
     nearest = {name: _nearest(vectors, k) for name, vectors in spaces.items()}
     agreement, most = {}, np.full(len(sample.ids), k)
     if sample.labels is not None:
         known = sample.labels >= 0
-        # A class may have fewer images than there are neighbours.
+        # A class may have fewer than k other images.
         most[known] = np.minimum(k, np.bincount(sample.labels[known])[sample.labels[known]] - 1)
         agreement = {
             name: 100 * float((sample.labels[index] == sample.labels[:, None])[known].mean())
@@ -427,7 +426,7 @@ def _neighbour(sample: Sample, query: int, row: int, similarity: float) -> Table
 
 
 def _spread(labels: NDArray[np.int64] | None, count: int) -> list[int]:
-    """Up to QUERIES rows, as many classes among them as possible."""
+    """Up to QUERIES rows that cover as many classes as possible."""
     order = np.random.default_rng(1).permutation(count)
     if labels is None:
         return [int(row) for row in order[:QUERIES]]
@@ -441,7 +440,7 @@ def _spread(labels: NDArray[np.int64] | None, count: int) -> list[int]:
 
 
 def _nearest(vectors: Floats, k: int) -> tuple[Floats, NDArray[np.int64]]:
-    """Cosine similarity and row of the k nearest others: two arrays [N,k], nearest first."""
+    """Cosine similarity and row of the k nearest other images: two arrays [N,k], nearest first."""
     from simsiam.neighbours import top_k
 
     similarity, index = top_k(vectors, vectors, k, exclude_self=True)
@@ -462,7 +461,7 @@ def _map(sample: Sample) -> Table:
 
 
 def layout(vectors: Floats) -> tuple[Floats, str]:
-    """Places [N,2] where near means similar, and the name of what made them: t-SNE, or PCA for a few items."""
+    """Positions [N,2], near if similar, and the name of the method: t-SNE, or PCA for few or collapsed vectors."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -485,14 +484,14 @@ def _shrink(picture: Pixels, side: int) -> Pixels:
 
 
 def _data_uri(picture: Pixels, quality: int = 80) -> str:
-    """A picture [h,w,3] as a WebP data URI, shrunk to 160 pixels; exact up to 40, where every pixel is seen."""
+    """A picture [h,w,3] as a WebP data URI, shrunk to 160 pixels; lossless up to 40, where single pixels show."""
     exact = max(picture.shape[:2]) <= 40 and quality >= 80
     buffer = io.BytesIO()
     Image.fromarray(_shrink(picture, 160)).save(buffer, "WEBP", lossless=exact, quality=quality, method=4)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-# ---------------------------------------------------------------- how figures are written
+# ---------------------------------------------------------------- number formats
 
 
 def _finite(*values: Any) -> bool:

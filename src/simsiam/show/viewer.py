@@ -1,4 +1,4 @@
-"""The viewer: a local web page to look through embeddings, search them by image, and see clusters and duplicates."""
+"""The viewer: a local web page to browse embeddings, search them by image, and see clusters and duplicates."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ from simsiam.search import by_vectors
 from simsiam.show.report import layout
 
 ON_MAP, THUMBNAIL, ON_ATLAS, LARGEST = 2000, 192, 48, 1600
-"""Images on the map; sides in pixels: of a thumbnail, of a picture on the map, of an image in full at most."""
+"""Images on the map; sides in pixels of a thumbnail and of a picture on the map, and the longest of a full image."""
 MAP = "map.json"
 _MARKED = 12
 UPLOAD = 64 << 20
-"""Bytes of an image that is searched for, at most."""
+"""Maximum size of an uploaded image, in bytes."""
 HEADERS = [
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
 ]
-"""Of every answer: a page elsewhere may not show what is served here."""
+"""Headers of every response: pages of other sites may not show what is served here."""
 
 T = TypeVar("T")
 K = Annotated[int, Query(ge=1, le=200)]
 
 
 class Viewer:
-    """What the page asks for, of the embeddings as they were read; what takes long is computed when it is first asked for,
-    once."""
+    """Computes what the page requests, for the embeddings as they were when read; slow parts are computed once, on
+    first use."""
 
     def __init__(self, folder: str | Path, device: str = "auto") -> None:
         folder = Path(folder)
@@ -67,11 +67,11 @@ class Viewer:
         set_threads()
         self.stored, self.device = read_embeddings(folder, ("id", "class", "pixels")), device
         if not len(self.stored):
-            raise UserError(f"{folder} holds no vectors: there is nothing to see.")
+            raise UserError(f"{folder} holds no vectors: there is nothing to show.")
         self.ids, self.classes = self.stored.ids, self.stored.items["class"]
         told = json.dumps(self.stored.meta).encode() + self.stored.keys.tobytes()
         self.state = hashlib.blake2b(told, digest_size=8).hexdigest()
-        """Part of every address that holds a row: the same row of other embeddings has another address."""
+        """Part of every URL that contains a row, so that the same row of other embeddings has a different URL."""
         self.names = sorted({name for name in self.classes if name is not None})
         self.pictures: tuple[Cache, NDArray[np.int64]] | None = None
         self.why_none: str | None = None
@@ -85,7 +85,7 @@ class Viewer:
         self._made: dict[str, Any] = {}
 
     def once(self, part: Callable[[Viewer], T]) -> T:
-        """What the part computes, the first time it is asked for."""
+        """Return the result of `part`, computed on first use only."""
         name = part.__name__
         with self._locks[name]:
             if name not in self._made:
@@ -108,31 +108,31 @@ class Viewer:
     # --- pictures ---
 
     def thumbnail(self, row: int, side: int = THUMBNAIL) -> Image.Image:
-        """The image as the encoder was given it, before cropping, at most `side` pixels high and wide."""
+        """The image as the encoder receives it, before cropping, at most `side` pixels high and wide."""
         if self.pictures is None:
             raise HTTPException(404, self.why_none)
         cache, cached = self.pictures
         if not cache.usable(cached[[row]]).all():
-            raise HTTPException(404, "The image cannot be read any more.")
+            raise HTTPException(404, "The image can no longer be read.")
         pixels, _ = cache.batch(cached[[row]])
         image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         return image
 
     def original(self, row: int) -> Image.Image:
-        """The image in full, upright, at most 1,600 pixels high and wide."""
+        """The full image, upright, at most 1,600 pixels high and wide."""
         if self.pictures is None:
             raise HTTPException(404, self.why_none)
         cache, cached = self.pictures
         try:
             image = Image.fromarray(decode(cache.images.read(int(cached[row]))))
-        except Exception as error:  # archives and plug-ins raise what they like
-            raise HTTPException(404, f"The image cannot be read any more: {error}") from None
+        except Exception as error:  # archives and plug-ins may raise anything
+            raise HTTPException(404, f"The image can no longer be read: {error}") from None
         image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
         return image
 
     def atlas(self) -> tuple[bytes, int]:
-        """The pictures on the map in one, row by row, as WebP, and how many are beside each other."""
+        """All pictures on the map in a single WebP image, row by row, and its number of columns."""
         columns = int(np.ceil(np.sqrt(len(self.on_map))))
         lines = -(-len(self.on_map) // columns)
         sheet = Image.new("RGBA", (columns * ON_ATLAS, lines * ON_ATLAS))
@@ -145,10 +145,10 @@ class Viewer:
             sheet.paste(small, (left + (ON_ATLAS - small.width) // 2, top + (ON_ATLAS - small.height) // 2))
         return _encoded(sheet, "WEBP", quality=80), columns
 
-    # --- places and neighbours ---
+    # --- positions and neighbours ---
 
     def map(self) -> dict[str, Any]:
-        """Where the images on the map lie, x and y in [0, 1]; kept in the folder, since t-SNE takes its time."""
+        """Positions of the images on the map, x and y in [0, 1]; stored in the folder, since t-SNE is slow."""
         place, how = self._kept_layout()
         low, high = place.min(0), place.max(0)
         scaled = (place - low) / np.maximum(high - low, 1e-12)
@@ -183,12 +183,12 @@ class Viewer:
         return {**self.item(row), "neighbours": found[:k], "on_map": self._near_on_map(vector)}
 
     def near_image(self, content: bytes, k: int) -> dict[str, Any]:
-        """The neighbours of an encoded image. Raises UserError where it cannot be decoded, or the run is gone."""
+        """The neighbours of an image file's content. Raises UserError if it cannot be decoded or the run is missing."""
         encoder = self.once(Viewer.encoder)
         try:
             pixels = decode(content, encoder.preprocessing_.short_side)
         except DecodeError as error:
-            raise UserError(f"This is no image that can be read: {error}.") from None
+            raise UserError(f"This is not a readable image: {error}.") from None
         vector = encoder.embed([pixels])
         return {"neighbours": self._near(vector, k), "on_map": self._near_on_map(vector)}
 
@@ -200,7 +200,7 @@ class Viewer:
         ]
 
     def _near_on_map(self, vector: NDArray[np.float32]) -> list[int]:
-        """Of the images on the map the most alike: where the vector would lie."""
+        """The images on the map most similar to the vector, which show where it would be."""
         _, found = top_k(vector, np.asarray(self.stored.vectors[self.on_map]), _MARKED)
         return self.on_map[found[0].numpy()].tolist()
 
@@ -208,7 +208,7 @@ class Viewer:
         return {"row": row, "id": self.ids[row], "class": self.classes[row]}
 
     def images(self, start: int, count: int, text: str, kind: str | None, cluster: int | None) -> dict[str, Any]:
-        """A page of the images whose id holds `text`, of one class or cluster where that is asked for."""
+        """A page of the images whose id contains `text`, optionally of one class or cluster."""
         rows: Any = range(len(self.ids))
         if cluster is not None:
             found = self.once(Viewer.clusters)[1]
@@ -221,11 +221,11 @@ class Viewer:
             ]
         return {"total": len(rows), "items": [self.item(row) for row in rows[start : start + count]]}
 
-    # --- what the set is made of ---
+    # --- clusters and duplicates ---
 
     def clusters(self) -> tuple[dict[str, Any], Clusters]:
-        """What `clusters.summary` returns with images in place of rows, and the arrays that it is of."""
-        # Those that `simsiam clusters` was asked for last: its file is written anew.
+        """What `clusters.summary` returns, with images in place of rows, and the arrays that it summarises."""
+        # With the settings of the last `simsiam clusters`, because its file is rewritten.
         asked = stored_settings(self.stored)
         found = find_clusters(self.stored, asked.get("count"), seed=asked.get("seed", 0), device=self.device)
         with contextlib.suppress(UserError):  # a folder that cannot be written to can still be looked at
@@ -242,7 +242,7 @@ class Viewer:
 
 
 class _Latest:
-    """The viewer of what a folder holds by now; while that is being written, of what it held before."""
+    """The viewer of a folder's current embeddings; while these are being written, of the previous ones."""
 
     def __init__(self, viewer: Viewer) -> None:
         self._viewer, self._lock = viewer, threading.Lock()
@@ -262,15 +262,15 @@ def _latest(request: Request) -> Viewer:
 
 def _same(state: str, latest: Annotated[Viewer, Depends(_latest)]) -> Viewer:
     if state != latest.state:
-        raise HTTPException(410, "The embeddings are others by now: load the page anew.")
+        raise HTTPException(410, "The embeddings have changed: reload the page.")
     return latest
 
 
 def _from_here(request: Request) -> None:
-    """Refuses what a page elsewhere sends; a program that is no browser does not say where it comes from."""
+    """Reject requests from pages of other sites; programs other than browsers send no origin and are accepted."""
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise HTTPException(403, "Only the viewer's own page may ask for this.")
+        raise HTTPException(403, "Only the viewer's own page may send this request.")
 
 
 Latest = Annotated[Viewer, Depends(_latest)]
@@ -278,10 +278,10 @@ Same = Annotated[Viewer, Depends(_same)]
 
 
 def build_app(viewer: Viewer, hosts: tuple[str, ...] = ("localhost", "127.0.0.1")) -> FastAPI:
-    """The page and what it asks for. Requests for another host than `hosts` are refused: a web page elsewhere could
-    otherwise point its own name here and read the images.
+    """Build the app that serves the page and its requests. Requests for a host not in `hosts` are refused: another site
+    could otherwise point its own domain here and read the images.
 
-    When `simsiam embed` has brought the folder up to date, what is asked for with an earlier `Viewer.state` is gone (410).
+    After `simsiam embed` has updated the folder, requests with an earlier `Viewer.state` get 410 (Gone).
     """
     app = FastAPI(title="simsiam", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.latest = _Latest(viewer)
@@ -353,7 +353,7 @@ def build_app(viewer: Viewer, hosts: tuple[str, ...] = ("localhost", "127.0.0.1"
     @app.get("/{state}/picture/{row}")
     def picture(viewer: Same, row: int) -> Response:
         image = viewer.thumbnail(known(viewer, row))
-        small = max(image.size) <= 64  # every pixel counts
+        small = max(image.size) <= 64  # lossless, as single pixels show
         content = _encoded(image, "PNG") if small else _encoded(image, "JPEG", quality=88)
         return Response(content, media_type="image/png" if small else "image/jpeg", headers=kept)
 
@@ -373,9 +373,9 @@ def serve(
     device: str = "auto",
     ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serves the viewer until it is interrupted. `ready` is told the address once the port is taken.
+    """Serve the viewer until interrupted. `ready` receives the URL once the server is listening.
 
-    Raises UserError where the folder holds no embeddings, or the port cannot be had.
+    Raises UserError if the folder holds no embeddings or the address is not available.
     """
     import socket
 
@@ -383,8 +383,8 @@ def serve(
 
     viewer = Viewer(folder, device)
     local = host in ("127.0.0.1", "localhost", "::1")
-    # An older starlette (1.6 does) takes "[" for the name in "[::1]:8000". Whatever begins so is an address, which no page
-    # elsewhere can point here.
+    # Older versions of starlette (such as 1.6) parse "[" as the host of "[::1]:8000". Only an IP address starts like
+    # this, and another site cannot point that here.
     app = build_app(viewer, ("localhost", "127.0.0.1", "[::1]", "[") if local else ("*",))
     try:
         sockets = [socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)]
@@ -397,7 +397,7 @@ def serve(
         if ready is not None:
             ready(f"http://{shown}:{sockets[0].getsockname()[1]}/")
         config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1, headers=HEADERS)
-        with contextlib.suppress(KeyboardInterrupt):  # how a viewer is meant to end
+        with contextlib.suppress(KeyboardInterrupt):  # the normal way to stop the viewer
             uvicorn.Server(config).run(sockets)
 
 

@@ -90,10 +90,27 @@ def test_other_data_some_evaluations_and_no_labels(run: Path, photos: Path, tmp_
     moved = shutil.copytree(run, tmp_path / "run")
     about = json.loads((moved / "encoder.json").read_text())
     (moved / "encoder.json").write_text(json.dumps(about | {"data": "/nowhere"}))
-    with pytest.raises(UserError, match=r"There is no /nowhere.*name its new place: simsiam evaluate .*run DATA$"):
+    with pytest.raises(UserError, match=r"There is no /nowhere.*give its new path: simsiam evaluate .*run DATA$"):
         evaluate_run(moved)
     with pytest.raises(UserError, match=r"There is no /not/here\. Name (?!.*new place)"):
         evaluate_run(moved, "/not/here")
+
+
+@pytest.mark.parametrize("case", ["one class", "another class"])
+def test_test_labels_that_mislead_are_warned_of(run: Path, photos: Path, tmp_path: Path, case: str) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(photos, data / "train")
+    kinds = sorted(path.name for path in photos.iterdir() if path.is_dir())
+    for kind in kinds if case == "another class" else kinds[:1]:
+        shutil.copytree(photos / kind, data / "test" / kind)
+    if case == "another class":
+        (data / "test" / kinds[0]).rename(data / "test" / "misspelt")
+    says = {
+        "one class": rf"All labelled test images are of the class {kinds[0]}",
+        "another class": r"32 of 96 test images are left out of the accuracies: they have no label, or one that no",
+    }
+    with pytest.warns(UserWarning, match=says[case]):
+        evaluate_run(run, data, names="knn")
 
 
 def test_k_without_knn_is_said(run: Path) -> None:
@@ -110,6 +127,16 @@ def test_damaged_files_of_a_run_are_named_or_done_without(run: Path, tmp_path: P
     (own / "evaluation.json").write_text("[]")
     with pytest.raises(UserError, match=r"evaluation.json: it is not a JSON object"):
         evaluate_run(own, names="collapse")
+
+
+def test_the_std_is_said_to_be_of_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    collapse = {"std": 0.9, "effective_rank": 9.0, "most_rank": 63, "verdict": "healthy", "dim": 64, "rows": 90}
+    for more, says in (
+        ({"std_features": 0.3}, "std of z/|z| 0.90 (1 healthy"),
+        ({}, "std of the features 0.90 (0 coll"),
+    ):
+        tables.evaluation(Console(), {"run": "r", "data": "d", "collapse": collapse | more, "file": None})
+        assert says in " ".join(capsys.readouterr().err.split())
 
 
 def test_labels_are_missed_only_where_something_needs_them(capsys: pytest.CaptureFixture[str]) -> None:

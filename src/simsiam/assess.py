@@ -23,7 +23,16 @@ from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings, plain_pixels, random_view
-from simsiam.embed import BN_IMAGES, Preprocessing, compute_of, embed_rows, pixel_rows, read_encoder, untrained
+from simsiam.embed import (
+    BN_IMAGES,
+    Preprocessing,
+    compute_of,
+    embed_rows,
+    failure,
+    pixel_rows,
+    read_encoder,
+    untrained,
+)
 from simsiam.embeddings import digests, origin, write_embedding
 from simsiam.encoders import Encoder
 from simsiam.evaluate import Features
@@ -118,6 +127,8 @@ def evaluate_run(
     if k is not None and names is not None and "knn" not in names:
         warnings.warn(f"-k {k} is for knn, which is not among {', '.join(names)}: ignored.", stacklevel=2)
     encoder, prepare, meta = read_encoder(run)
+    if failed := failure(run, meta):
+        listener.say(f"Warning: {failed}")
     compute = compute_of(run, encoder, prepare, pick_device(device))
     compute.place(encoder)
     name = meta["data"] if data is None else str(data)
@@ -127,7 +138,7 @@ def evaluate_run(
         if data is not None:
             raise
         again = f"simsiam evaluate {shlex.quote(str(run))} DATA"
-        raise UserError(f"{error} If it was moved, name its new place: {again}") from None
+        raise UserError(f"{error} If it was moved, give its new path: {again}") from None
     same = images.fingerprint == meta.get("fingerprint")
     own = data is None or same
     if own and not same and meta.get("fingerprint"):  # imported runs have no fingerprint
@@ -136,6 +147,7 @@ def evaluate_run(
     train, test = cache.split()
     if len(train) < 2:
         raise UserError(f"{name} has {counted(len(train), 'usable image')}: an evaluation needs at least 2.")
+    _check_labels(cache, test)
     before = None
     if baselines:
         before = untrained(encoder.spec, meta["seed"], prepare, cache, draw(train, BN_IMAGES), compute)
@@ -160,13 +172,33 @@ def evaluate_run(
     too_much = f"needs more memory than {compute.device} has. {others}; another --device may have more."
     if sgd:
         with enough_memory(f"--sgd {too_much}"):
-            result["linear_sgd"] = _sgd(subject, kinds["trained"](), train, seed)
+            result["linear_sgd"] = _sgd(subject, train, test, seed)
     if share is not None:
         with enough_memory(f"--finetune {too_much}"):
             result["finetune"] = _finetuned(subject, train, test, share, seed)
     if kept and (sgd or share is not None):
         kept = save()
     return {**result, "file": str(run / EVALUATION) if kept else None}
+
+
+def _check_labels(cache: Cache, test: Rows) -> None:
+    """Warn of test labels that make accuracies misleading: some unknown, or all the same."""
+    if cache.labels is None or cache.classes is None:
+        return
+    labels = cache.labels[test]
+    known = np.unique(labels[labels >= 0])
+    unknown = int((labels < 0).sum())
+    if unknown and len(known):
+        warnings.warn(
+            f"{unknown:,} of {counted(len(test), 'test image')} are left out of the accuracies: they have no label, or one "
+            "that no training image has.",
+            stacklevel=3,
+        )
+    if len(known) == 1 and len(labels) > 1:
+        warnings.warn(
+            f"All labelled test images are of the class {cache.classes[known[0]]}: accuracies on one class mean nothing.",
+            stacklevel=3,
+        )
 
 
 def _collapse(run: Path, same: bool, features: dict[str, Any]) -> dict[str, Any]:
@@ -181,9 +213,12 @@ def _collapse(run: Path, same: bool, features: dict[str, Any]) -> dict[str, Any]
     return found
 
 
-def _sgd(subject: Subject, features: Features, rows: Rows, seed: int) -> dict[str, Any] | None:
-    data = features.labelled()
-    if data is None or features.train_labels is None or data.test_labels is None:
+def _sgd(subject: Subject, train: Rows, test: Rows, seed: int) -> dict[str, Any] | None:
+    labels, classes = subject.cache.labels, subject.cache.classes
+    if labels is None or classes is None:
+        return None
+    test = test[labels[test] >= 0]
+    if not len(test) or len(np.unique(labels[train[labels[train] >= 0]])) < 2:
         return None
     views = subject.prepare.crops((0.08, 1.0))  # as in the released code's linear training
 
@@ -194,9 +229,11 @@ def _sgd(subject: Subject, features: Features, rows: Rows, seed: int) -> dict[st
             return random_view(x, views, draws, sizes)
 
         subject.listener.embedding(number, 90)
-        return embed_rows(subject.encoder, crop, subject.cache, rows, subject.compute)
+        return embed_rows(subject.encoder, crop, subject.cache, train, subject.compute)
 
-    result = sgd_probe(epoch, features.train_labels, data.test, data.test_labels, features.classes, seed=seed)
+    train_labels, test_labels = (torch.from_numpy(labels[rows]) for rows in (train, test))
+    features = subject.embed(subject.encoder, test)
+    result = sgd_probe(epoch, train_labels, features, test_labels, len(classes), seed=seed)
     subject.listener.close()
     return {"trained": result.pop("value"), "untrained": None, "pixels": None, **result}
 

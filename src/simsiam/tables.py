@@ -30,6 +30,8 @@ def training(console: Console, summary: dict[str, Any]) -> None:
         ["time", show_duration(summary["seconds"])],
     ]
     console.results("Training", ["", "value"], rows)
+    if summary["encoder_step"] != summary["steps"]:
+        console.say(f"The encoder that is kept is the last healthy one, from step {summary['encoder_step']:,}.")
     if knn:
         _comparison(
             console,
@@ -53,8 +55,11 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
     if collapse and collapse["rows"] < 5:
         console.say(f"Collapse: {counted(collapse['rows'], 'image')}, too few to tell.")
     elif collapse:
+        # The run's own figures are of z. On other data there is no z, and features, which ReLU made positive, vary less.
+        projected = "std_features" in collapse
+        of, scale = ("z/|z|", "1 healthy, 0 collapsed") if projected else ("the features", "0 collapsed")
         console.say(
-            f"Collapse: {collapse['verdict']}; std {_number(collapse['std'], 2)} (1 healthy, 0 collapsed), "
+            f"Collapse: {collapse['verdict']}; std of {of} {_number(collapse['std'], 2)} ({scale}), "
             f"effective rank {_number(collapse['effective_rank'])} "
             f"of at most {collapse.get('most_rank') or collapse['dim']}."
         )

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,17 @@ from simsiam.compute import Compute, describe, enough_memory, generator, pick_de
 from simsiam.config import Interrupted, Table, UserError, counted, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache, open_cache
+from simsiam.data.imageset import ImageSet
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.data.views import random_views
-from simsiam.embed import BN_IMAGES, Preprocessing, read_encoder, save_encoder, untrained
+from simsiam.embed import BN_IMAGES, read_encoder, save_encoder, untrained
 from simsiam.encoders import Encoder, build
 from simsiam.heads import Siamese
 from simsiam.monitor import Monitor, draw
 from simsiam.optim import LARS
 from simsiam.probe import probe, settle
-from simsiam.recipe import Recipe, check_settings, gather, look_at, read, resolve
+from simsiam.recipe import Facts, Reasons, Recipe, check_settings, gather, look_at, read, resolve
 from simsiam.runs import (
     ENVIRONMENT,
     HEALTHY,
@@ -130,49 +131,92 @@ def _train(
         run = resumable(given)
         if recipe is not None or overrides or size is not None or _any(settings):
             listener.say(f"Warning: --resume takes its settings from {run / RECIPE}; the given ones are ignored.")
-        if (run / SUMMARY).exists():
-            summary = read_json(run / SUMMARY)
-            if "imported" in summary:
-                again = f"simsiam train DATA --init {shlex.quote(str(run))}"
-                raise UserError(f"{run} was imported and cannot be resumed. Start from it with: {again}")
-            listener.say(f"{run} is finished: there is nothing to resume.")
-            return {**summary, "run": str(run)}  # it may have been moved
+        finished = _finished(run, listener)
+        if finished is not None:
+            return finished
         ranks.same(lambda: claim(run).release())  # fail before reading images if another process is training there
-        asked = {**read_recipe(run / RECIPE), **({} if data is None else {"data": asked["data"]})}
-        resumed = read(asked)
-    elif given is not None:
-        check_unused(given)
-
-    if not resume:
+        resumed = read({**read_recipe(run / RECIPE), **({} if data is None else {"data": asked["data"]})})
+    else:
+        if given is not None:
+            check_unused(given)
         check_settings(asked, where.type, size)
-    listener.say(f"Inspecting {asked['data']} ...")
-    try:
-        images = open_images(asked["data"])
-    except UserError as error:
-        if not resume or data is not None:
-            raise
-        raise UserError(
-            f"{error} If it was moved, give its new path: simsiam train DATA --resume -o {shlex.quote(str(given))}"
-        ) from None
+    name = asked["data"] if resumed is None else resumed.data
+    listener.say(f"Inspecting {name} ...")
+    images = _opened(name, given if resume and data is None else None)
     rows, held_out = images.split()
     facts = look_at(images, rows, where.type)
     plan, reasons = (resumed, []) if resumed is not None else resolve(asked, facts, size)
     if len(rows) < plan.train.batch_size:  # a new run gets a batch that fits
         assert resume
         raise images_changed(plan.data, run)
-    prepare = plan.prepare
+    _check_parts(plan.train.batch_size)
+    job = _Job(given, resume, data is not None, plan, reasons, images, rows, held_out, facts)
+    s, step_seconds = _session(job, where, workers, listener)
+    try:
+        _write_start(s, job)
+        listener.plan(_facts(s, len(held_out), step_seconds), job.reasons)
+        return _run(s, held_out)
+    finally:
+        listener.close()
+        s.close()
+
+
+@dataclass
+class _Job:
+    """A run before it starts. `_session` settles what is measured on the machine."""
+
+    out: Path | None
+    resume: bool
+    moved: bool
+    """The run is resumed, and the place of its images was given."""
+    plan: Recipe
+    reasons: Reasons
+    images: ImageSet
+    rows: Rows
+    held_out: Rows
+    facts: Facts
+
+
+def _finished(run: Path, listener: Listener) -> dict[str, Any] | None:
+    """Return the summary of a run that has ended; None if it can be resumed. Raises UserError for an imported run."""
+    if not (run / SUMMARY).exists():
+        return None
+    summary = read_json(run / SUMMARY)
+    if "imported" in summary:
+        again = f"simsiam train DATA --init {shlex.quote(str(run))}"
+        raise UserError(f"{run} was imported and cannot be resumed. Start from it with: {again}")
+    listener.say(f"{run} is finished: there is nothing to resume.")
+    return {**summary, "run": str(run)}  # it may have been moved
+
+
+def _opened(name: str, resumed: Path | None) -> ImageSet:
+    """Open the images; `resumed` is the run whose recipe names them."""
+    try:
+        return open_images(name)
+    except UserError as error:
+        if resumed is None:
+            raise
+        again = f"simsiam train DATA --resume -o {shlex.quote(str(resumed))}"
+        raise UserError(f"{error} If it was moved, give its new path: {again}") from None
+
+
+def _session(job: _Job, where: torch.device, workers: int | None, listener: Listener) -> tuple[Session, float]:
+    """Build cache, method and optimiser, and settle precision, threads and compilation by measuring.
+
+    Returns the session, whose run folder exists, and the seconds of a step.
+    """
+    plan, rows = job.plan, job.rows
     # Decode everything first if all ranks must know which images are bad, if the method visits every image before
     # training, or if reading out of file order is many times slower.
-    if ranks.several() or images.in_order or methods.get(plan.method).Method.sweeps:
-        cache = ranks.first(lambda: build_cache(images, plan.short_side, workers=workers, progress=listener.decoding))
+    if ranks.several() or job.images.in_order or methods.get(plan.method).Method.sweeps:
+        decoding = listener.decoding
+        cache = ranks.first(lambda: build_cache(job.images, plan.short_side, workers=workers, progress=decoding))
         _check_alike(cache)
     else:
-        cache = open_cache(images, plan.short_side, workers=workers)
-
-    _check_parts(plan.train.batch_size)
-    method = build_method(plan, len(rows)) if resume else _initial(plan, len(rows), listener)
+        cache = open_cache(job.images, plan.short_side, workers=workers)
+    method = build_method(plan, len(rows)) if job.resume else _initial(plan, len(rows), listener)
     loader = Loader(cache, rows, plan.train.batch_size, where, plan.seed)
-    own = probe(method, plan, loader, where, facts, listener.say, resumed=resume)
+    own = probe(method, plan, loader, where, job.facts, listener.say, resumed=job.resume)
     probed = ranks.same(lambda: own)
     compute = Compute(where, probed.precision)
     torch.set_num_threads(probed.threads)
@@ -180,15 +224,15 @@ def _train(
         listener.say(
             f"Running without compiled kernels ({kernels.lacking()}): views and batch normalisation are slower."
         )
-    if not resume:
-        plan, more = settle(plan, probed, facts, loader.steps_per_epoch)
-        reasons += more
+    if not job.resume:
+        plan, more = settle(plan, probed, job.facts, loader.steps_per_epoch)
+        job.reasons += more
     elif plan.train.compile and not probed.compiles:
         listener.say("This machine cannot compile the encoder: the run continues without compiling.")
         plan = replace(plan, train=replace(plan.train, compile=False))
-    run = ranks.same(lambda: made(given, Path(asked["data"]).stem, plan.method))
+    run = ranks.same(lambda: made(job.out, Path(plan.data).stem, plan.method))
     compute.place(method)
-    s = Session(
+    session = Session(
         run=run,
         recipe=plan,
         method=method,
@@ -196,45 +240,51 @@ def _train(
         schedule=plan.train.schedule(loader.steps_per_epoch),
         loader=loader,
         compute=compute,
-        monitor=Monitor(cache, rows, held_out, plan.views, prepare, compute, listener.decoding),
+        monitor=Monitor(cache, rows, job.held_out, plan.views, plan.prepare, compute, listener.decoding),
         listener=listener,
         fingerprint=cache.fingerprint,
         pace=probed.pace(plan),
     )
+    return session, probed.step_seconds
+
+
+def _write_start(s: Session, job: _Job) -> None:
+    """Lock the run folder, write the recipe and the environment into it, and load the last checkpoint of a resumed run."""
+    ranks.same(lambda: s.claim(job.resume))
+    if ranks.main():
+        if not job.resume:
+            write_text(s.run / RECIPE, write_recipe(s.recipe.table()))
+        device = s.compute.device
+        about: Table = {"device": str(device), "processes": ranks.count(), **_command()}
+        if device.type == "cpu":
+            about["kernels"] = kernels.compiled() is not None
+        write_json(s.run / ENVIRONMENT, {**describe(device), **about})
+    s.open(job.resume)
+    if job.resume and job.moved and ranks.main():  # the same images at a new path
+        write_text(s.run / RECIPE, write_recipe({**read_recipe(s.run / RECIPE), "data": s.recipe.data}))
+
+
+def _run(s: Session, held_out: Rows) -> dict[str, Any]:
+    """Train to the end and return the summary."""
+
+    @functools.cache
+    def before() -> Encoder:
+        plan, cache = s.recipe, s.loader.cache
+        some = draw(s.loader.rows, BN_IMAGES)
+        return untrained(plan.encoder, plan.seed, plan.prepare, cache, some[cache.usable(some)], s.compute)
+
     try:
-        ranks.same(lambda: s.claim(resume))
+        with signals() as stopped:
+            s.begin(before)
+            fit(s, stopped)
+        return ranks.same(lambda: _finish(s, before(), held_out))
+    except UserError as error:  # e.g. a full disk: the run can be resumed once that is fixed
         if ranks.main():
-            if not resume:
-                write_text(run / RECIPE, write_recipe(plan.table()))
-            about: Table = {"device": str(where), "processes": ranks.count(), **_command()}
-            if where.type == "cpu":
-                about["kernels"] = kernels.compiled() is not None
-            write_json(run / ENVIRONMENT, {**describe(where), **about})
-        s.open(resume)
-        if resume and data is not None and ranks.main():  # the same images at a new path
-            write_text(run / RECIPE, write_recipe({**read_recipe(run / RECIPE), "data": plan.data}))
-        listener.plan(_facts(s, cache, len(rows), len(held_out), probed.step_seconds), reasons)
-
-        @functools.cache
-        def before() -> Encoder:
-            some = draw(rows, BN_IMAGES)
-            return untrained(plan.encoder, plan.seed, prepare, cache, some[cache.usable(some)], compute)
-
-        try:
-            with signals() as stopped:
-                s.begin(before)
-                fit(s, stopped)
-            return ranks.same(lambda: _finish(s, before(), cache, rows, held_out, prepare))
-        except UserError as error:  # e.g. a full disk: the run can be resumed once that is fixed
-            if ranks.main():
-                with contextlib.suppress(UserError):  # earlier checkpoints are intact
-                    s.save()
-            saved = s.saved_step()
-            kept = "" if saved is None else f" The run is saved up to step {saved:,}."
-            raise UserError(f"{error}{kept} {_go_on(s)}") from error
-    finally:
-        listener.close()
-        s.close()
+            with contextlib.suppress(UserError):  # earlier checkpoints are intact
+                s.save()
+        saved = s.saved_step()
+        kept = "" if saved is None else f" The run is saved up to step {saved:,}."
+        raise UserError(f"{error}{kept} {_go_on(s)}") from error
 
 
 def fit(s: Session, stopped: list[str]) -> None:
@@ -379,8 +429,8 @@ def _threads() -> str:
     return text if processes == 1 else f"{processes} processes, {text} each"
 
 
-def _facts(s: Session, cache: Cache, rows: int, held_out: int, step_seconds: float) -> list[tuple[str, str]]:
-    recipe, encoder = s.recipe, s.method.encoder
+def _facts(s: Session, held_out: int, step_seconds: float) -> list[tuple[str, str]]:
+    recipe, encoder, cache = s.recipe, s.method.encoder, s.loader.cache
     parameters = sum(p.numel() for p in encoder.parameters())
     left = (
         recipe.train.seconds
@@ -393,7 +443,10 @@ def _facts(s: Session, cache: Cache, rows: int, held_out: int, step_seconds: flo
     waiting = len(cache.missing(s.loader.rows))
     later = [("decoding", f"{waiting:,} images, once, while the first epoch trains")] if waiting else []
     facts = [
-        ("data", f"{recipe.data}: {rows:,} images to train on, {held_out:,} held out for monitoring{bad}"),
+        (
+            "data",
+            f"{recipe.data}: {len(s.loader.rows):,} images to train on, {held_out:,} held out for monitoring{bad}",
+        ),
         *later,
         ("method", f"{recipe.method}, batch {recipe.train.batch_size}, base lr {recipe.train.lr:g}"),
         ("encoder", f"{recipe.encoder.name}, {parameters / 1e6:.2g} M parameters, {encoder.dim} features"),
@@ -408,17 +461,16 @@ def _facts(s: Session, cache: Cache, rows: int, held_out: int, step_seconds: flo
 # --- after the loop -------------------------------------------------------------------------------------------------
 
 
-def _finish(
-    s: Session, before: Encoder, cache: Cache, rows: Rows, held_out: Rows, prepare: Preprocessing
-) -> dict[str, Any]:
+def _finish(s: Session, before: Encoder, held_out: Rows) -> dict[str, Any]:
     """Evaluate once more, save encoder and samples, and return the summary; `summary.json`, written last, marks the run
     as finished."""
     if s.looked_at != s.step:
         s.look()
     s.save()
     # A run that ended within its first epoch has not seen all images: do not decode the rest for this.
+    cache = s.loader.cache
     cache.usable(draw(held_out, _QUERIES), s.listener.decoding)
-    rows, held_out = cache.decoded(rows), cache.decoded(held_out)
+    rows, held_out = cache.decoded(s.loader.rows), cache.decoded(held_out)
     s.method.eval()
     encoder = s.method.encoder
     plan, verdict = s.recipe, s.verdict
@@ -431,10 +483,10 @@ def _finish(
         "step": step,
         "verdict": verdict.name,
     }
-    save_encoder(s.run, encoder, prepare, plan.seed, about)
+    save_encoder(s.run, encoder, plan.prepare, plan.seed, about)
     shown = held_out if len(held_out) >= 16 else rows
     subject = Subject(
-        encoder=encoder, before=before, prepare=prepare, cache=cache, compute=s.compute, listener=s.listener
+        encoder=encoder, before=before, prepare=plan.prepare, cache=cache, compute=s.compute, listener=s.listener
     )
     keep_samples(s.run, subject, plan.views, rows, shown)
     knn = None

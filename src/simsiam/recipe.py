@@ -336,6 +336,11 @@ class Facts:
     """cpu, cuda or mps."""
 
     @property
+    def sides(self) -> str:
+        """The short side in words."""
+        return f"images are {self.short_side} px on their short side (median)"
+
+    @property
     def small(self) -> bool:
         """Whether the images are CIFAR-like rather than photographs."""
         return self.short_side <= _SMALL_IMAGE
@@ -373,71 +378,81 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
     """
     why: Reasons = []
     table = dict(table)
-    images = f"images are {facts.short_side} px on their short side (median)"
-    named = table.get("encoder", {}).get("name")
-    if table.pop(OPEN, False) or named is None:
-        base, reason = _base(named, facts, images)
-        why.append(("recipe", base, reason))
-        defaults = preset(base, table.get("method", {}).get("name"))
-        defaults["train"].pop("epochs", None)
-        defaults["views"].pop("size", None)
-        if named is None and base == "imagenet" and facts.images < 200_000:
-            defaults["encoder"] = {"name": "resnet18"}
-            why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))
-        most = 512 if facts.device == "cuda" else 256
-        asked = table.get("train", {}).keys()
-        if defaults["train"].get("batch_size", 0) > most:  # from a paper that used a hundred devices
-            own = getattr(methods.get(defaults["method"]["name"]), "ONE_DEVICE", {})
-            own = merge(own, {"train": {"batch_size": most}})
-            defaults = merge(defaults, own)
-            for part, rows in own.items():
-                left = rows.keys() - table.get(part, {}).keys()
-                why += [(f"{part}.{key}", f"{rows[key]:g}", "one device") for key in rows if key in left]
-        if base == "thin" and facts.images < 20_000:
-            few = {"weight_decay": 1e-4, "batch_size": 64}
-            defaults["train"] |= few
-            reason = f"{facts.images:,} images are few: more and smaller steps"
-            why += [(f"train.{key}", f"{value:g}", reason) for key, value in few.items() if key not in asked]
-            if not facts.small:
-                softer = {"jitter": [0.4, 0.4, 0.2, 0.03], "gray_p": 0.05}
-                defaults["views"] |= softer
-                reason = f"colours help to tell {facts.images:,} photographs apart"
-                given = table.get("views", {}).keys()
-                why += [(f"views.{key}", str(value), reason) for key, value in softer.items() if key not in given]
-        table = merge(defaults, table)
+    if table.pop(OPEN, False) or table.get("encoder", {}).get("name") is None:
+        table = merge(_defaults(table, facts, why), table)
     table = {**{key: {} for key in _TABLES}, "seed": 0, **table}
-    table = {**table, "method": {"name": "simsiam", **table["method"]}}
-    views, use, train, encoder = dict(table["views"]), dict(table["eval"]), dict(table["train"]), dict(table["encoder"])
-    thin = str(encoder.get("name", "")).startswith("thin-")
-
-    if asked_size is not None:
-        views["size"] = asked_size
-        use["size"] = asked_size
-    if "size" not in use:
-        if "size" in views:
-            use["size"] = _upto(views["size"] * 4 // 3, facts.short_side, 8) if thin else views["size"]
-            use["size"] = max(use["size"], views["size"])
-        elif facts.small:
-            use["size"] = max(16, math.ceil(facts.short_side / 8) * 8)
-            why.append(("eval.size", str(use["size"]), images))
-        else:
-            most = 64 if facts.device != "cuda" else 224
-            use["size"] = _upto(most, facts.short_side, 32)
-            why.append(("eval.size", str(use["size"]), f"{images}; {'no GPU' if most == 64 else 'a GPU'}"))
-    if "size" not in views:
-        views["size"] = max(8, use["size"] * 3 // 4 // 8 * 8) if thin else use["size"]
-        if views["size"] != use["size"]:
-            why.append(
-                ("views.size", str(views["size"]), f"crops enlarge objects to their size at {use['size']} px; faster")
-            )
-    encoder.setdefault("size", use["size"])
-    batch = train.setdefault("batch_size", 256)
-    if batch > largest_batch(facts.images):
-        train["batch_size"] = min(batch, 2 ** int(math.log2(max(2, largest_batch(facts.images)))))
+    sizes = _sizes(table, facts, asked_size, why)
+    train = {"batch_size": 256, **table["train"]}
+    most = largest_batch(facts.images)
+    if train["batch_size"] > most:
+        train["batch_size"] = min(train["batch_size"], 2 ** int(math.log2(max(2, most))))
         why = [reason for reason in why if reason[0] != "train.batch_size"]
         why.append(("train.batch_size", str(train["batch_size"]), f"there are only {facts.images:,} images"))
-    full = {**table, "views": views, "eval": use, "train": train, "encoder": encoder}
+    full = {
+        **table,
+        "method": {"name": "simsiam", **table["method"]},
+        "encoder": {"size": sizes["eval"], **table["encoder"]},
+        "train": train,
+        **{part: {**table[part], "size": size} for part, size in sizes.items()},
+    }
     return read(full), why
+
+
+def _defaults(table: Table, facts: Facts, why: Reasons) -> Table:
+    """Return the built-in recipe that fills in what `table` leaves open, adapted to the data and the machine."""
+    named = table.get("encoder", {}).get("name")
+    base, reason = _base(named, facts)
+    why.append(("recipe", base, reason))
+    defaults = preset(base, table.get("method", {}).get("name"))
+    defaults["train"].pop("epochs", None)
+    defaults["views"].pop("size", None)
+
+    def derive(settings: Table, reason: str) -> None:
+        """Put settings over the defaults; those that the user left open are shown with the reason."""
+        nonlocal defaults
+        defaults = merge(defaults, settings)
+        for part, rows in settings.items():
+            left = {key: value for key, value in rows.items() if key not in table.get(part, {})}
+            why.extend((f"{part}.{key}", _shown(value), reason) for key, value in left.items())
+
+    if named is None and base == "imagenet" and facts.images < 200_000:
+        defaults["encoder"] = {"name": "resnet18"}
+        why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))
+    most = 512 if facts.device == "cuda" else 256
+    if defaults["train"].get("batch_size", 0) > most:  # from a paper that used a hundred devices
+        own = getattr(methods.get(defaults["method"]["name"]), "ONE_DEVICE", {})
+        derive(merge(own, {"train": {"batch_size": most}}), "one device")
+    if base == "thin" and facts.images < 20_000:
+        few = {"weight_decay": 1e-4, "batch_size": 64}
+        derive({"train": few}, f"{facts.images:,} images are few: more and smaller steps")
+        if not facts.small:
+            softer = {"jitter": [0.4, 0.4, 0.2, 0.03], "gray_p": 0.05}
+            derive({"views": softer}, f"colours help to tell {facts.images:,} photographs apart")
+    return defaults
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _sizes(table: Table, facts: Facts, asked: int | None, why: Reasons) -> dict[str, int]:
+    """Return the sides of views and of images at inference, in pixels: {"views": size, "eval": size}."""
+    views, use = (table[part].get("size") if asked is None else asked for part in ("views", "eval"))
+    thin = str(table["encoder"].get("name", "")).startswith("thin-")
+    if use is None and views is not None:
+        use = max(_upto(views * 4 // 3, facts.short_side, 8), views) if thin else views
+    elif use is None and facts.small:
+        use = max(16, math.ceil(facts.short_side / 8) * 8)
+        why.append(("eval.size", str(use), facts.sides))
+    elif use is None:
+        gpu = facts.device == "cuda"
+        use = _upto(224 if gpu else 64, facts.short_side, 32)
+        why.append(("eval.size", str(use), f"{facts.sides}; {'a GPU' if gpu else 'no GPU'}"))
+    if views is None:
+        views = max(8, use * 3 // 4 // 8 * 8) if thin else use
+        if views != use:
+            why.append(("views.size", str(views), f"crops enlarge objects to their size at {use} px; faster"))
+    return {"views": views, "eval": use}
 
 
 def largest_batch(images: int) -> int:
@@ -445,14 +460,14 @@ def largest_batch(images: int) -> int:
     return images // 4
 
 
-def _base(encoder: Any, facts: Facts, images: str) -> tuple[str, str]:
+def _base(encoder: Any, facts: Facts) -> tuple[str, str]:
     """Return the built-in recipe for open settings, and why: that of the encoder's family, if one is requested."""
     if encoder is not None:
         family = str(encoder).partition("-")[0]
         return family if family in ("thin", "cifar") else "imagenet", f"the encoder is {encoder}"
     if facts.device != "cuda":
         return "thin", "no GPU"
-    return "cifar" if facts.small else "imagenet", f"a GPU, and {images}"
+    return "cifar" if facts.small else "imagenet", f"a GPU, and {facts.sides}"
 
 
 def _upto(most: int, side: int, step: int) -> int:

@@ -144,7 +144,9 @@ def test_memory_that_runs_out_costs_the_other_evaluations_nothing(
 
     (run / "evaluation.json").unlink(missing_ok=True)
     monkeypatch.setattr(f"simsiam.assess.{name}", full)
-    with pytest.raises(UserError, match=r"memory than (cpu|cuda) has\. The other evaluations are in .*evaluation\.json"):
+    with pytest.raises(
+        UserError, match=r"memory than (cpu|cuda) has\. The other evaluations are in .*evaluation\.json"
+    ):
         evaluate_run(run, names=["knn"], **asked)
     assert read_json(run / "evaluation.json")["knn"]["trained"] > 0
 

@@ -119,13 +119,14 @@ def evaluate_run(
         check_share(share)
     listener = listener or Listener()
     set_threads()
-    names = [names] if isinstance(names, str) else names
-    for name in names or ():
+    names = [names] if isinstance(names, str) else names or evaluate.names()
+    for name in names:
         evaluate.get(name)
     if k is not None and k < 1:
         raise UserError(f"k is {k}: it must be at least 1.")
-    if k is not None and names is not None and "knn" not in names:
+    if k is not None and "knn" not in names:
         warnings.warn(f"-k {k} is for knn, which is not among {', '.join(names)}: ignored.", stacklevel=2)
+        k = None
     encoder, prepare, meta = read_encoder(run)
     if failed := failure(run, meta):
         listener.say(f"Warning: {failed}")
@@ -153,8 +154,8 @@ def evaluate_run(
         before = untrained(encoder.spec, meta["seed"], prepare, cache, draw(train, BN_IMAGES), compute)
     subject = Subject(encoder=encoder, before=before, prepare=prepare, cache=cache, compute=compute, listener=listener)
     kinds = side_by_side(subject, train, test)
-    settings = {} if k is None or (names is not None and "knn" not in names) else {"knn": {"k": k}}
-    compared = evaluate.compare(names or evaluate.names(), kinds, seed=seed, settings=settings)
+    settings = {} if k is None else {"knn": {"k": k}}
+    compared = evaluate.compare(names, kinds, seed=seed, settings=settings)
     listener.close()
     result: dict[str, Any] = {"run": str(run), "data": name, "fingerprint": images.fingerprint, **compared}
     collapse = compared.get("collapse")
@@ -215,10 +216,8 @@ def _collapse(run: Path, same: bool, features: dict[str, Any]) -> dict[str, Any]
 
 def _sgd(subject: Subject, train: Rows, test: Rows, seed: int) -> dict[str, Any] | None:
     labels, classes = subject.cache.labels, subject.cache.classes
-    if labels is None or classes is None:
-        return None
-    test = test[labels[test] >= 0]
-    if not len(test) or len(np.unique(labels[train[labels[train] >= 0]])) < 2:
+    judged = evaluate.labelled_rows(labels, train, test)
+    if labels is None or classes is None or judged is None:
         return None
     views = subject.prepare.crops((0.08, 1.0))  # as in the released code's linear training
 
@@ -231,8 +230,8 @@ def _sgd(subject: Subject, train: Rows, test: Rows, seed: int) -> dict[str, Any]
         subject.listener.embedding(number, 90)
         return embed_rows(subject.encoder, crop, subject.cache, train, subject.compute)
 
-    train_labels, test_labels = (torch.from_numpy(labels[rows]) for rows in (train, test))
-    features = subject.embed(subject.encoder, test)
+    train_labels, test_labels = (torch.from_numpy(labels[rows]) for rows in (train, judged))
+    features = subject.embed(subject.encoder, judged)
     result = sgd_probe(epoch, train_labels, features, test_labels, len(classes), seed=seed)
     subject.listener.close()
     return {"trained": result.pop("value"), "untrained": None, "pixels": None, **result}

@@ -204,7 +204,6 @@ def evaluate(
         workers=workers,
         listener=console,
     )
-    console.close()
     tables.evaluation(console, result)
     if result["file"] and keep(lambda: write_report(run)):
         console.say(f"Report   {run / REPORT}")
@@ -226,7 +225,6 @@ def embed(
     from simsiam.embeddings import embed_to
 
     result = embed_to(run, data, out, device, workers, console.decoding, console.embedding)
-    console.close()
     for bad in result["bad_files"]:
         console.say(f"Bad file: {bad['path']}: {bad['reason']}")
     console.say(
@@ -444,7 +442,6 @@ def reproduce(
         workers=workers,
         listener=console,
     )
-    console.close()
     tables.experiment(console, result, seeds)
     console.say(f"Table    {result['folder']}/table.md")
     console.say(f"Curves   {result['folder']}/curves.svg")
@@ -496,7 +493,6 @@ def check(data: Data, workers: Workers = None, as_json: Json = False) -> None:
     from simsiam.data.sources import open_images
 
     found = look(open_images(data), workers, console.checking)
-    console.close()
     tables.check(console, found)
     if as_json:
         _print_json(found)

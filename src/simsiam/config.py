@@ -89,13 +89,12 @@ def fill(cls: type[T], table: Table, where: str) -> T:
 
     Raises UserError naming the key (`where` is the table's name) for an unknown key or a value of the wrong type.
     """
-    hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in table:
         if key not in names:
             raise UserError(f"Unknown setting {where}.{key}.{did_you_mean(key, names)}")
     try:
-        return cls(**{key: _coerce(value, hints[key], f"{where}.{key}") for key, value in table.items()})
+        return cls(**typed(cls, table, where))
     except UserError:
         raise
     except ValueError as error:

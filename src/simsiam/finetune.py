@@ -24,6 +24,7 @@ from simsiam.data.cache import Cache
 from simsiam.data.views import random_view
 from simsiam.embed import Preprocessing, embed_rows
 from simsiam.encoders import Encoder
+from simsiam.evaluate import labelled_rows
 from simsiam.optim import learning_rate
 
 RATES = (0.05, 0.5)
@@ -64,12 +65,10 @@ def finetune(
     labels or `test` has none.
     """
     check_share(share)
-    labels = cache.labels
-    if labels is None:
+    labels, known = cache.labels, labelled_rows(cache.labels, train, test)
+    if labels is None or known is None:
         return None
-    test = test[labels[test] >= 0]
-    if len(np.unique(labels[train][labels[train] >= 0])) < 2 or not len(test):
-        return None
+    test = known
     kept, held_out = choose(labels, train, share, seed)
     rows = np.concatenate([kept, held_out])
     batch_size = min(_BATCH, len(kept))

@@ -164,6 +164,15 @@ class Recipe:
         }
 
 
+_OWNERS: dict[str, type[Any]] = {
+    "train": TrainSettings,
+    "views": ViewSettings,
+    "encoder": EncoderSpec,
+    "eval": EvalSettings,
+}
+"""Whose settings each table holds; those of [method] are the method's."""
+
+
 def read(table: Table) -> Recipe:
     """Build a Recipe from a complete table (`Recipe.table`). Raises UserError for an unknown name or a wrong value."""
     table = checked(table)
@@ -207,8 +216,7 @@ def checked(table: Table) -> Table:
     name = table.get("method", {}).get("name", "")
     if not isinstance(name, str):
         raise UserError(f"method.name is {name!r}: it must be text.")
-    owners = {"encoder": EncoderSpec, "train": TrainSettings, "views": ViewSettings, "eval": EvalSettings}
-    return {**table, **{key: typed(cls, table[key], key) for key, cls in owners.items() if key in table}}
+    return {**table, **{key: typed(cls, table[key], key) for key, cls in _OWNERS.items() if key in table}}
 
 
 def _laid(overrides: Iterable[Table]) -> Table:
@@ -309,7 +317,7 @@ def qualify(override: Table) -> Table:
         raise UserError(f"{key} is an option, not a setting: use --{key} on the command line, {key}=... in train().")
     if key in (*_TABLES, "data", "seed"):
         return override if isinstance(value, dict) or key in ("data", "seed") else {key: {"name": value}}
-    owners = {"train": TrainSettings, "views": ViewSettings, "encoder": EncoderSpec}
+    owners = {table: owner for table, owner in _OWNERS.items() if table != "eval"}  # --size sets its only one
     homes = [table for table, owner in owners.items() if key in {field.name for field in dataclasses.fields(owner)}]
     homes += [
         "method"

@@ -150,7 +150,7 @@ def _train(
         assert resume
         raise images_changed(plan.data, run)
     _check_parts(plan.train.batch_size)
-    job = _Job(given, resume, data is not None, plan, reasons, images, rows, held_out, facts)
+    job = _Job(given, resume, resume and data is not None, plan, reasons, images, rows, held_out, facts)
     s, step_seconds = _session(job, where, workers, listener)
     try:
         _write_start(s, job)
@@ -168,7 +168,7 @@ class _Job:
     out: Path | None
     resume: bool
     moved: bool
-    """The run is resumed, and the place of its images was given."""
+    """The run is resumed on the same images at a path that was given now."""
     plan: Recipe
     reasons: Reasons
     images: ImageSet
@@ -260,7 +260,7 @@ def _write_start(s: Session, job: _Job) -> None:
             about["kernels"] = kernels.compiled() is not None
         write_json(s.run / ENVIRONMENT, {**describe(device), **about})
     s.open(job.resume)
-    if job.resume and job.moved and ranks.main():  # the same images at a new path
+    if job.moved and ranks.main():
         write_text(s.run / RECIPE, write_recipe({**read_recipe(s.run / RECIPE), "data": s.recipe.data}))
 
 

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from simsiam.config import UserError, did_you_mean
@@ -54,6 +56,20 @@ class Features:
             return self
         kept = self.train[train], self.train_labels[train], self.test[test], self.test_labels[test]
         return Features(*kept, self.classes)
+
+
+def labelled_rows(
+    labels: NDArray[np.int64] | None, train: NDArray[np.int64], test: NDArray[np.int64]
+) -> NDArray[np.int64] | None:
+    """The test rows of known label, as `Features.labelled` has them, before there are features; None if that is None.
+
+    labels: int64, of all rows, -1 if unknown; train, test: int64, positions in it.
+    """
+    if labels is None:
+        return None
+    test = test[labels[test] >= 0]
+    classes = np.unique(labels[train][labels[train] >= 0])
+    return test if len(test) and len(classes) >= 2 else None
 
 
 def check_finite(rows: Tensor) -> None:

@@ -23,8 +23,8 @@ from simsiam import kernels
 from simsiam.compute import Compute, computes_bf16, describe, set_threads
 from simsiam.config import merge
 from simsiam.data.loader import Batch
-from simsiam.embed import preprocessing
 from simsiam.encoders import EncoderSpec, build, in_use, view_dtype
+from simsiam.features import preprocessing
 from simsiam.kernels import Packed
 from simsiam.recipe import preset, read
 from simsiam.step import Step

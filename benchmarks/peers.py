@@ -56,9 +56,9 @@ from simsiam.data.decode import decode, in_order
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings, random_view
-from simsiam.embed import embed_rows, preprocessing
 from simsiam.embeddings import embed_to
 from simsiam.encoders import in_use, view_dtype
+from simsiam.features import embed_rows, preprocessing
 from simsiam.neighbours import top_k
 
 Work = Callable[[], Any]

@@ -31,7 +31,7 @@ from simsiam.data.demo import photograph_files
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings
-from simsiam.embed import preprocessing
+from simsiam.features import preprocessing
 from simsiam.recipe import read
 from simsiam.runs import read_json, read_metrics
 from simsiam.step import Step

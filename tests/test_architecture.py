@@ -17,7 +17,7 @@ MODULES = {
 ROOMS = {
     0: ("config", "runs", "compute", "console", "ranks", "kernels", "convolutions"),
     1: ("data", "encoders", "heads", "optim", "neighbours", "collapse", "recipes"),
-    2: ("methods", "embed", "embeddings"),
+    2: ("methods", "features", "weights", "embed", "embeddings"),
     3: ("search", "duplicates", "clusters"),
     4: ("evaluate", "recipe", "monitor", "finetune", "assess"),
     5: ("session", "probe", "step", "train", "show", "export", "released"),

@@ -20,7 +20,7 @@ from simsiam.config import UserError
 from simsiam.console import Console, Listener
 from simsiam.data.cache import build_cache
 from simsiam.data.sources import open_images
-from simsiam.embed import pixel_rows, preprocessing
+from simsiam.features import pixel_rows, preprocessing
 from simsiam.runs import read_json
 from test_train import SMALL
 

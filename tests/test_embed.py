@@ -28,9 +28,12 @@ from simsiam.compute import Compute, computes_bf16
 from simsiam.config import UserError
 from simsiam.data.cache import build_cache
 from simsiam.data.sources import open_images
-from simsiam.embed import ImageEncoder, Preprocessing, preprocessing, read_encoder, untrained
+from simsiam.embed import ImageEncoder
 from simsiam.embeddings import embed_to, read_embeddings, write_embedding
 from simsiam.encoders import EncoderSpec, _InUse, in_use
+from simsiam.features import Preprocessing, preprocessing, untrained
+from simsiam.runs import read_tensors
+from simsiam.weights import read_encoder
 from test_train import SMALL
 
 
@@ -200,7 +203,7 @@ def test_embedding_holds_the_vectors_once(
     run: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     embed_to(run, copy, tmp_path / "whole")
-    monkeypatch.setattr("simsiam.embed._BATCH", 4)
+    monkeypatch.setattr("simsiam.features.BATCH", 4)
     made, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **how: (made.append(shape), empty(*shape, **how))[1])
     out, later = tmp_path / "vectors", sorted(copy.iterdir())[::3]
@@ -349,7 +352,7 @@ def test_it_is_a_scikit_learn_transformer(run: Path, photos: Path) -> None:
 def test_the_precision_is_that_of_training(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that updated embeddings are consistent; it is measured if the training precision is not known."""
     measured: list[int] = []
-    monkeypatch.setattr("simsiam.embed.probe_encoder", lambda *_: measured.append(1) or "fp32")
+    monkeypatch.setattr("simsiam.weights.probe_encoder", lambda *_: measured.append(1) or "fp32")
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     for own, able, expected, asks in [
@@ -358,7 +361,7 @@ def test_the_precision_is_that_of_training(run: Path, tmp_path: Path, monkeypatc
         ("fp32", True, "fp32", 0),
         ("auto", True, "fp32", 1),
     ]:
-        monkeypatch.setattr("simsiam.embed.computes_bf16", lambda device, able=able: able)
+        monkeypatch.setattr("simsiam.weights.computes_bf16", lambda device, able=able: able)
         text = (run / "config.toml").read_text()
         (copy / "config.toml").write_text(re.sub(r"precision = .*", f'precision = "{own}"', text))
         measured.clear()
@@ -374,7 +377,7 @@ def test_the_encoder_on_disk_is_a_plain_network(run: Path) -> None:
     by_hand = x[:, :, 2:18, 2:18] if prepare.share < 1 else None
     assert by_hand is None or prepare(x).shape == (3, 3, 16, 16)
     assert torch.isfinite(encoder(prepare(x))).all()
-    assert all(not name.startswith("backbone") for name in simsiam.embed.read_tensors(run / "encoder.safetensors")[0])
+    assert all(not name.startswith("backbone") for name in read_tensors(run / "encoder.safetensors")[0])
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 96, 224])
@@ -464,7 +467,7 @@ def test_a_last_batch_of_one_image_is_no_part_of_bn_statistics(
         Compute(torch.device("cpu"), "fp32"),
     )
     rows = cache.decoded(np.arange(len(cache)))
-    monkeypatch.setattr("simsiam.embed._BATCH", 8)
+    monkeypatch.setattr("simsiam.features.BATCH", 8)
     whole, more = (untrained(spec, 0, prepare, cache, rows[:count], compute).state_dict() for count in (16, 17))
     assert all(torch.equal(whole[name], more[name]) for name in whole)
     few = untrained(spec, 0, prepare, cache, rows[:5], compute).state_dict()

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 import simsiam
 from simsiam.cli import Target
 from simsiam.config import UserError
-from simsiam.embed import preprocessing, save_encoder
 from simsiam.encoders import EncoderSpec, build
 from simsiam.export import TARGETS, FromPixels, export
+from simsiam.features import preprocessing
 from simsiam.runs import read_json
+from simsiam.weights import save_encoder
 from test_parity import off
 from test_train import command
 

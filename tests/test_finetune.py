@@ -17,10 +17,11 @@ from simsiam.compute import Compute
 from simsiam.config import UserError
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
-from simsiam.embed import Preprocessing, read_encoder
 from simsiam.encoders import Encoder, EncoderSpec, build
+from simsiam.features import Preprocessing
 from simsiam.finetune import choose, finetune
 from simsiam.runs import read_json
+from simsiam.weights import read_encoder
 from test_train import SMALL
 
 FP32 = Compute(torch.device("cpu"), "fp32")

@@ -14,7 +14,7 @@ from simsiam.compute import Compute
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings
-from simsiam.embed import preprocessing
+from simsiam.features import preprocessing
 from simsiam.monitor import Monitor, draw
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

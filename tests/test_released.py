@@ -189,7 +189,7 @@ def test_from_the_released_file_to_evaluation_vectors_and_export(
     imported: tuple[Path, Released], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Measuring bf16 against fp32 takes longer than everything else.
-    monkeypatch.setattr("simsiam.embed.probe_encoder", lambda *_: "fp32")
+    monkeypatch.setattr("simsiam.weights.probe_encoder", lambda *_: "fp32")
     run, theirs = imported
     few = tmp_path / "few"
     for source in sorted(photos.rglob("*.png"))[::6]:

@@ -23,24 +23,16 @@ from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings, plain_pixels, random_view
-from simsiam.embed import (
-    BN_IMAGES,
-    Preprocessing,
-    compute_of,
-    embed_rows,
-    failure,
-    pixel_rows,
-    read_encoder,
-    untrained,
-)
 from simsiam.embeddings import digests, origin, write_embedding
 from simsiam.encoders import Encoder
 from simsiam.evaluate import Features
 from simsiam.evaluate.linear import sgd_probe
+from simsiam.features import BN_IMAGES, Preprocessing, embed_rows, pixel_rows, untrained
 from simsiam.finetune import check_share, finetune
 from simsiam.kernels import Images
 from simsiam.monitor import draw
 from simsiam.runs import ENCODER, EVALUATION, SUMMARY, atomic, keep, read_json, write_json
+from simsiam.weights import compute_of, failure, read_encoder
 
 Rows = NDArray[np.int64]
 

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from simsiam.config import UserError, counted, fill
 from simsiam.data.sources import absolute, open_images
-from simsiam.embed import ImageEncoder, Preprocessing, Progress, embed_batches
+from simsiam.features import Preprocessing, Progress, embed_batches
 from simsiam.runs import atomic, left_by_a_kill, make_writable, read_json, write_json
 
 if TYPE_CHECKING:
     from simsiam.data.cache import Cache
+    from simsiam.embed import ImageEncoder
 
 VECTORS, ITEMS, META = "vectors.npy", "items.parquet", "meta.json"
 
@@ -41,6 +42,7 @@ def embed_to(
     Raises UserError if `out` holds embeddings of another encoder or of other data, or something else.
     """
     from simsiam.data.cache import build_cache
+    from simsiam.embed import ImageEncoder
 
     encoder = ImageEncoder(os.fspath(run), device).open()
     out = Path(out)
@@ -148,6 +150,8 @@ class Embeddings:
 
     def encoder(self, device: str = "auto") -> ImageEncoder:
         """The encoder that made the vectors. Raises UserError if its run is gone or its encoder has changed."""
+        from simsiam.embed import ImageEncoder  # brings scikit-learn, which training does not need
+
         run = Path(self.meta["run"])
         if not run.exists():
             raise UserError(

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from simsiam.config import UserError, did_you_mean
 from simsiam.data.decode import MAX_ASPECT
 from simsiam.data.views import normalise
-from simsiam.embed import Preprocessing, read_encoder
 from simsiam.encoders import OURS, Encoder, ResNet, build, timm_options, torchvision_options
+from simsiam.features import Preprocessing
 from simsiam.runs import ENCODER, atomic, make_writable, read_tensors, write_tensors
+from simsiam.weights import read_encoder
 
 TARGETS = ("torchvision", "timm", "onnx", "safetensors")
 TOLERANCE = 1e-4

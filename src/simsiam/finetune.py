@@ -22,9 +22,9 @@ from simsiam.compute import Compute, generator, repeatable, seed_of
 from simsiam.config import UserError
 from simsiam.data.cache import Cache
 from simsiam.data.views import random_view
-from simsiam.embed import Preprocessing, embed_rows
 from simsiam.encoders import Encoder
 from simsiam.evaluate import labelled_rows
+from simsiam.features import Preprocessing, embed_rows
 from simsiam.optim import learning_rate
 
 RATES = (0.05, 0.5)

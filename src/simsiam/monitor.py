@@ -14,8 +14,8 @@ from simsiam.collapse import alignment, effective_rank, normalised_std, retrieva
 from simsiam.compute import Compute, generator
 from simsiam.data.cache import Cache, Progress
 from simsiam.data.views import ViewSettings, random_view
-from simsiam.embed import Preprocessing, embed_rows, pixel_rows
 from simsiam.evaluate.knn import accuracy
+from simsiam.features import Preprocessing, embed_rows, pixel_rows
 from simsiam.heads import Siamese
 
 SAMPLE = 512

@@ -31,8 +31,8 @@ from simsiam.config import (
 from simsiam.data.decode import open_image
 from simsiam.data.sources import ImageSet, absolute
 from simsiam.data.views import ViewSettings
-from simsiam.embed import Preprocessing, preprocessing
 from simsiam.encoders import EncoderSpec
+from simsiam.features import Preprocessing, preprocessing
 from simsiam.optim import Schedule
 from simsiam.runs import RECIPE
 

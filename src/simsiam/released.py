@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from simsiam import methods
 from simsiam.compute import describe
 from simsiam.config import Table, UserError, did_you_mean, merge, write_recipe
-from simsiam.embed import save_encoder
 from simsiam.encoders import build
 from simsiam.recipe import Recipe, gather, read
 from simsiam.runs import ENVIRONMENT, RECIPE, SUMMARY, Checkpoints, write_json, write_text
+from simsiam.weights import save_encoder
 
 _SIZE = 224
 _FROZEN = "encoder.fc.6.bias"

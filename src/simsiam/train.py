@@ -26,8 +26,8 @@ from simsiam.data.imageset import ImageSet
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.data.views import random_views
-from simsiam.embed import BN_IMAGES, read_encoder, save_encoder, untrained
 from simsiam.encoders import Encoder, build
+from simsiam.features import BN_IMAGES, untrained
 from simsiam.heads import Siamese
 from simsiam.monitor import Monitor, draw
 from simsiam.optim import LARS
@@ -49,6 +49,7 @@ from simsiam.runs import (
 )
 from simsiam.session import Session, finite, images_changed, method_tensors, signals
 from simsiam.step import Step
+from simsiam.weights import read_encoder, save_encoder
 
 _BANK, _QUERIES = 12_000, 2_000
 """Bank and queries of the final kNN; `simsiam evaluate` uses all. For CIFAR-10, k stays the same (`knn.usual_k`)."""

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ import pytest
 import simsiam
 from simsiam import cli
 from simsiam.config import UserError
+from simsiam.console import Listener
 from test_decode import write_nasty_folder
 from test_train import SMALL, command
 
@@ -270,8 +270,8 @@ def test_ctrl_c_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 def test_whatever_ends_a_progress_bar_the_cursor_comes_back(
     error: BaseException, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(images: object, workers: object, progress: Callable[[int, int, int], None]) -> None:
-        progress(1, 10, 0)
+    def fail(data: object, workers: object, listener: Listener) -> None:
+        listener.checking(1, 10, 0)
         raise error
 
     monkeypatch.setattr("simsiam.data.check.check", fail)

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from simsiam.config import UserError
+from simsiam.console import Listener
 from simsiam.embeddings import read_embeddings
 from simsiam.search import RECALL, open_index, search
 
@@ -55,8 +56,10 @@ def test_the_index_has_the_recall_that_it_says_and_is_kept(tmp_path: Path) -> No
     centres = rng.normal(size=(50, 32))
     folder = made(tmp_path / "vectors", centres[rng.integers(50, size=4000)] + 0.5 * rng.normal(size=(4000, 32)))
     told: list[str] = []
+    listener = Listener()
+    listener.say = told.append  # type: ignore[method-assign]
     queries = [f"image-{i}" for i in range(0, 4000, 40)]
-    near = search(folder, queries, k=10, index=True, progress=told.append)
+    near = search(folder, queries, k=10, index=True, listener=listener)
     exact = search(folder, queries, k=10, index=False)
     hits = [
         len({each["id"] for each in a["neighbours"]} & {each["id"] for each in b["neighbours"]})
@@ -65,12 +68,12 @@ def test_the_index_has_the_recall_that_it_says_and_is_kept(tmp_path: Path) -> No
     assert sum(hits) / (10 * len(queries)) > RECALL - 0.03
     assert read_embeddings(folder) and json.loads((folder / "index.json").read_text())["recall_at_10"] >= RECALL
     assert len(told) == 2 and "%" in told[1]
-    assert search(folder, queries, k=10, index=True, progress=told.append) == near and len(told) == 2
+    assert search(folder, queries, k=10, index=True, listener=listener) == near and len(told) == 2
     # The index is rebuilt for other vectors, even if an old one exists.
     made(tmp_path / "fewer", rng.normal(size=(100, 32)))
     for file in (tmp_path / "fewer").iterdir():
         file.replace(folder / file.name)
-    assert len(search(folder, ["image-3"], k=200, index=True, progress=told.append)[0]["neighbours"]) == 99
+    assert len(search(folder, ["image-3"], k=200, index=True, listener=listener)[0]["neighbours"]) == 99
     assert open_index(read_embeddings(folder))[1]["vectors"] == 100
 
 

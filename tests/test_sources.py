@@ -28,6 +28,7 @@ import pytest
 from PIL import Image
 
 from simsiam.config import UserError
+from simsiam.console import Listener
 from simsiam.data.check import check
 from simsiam.data.imageset import File, member_keys
 from simsiam.data.imageset import encode as encode_labels
@@ -77,7 +78,9 @@ def test_check_reports_a_nasty_folder(tmp_path: Path) -> None:
     good, bad = write_nasty_folder(tmp_path)
     (tmp_path / "copy.jpg").write_bytes((tmp_path / "plain.jpg").read_bytes())
     calls: list[tuple[int, int, int]] = []
-    found = json.loads(json.dumps(check(open_images(tmp_path), workers=2, progress=lambda *a: calls.append(a))))
+    listener = Listener()
+    listener.checking = lambda *a: calls.append(a)  # type: ignore[method-assign]
+    found = json.loads(json.dumps(check(tmp_path, workers=2, listener=listener)))
     assert {entry["path"] for entry in found["bad_files"]} == set(bad)
     assert all(bad[entry["path"]] in entry["reason"] for entry in found["bad_files"])
     assert found["duplicates"] == [["copy.jpg", "plain.jpg"]] and found["duplicates_across_splits"] == 0
@@ -91,7 +94,7 @@ def test_check_reports_a_nasty_folder(tmp_path: Path) -> None:
 def test_the_smallest_and_the_largest_image_are_images_that_there_are(tmp_path: Path) -> None:
     for width, height in ((200, 10), (10, 100), (40, 60)):
         Image.new("RGB", (width, height)).save(tmp_path / f"{width}.png")
-    sizes = check(open_images(tmp_path))["sizes"]
+    sizes = check(tmp_path)["sizes"]
     assert (sizes["min"], sizes["max"]) == ([10, 100], [40, 60])
 
 
@@ -104,7 +107,7 @@ def test_sizes_are_those_of_upright_images_and_empty_classes_are_counted(tmp_pat
     found = check(replace(images, labels=np.array([0, 1, 1, 0, 1, -1, 1, 1]), classes=("a", "b", "c")))
     assert (found["sizes"]["min"], found["sizes"]["max"]) == ([30, 20],) * 2 and found["sizes"]["median"] == [25, 25]
     for orientation in range(1, 9):
-        one = check(open_images(tmp_path / f"{orientation}.jpg"))["sizes"]["min"]
+        one = check(tmp_path / f"{orientation}.jpg")["sizes"]["min"]
         assert one == ([20, 30] if orientation >= 5 else [30, 20])
     assert found["labels"] == {"a": 2, "b": 5, "c": 0, "(unlabelled)": 1}
 
@@ -118,7 +121,7 @@ def test_files_without_an_ending_are_images_if_they_begin_like_one(tmp_path: Pat
     (tmp_path / "empty").touch()
     (tmp_path / "sound").write_bytes(b"RIFF\0\0\0\0WAVE")
     (tmp_path / "data.bin").write_bytes((tmp_path / "blobPNG").read_bytes())  # a misleading suffix
-    found = check(open_images(tmp_path))
+    found = check(tmp_path)
     assert found["images"] == 5 and not found["bad_files"] and set(found["formats"]) == set(kinds)
     (tmp_path / "snapshot").mkdir()  # as in the Hugging Face cache: names that link to blobs
     (tmp_path / "snapshot/i.png").symlink_to(tmp_path / "blobPNG")
@@ -296,7 +299,7 @@ def test_photographs_of_iphones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         Image.fromarray(scene()).save(tmp_path / "photos" / name, "HEIF")
     write_tar(tmp_path / "photos.tar", {"1.heic": (tmp_path / "photos/blob").read_bytes()})
     assert len(open_images(tmp_path / "photos.tar")) == 1
-    found = check(open_images(tmp_path / "photos"))
+    found = check(tmp_path / "photos")
     assert found["images"] == 2 and found["formats"] == {"HEIF": 2} and not found["bad_files"]
     (tmp_path / "backup").mkdir()
     shutil.copy(tmp_path / "photos/blob", tmp_path / "backup/00a1")
@@ -624,7 +627,7 @@ def test_damage_inside_a_zip_is_one_bad_image(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "a.zip").read_bytes())
     data[data.index(b"IDAT") + 5] ^= 0xFF
     (tmp_path / "a.zip").write_bytes(data)
-    bad = check(open_images(tmp_path / "a.zip"))["bad_files"]
+    bad = check(tmp_path / "a.zip")["bad_files"]
     assert [entry["path"] for entry in bad] == ["0.png"] and "CRC" in bad[0]["reason"]
 
 
@@ -633,7 +636,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, monkeypatch: pytes
     write(tmp_path, "a.png", "b.png")
     with open(tmp_path / "b.png", "r+b") as file:
         file.truncate(40_000_000)
-    bad = check(open_images(tmp_path))["bad_files"]
+    bad = check(tmp_path)["bad_files"]
     assert bad == [
         {"path": "b.png", "reason": "40 MB, too large for Pillow's decompression bomb limit of 1 megapixels"}
     ]
@@ -670,7 +673,7 @@ def test_a_zip_that_tells_too_small_a_size_is_not_unpacked(tmp_path: Path) -> No
     assert content.count(told) == 2  # in the local header and in the central directory
     (tmp_path / "a.zip").write_bytes(content.replace(told, struct.pack("<I", 1_000)))
     tracemalloc.start()
-    bad = check(open_images(tmp_path / "a.zip"))["bad_files"]
+    bad = check(tmp_path / "a.zip")["bad_files"]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [entry["path"] for entry in bad] == ["bomb.png"] and peak < 3_000_000

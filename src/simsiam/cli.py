@@ -224,7 +224,7 @@ def embed(
     console = _console()
     from simsiam.embeddings import embed_to
 
-    result = embed_to(run, data, out, device, workers, console.decoding, console.embedding)
+    result = embed_to(run, data, out, device, workers, console)
     for bad in result["bad_files"]:
         console.say(f"Bad file: {bad['path']}: {bad['reason']}")
     console.say(
@@ -255,7 +255,7 @@ def search(
     console = _console()
     from simsiam.search import search as find
 
-    found = find(embeddings, images, k, index=index, device=device, progress=console.say)
+    found = find(embeddings, images, k, index=index, device=device, listener=console)
     if as_json:
         _print_json(found)
         return
@@ -283,7 +283,7 @@ def duplicates(
     console = _console()
     from simsiam.duplicates import near_duplicates
 
-    found = near_duplicates(embeddings, threshold, device=device, progress=console.say)
+    found = near_duplicates(embeddings, threshold, device=device, listener=console)
     tables.duplicates(console, found)
     if as_json:
         _print_json(found)
@@ -304,7 +304,7 @@ def clusters(
     console = _console()
     from simsiam.clusters import clusters as find
 
-    found = find(embeddings, count, seed=seed, device=device, progress=console.say)
+    found = find(embeddings, count, seed=seed, device=device, listener=console)
     tables.clusters(console, found)
     if as_json:
         _print_json(found)
@@ -490,9 +490,8 @@ def check(data: Data, workers: Workers = None, as_json: Json = False) -> None:
     """Inspect a data set before a long run: counts, sizes, modes, bad files, duplicates."""
     console = _console()
     from simsiam.data.check import check as look
-    from simsiam.data.sources import open_images
 
-    found = look(open_images(data), workers, console.checking)
+    found = look(data, workers, console)
     tables.check(console, found)
     if as_json:
         _print_json(found)

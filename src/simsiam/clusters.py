@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from simsiam.compute import set_threads
 from simsiam.config import UserError, counted
+from simsiam.console import Listener
 from simsiam.embeddings import Embeddings, read_embeddings
 from simsiam.neighbours import blocks, unit_rows
 from simsiam.runs import atomic, keep
@@ -28,7 +29,6 @@ COUNT = 20
 _EXAMPLES, _ODD, _ODD_NEIGHBOURS = 9, 20, 10
 _DIRECTIONS, _MANY = 64, 50_000
 
-Tell = Callable[[str], None]
 Rows = NDArray[np.int64]
 
 
@@ -47,7 +47,12 @@ class Clusters:
 
 
 def clusters(
-    folder: str | Path, count: int | None = None, *, seed: int = 0, device: str = "auto", progress: Tell | None = None
+    folder: str | Path,
+    count: int | None = None,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Cluster the directions of the embeddings by k-means and write the result to `clusters.parquet` in the folder.
 
@@ -64,7 +69,7 @@ def clusters(
     """
     set_threads()
     stored = read_embeddings(folder, ("id", "class"))
-    found = find_clusters(stored, count, seed=seed, device=device, progress=progress)
+    found = find_clusters(stored, count, seed=seed, device=device, listener=listener)
     kept = keep(lambda: write_clusters(stored, found))
     about = summary(stored, found)
     return {
@@ -83,16 +88,16 @@ def find_clusters(
     *,
     seed: int = 0,
     device: str = "auto",
-    progress: Tell | None = None,
+    listener: Listener | None = None,
 ) -> Clusters:
     """Compute the arrays that `clusters` describes; same arguments and errors."""
-    tell = progress or (lambda text: None)
+    listener = listener or Listener()
     if len(stored) < 2:
         raise UserError(f"{stored.folder} has {counted(len(stored), 'image')}: clusters need at least 2.")
     if count is not None and not 2 <= count <= len(stored):
         raise UserError(f"{len(stored):,} images cannot form {count} clusters: choose 2 to the number of images.")
     count = count or max(2, min(COUNT, len(stored) // 10))
-    tell(f"Forming {count} clusters of {len(stored):,} images ...")
+    listener.say(f"Forming {count} clusters of {len(stored):,} images ...")
     vectors = stored.vectors
     label = k_means(vectors, count, seed)
     order = np.argsort(-np.bincount(label, minlength=count), kind="stable")
@@ -105,8 +110,8 @@ def find_clusters(
     similarity = np.empty(len(label), np.float32)
     for block in parts:
         similarity[block] = (unit_rows(vectors[block]) * centres[label[block]]).sum(1)
-    tell("Looking for outliers ...")
-    near, _ = nearest(vectors, _ODD_NEIGHBOURS, device=device, index=lambda: open_index(stored, progress))
+    listener.say("Looking for outliers ...")
+    near, _ = nearest(vectors, _ODD_NEIGHBOURS, device=device, index=lambda: open_index(stored, listener))
     alone = near.mean(1)
     odd = [(row, float(alone[row])) for row in np.argsort(alone, kind="stable")[:_ODD].tolist()]
     return Clusters(count, seed, label, similarity, odd)

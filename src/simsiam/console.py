@@ -15,10 +15,13 @@ from simsiam.config import counted, show_duration
 
 
 class Listener:
-    """Receives progress events. This base class ignores them."""
+    """Receives the progress and the messages of a long call. This base class ignores them."""
 
     def decoding(self, done: int, total: int, bad: int) -> None:
         """Called after every image decoded into the cache."""
+
+    def checking(self, done: int, total: int, bad: int) -> None:
+        """Called after every image that `check` has read."""
 
     def embedding(self, done: int, total: int) -> None:
         """Called after every embedded batch."""
@@ -132,7 +135,6 @@ class Console(Listener):
             self.say(f"Decoded {counted(done - bad, 'image')} into the cache{left_out}")
 
     def checking(self, done: int, total: int, bad: int) -> None:
-        """Called after every image that `check` has read."""
         self._count("checking", done, total, f"{bad} bad" if bad else "")
 
     def embedding(self, done: int, total: int) -> None:

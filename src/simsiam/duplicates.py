@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from simsiam.compute import set_threads
 from simsiam.config import UserError, counted
+from simsiam.console import Listener
 from simsiam.data.views import plain_pixels
 from simsiam.embeddings import Embeddings, read_embeddings
 from simsiam.kernels import Images, padded
@@ -31,12 +32,11 @@ _SAMPLE = 256
 _SIDE = 16
 _FLAT = 3.0  # grey levels
 
-Tell = Callable[[str], None]
 Rows = NDArray[np.int64]
 
 
 def near_duplicates(
-    folder: str | Path, threshold: float | None = None, *, device: str = "auto", progress: Tell | None = None
+    folder: str | Path, threshold: float | None = None, *, device: str = "auto", listener: Listener | None = None
 ) -> dict[str, Any]:
     """Find groups of images that show the same picture: identical pixels, or as similar as altered copies of an image.
 
@@ -48,7 +48,7 @@ def near_duplicates(
     Args:
         folder: embeddings written by `simsiam embed`.
         threshold: a cosine similarity in [-1, 1] as the only criterion, which needs neither the run nor the images.
-        progress: receives a message before each slow stage.
+        listener: receives a message before each slow stage.
     Returns {"images", "threshold", "pixel_threshold", "recall", "copies", "groups"}: `recall` is the share of copies
     found, for images that the thresholds were not measured on; `copies` is the number of images that could be removed.
     A group is a list of {"id", "score", "identical"}: first the image with the most links to others, then the rest by
@@ -62,27 +62,27 @@ def near_duplicates(
     if threshold is not None and not -1 <= threshold <= 1:
         raise UserError(f"The threshold is {threshold:g}: it is a cosine similarity, from -1 to 1.")
     stored = read_embeddings(folder, ("id", "pixels"))
-    found = find_duplicates(stored, threshold, device=device, progress=progress)
+    found = find_duplicates(stored, threshold, device=device, listener=listener)
     groups = [[{"id": stored.ids[each.pop("row")], **each} for each in group] for group in found["groups"]]
     return {**found, "groups": groups}
 
 
 def find_duplicates(
-    stored: Embeddings, threshold: float | None = None, *, device: str = "auto", progress: Tell | None = None
+    stored: Embeddings, threshold: float | None = None, *, device: str = "auto", listener: Listener | None = None
 ) -> dict[str, Any]:
     """Like `near_duplicates`, but with "row" in place of "id"; `stored` must have the columns id and pixels."""
-    tell = progress or (lambda text: None)
+    listener = listener or Listener()
     rows, kind = _kinds(stored.items["pixels"])
     vectors: Any = _Picked(stored.vectors, rows)
     measured: dict[str, float] = {}
     if threshold is not None:
-        tell(f"Comparing {counted(len(rows), 'image')} ...")
+        listener.say(f"Comparing {counted(len(rows), 'image')} ...")
         similarity, found = nearest(vectors, _NEIGHBOURS, device=device)
         links, scores = _links(found, similarity)
         kept = scores >= threshold
     else:
-        pictures, measured = _pictures(stored, rows, device, tell)
-        tell(f"Comparing {counted(len(rows), 'image')} ...")
+        pictures, measured = _pictures(stored, rows, device, listener)
+        listener.say(f"Comparing {counted(len(rows), 'image')} ...")
         small = pictures.small()
         index = functools.cache(lambda: make_index(small))
         both = [
@@ -210,14 +210,14 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum((a * b).flatten(1).sum(1), (a * b.flip(3)).flatten(1).sum(1))
 
 
-def _pictures(stored: Embeddings, rows: Rows, device: str, tell: Tell) -> tuple[_Pictures, dict[str, float]]:
+def _pictures(stored: Embeddings, rows: Rows, device: str, listener: Listener) -> tuple[_Pictures, dict[str, float]]:
     """Load the pictures of `rows`, and measure on altered copies of a sample the two thresholds and, on other images of
     the sample, the recall."""
     try:
         encoder, (cache, cached) = stored.encoder(device), stored.images()
     except UserError as error:
         raise UserError(f"{error} Or compare embeddings alone: --threshold 0.95.") from None
-    tell(f"Measuring how similar copies of an image are, on {counted(min(_SAMPLE, len(rows)), 'image')} ...")
+    listener.say(f"Measuring how similar copies of an image are, on {counted(min(_SAMPLE, len(rows)), 'image')} ...")
     cached = cached[rows]
     if not cache.usable(cached).all():
         path, reason = cache.bad[0]

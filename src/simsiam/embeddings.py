@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simsiam.config import UserError, counted, fill
+from simsiam.console import Listener
 from simsiam.data.sources import absolute, open_images
-from simsiam.features import Preprocessing, Progress, embed_batches
+from simsiam.features import Preprocessing, embed_batches
 from simsiam.runs import atomic, left_by_a_kill, make_writable, read_json, write_json
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ def embed_to(
     out: str | Path,
     device: str = "auto",
     workers: int | None = None,
-    decoding: Callable[[int, int, int], None] | None = None,
-    progress: Progress | None = None,
+    listener: Listener | None = None,
 ) -> dict[str, Any]:
     """Embeds a data set into a folder: `vectors.npy` [N,D] float32, `items.parquet`, `meta.json`.
 
@@ -44,13 +44,14 @@ def embed_to(
     from simsiam.data.cache import build_cache
     from simsiam.embed import ImageEncoder
 
+    listener = listener or Listener()
     encoder = ImageEncoder(os.fspath(run), device).open()
     out = Path(out)
     known = _known(out, encoder.meta_, absolute(data))
     images = open_images(data)
     make_writable(out)  # or fail now, not after hours of embedding
     try:
-        cache = build_cache(images, encoder.preprocessing_.short_side, workers=workers, progress=decoding)
+        cache = build_cache(images, encoder.preprocessing_.short_side, workers=workers, progress=listener.decoding)
     except UserError:
         with contextlib.suppress(OSError):
             out.rmdir()  # if it is empty
@@ -63,7 +64,7 @@ def embed_to(
         if each in known:
             vectors[i] = known[each]
     done, network = 0, (encoder.encoder_, encoder.preprocessing_)
-    for found in embed_batches(*network, cache, rows[new], encoder.compute_, progress):
+    for found in embed_batches(*network, cache, rows[new], encoder.compute_, listener.embedding):
         vectors[new[done : done + len(found)]] = found.numpy()
         done += len(found)
     write_embedding(out, vectors, cache, rows, origin(run, encoder.meta_, data, cache), hashes)

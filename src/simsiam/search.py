@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from simsiam.compute import pick_device, set_threads
 from simsiam.config import UserError
+from simsiam.console import Listener
 from simsiam.embeddings import Embeddings, read_embeddings
 from simsiam.neighbours import top_k, unit_rows
 from simsiam.runs import atomic, keep, read_kept, write_json
@@ -42,7 +43,7 @@ def search(
     *,
     index: bool | None = None,
     device: str = "auto",
-    progress: Callable[[str], None] | None = None,
+    listener: Listener | None = None,
 ) -> list[dict[str, Any]]:
     """Returns the k stored images most similar to each query, by cosine similarity.
 
@@ -51,7 +52,7 @@ def search(
         queries: one or several image files, embedded by the run that made the embeddings, or ids of stored images,
             which are left out of their own neighbours. A file takes precedence over an id of the same name.
         index: True to use an index, False to compare all vectors; None: an index beyond a million vectors.
-        progress: called with messages about slow steps.
+        listener: receives a message before each slow step.
     Returns [{"query", "neighbours": [{"id", "score"}, ...]}, ...], best first; the score is 1 for the same direction.
     Raises UserError for a query that is neither, or if the run is gone or its encoder has changed.
     """
@@ -72,7 +73,7 @@ def search(
     vectors = np.stack([stored.vectors[own[name]] if name in own else embedded[name] for name in names])
 
     # One extra, because a stored query finds itself.
-    scores, found = by_vectors(stored, vectors, k + 1, index=index, device=device, progress=progress)
+    scores, found = by_vectors(stored, vectors, k + 1, index=index, device=device, listener=listener)
     results = []
     for name, best, which in zip(names, scores, found, strict=True):
         near = [
@@ -91,13 +92,13 @@ def by_vectors(
     *,
     index: bool | None = None,
     device: str = "auto",
-    progress: Callable[[str], None] | None = None,
+    listener: Listener | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The k stored vectors most similar to each query, [Q,D]: cosine similarities and rows, [Q,k] each, best first;
     `index` as in `search`."""
     k = min(k, len(stored))
     if index or (index is None and len(stored) > EXACT):
-        return _by_index(stored, queries, k, progress)
+        return _by_index(stored, queries, k, listener)
     scores, found = top_k(queries, stored.vectors, k, device=pick_device(device))
     return scores.numpy(), found.numpy()
 
@@ -139,9 +140,9 @@ def nearest(
 
 
 def _by_index(
-    stored: Embeddings, queries: NDArray[np.float32], k: int, progress: Callable[[str], None] | None
+    stored: Embeddings, queries: NDArray[np.float32], k: int, listener: Listener | None
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    index, about = open_index(stored, progress)
+    index, about = open_index(stored, listener)
     index.expansion_search = max(about["expansion"], k)
     _, found = _through(index, stored.vectors, queries, k)
     # The index's own scores are in float16, off by 2e-4, and 1 for a vector of zeros.
@@ -164,7 +165,7 @@ def _through(
     return 1 - np.atleast_2d(found.distances), np.atleast_2d(found.keys).astype(np.int64)
 
 
-def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None) -> tuple[Any, dict[str, Any]]:
+def open_index(stored: Embeddings, listener: Listener | None = None) -> tuple[Any, dict[str, Any]]:
     """The usearch index (HNSW, cosine, float16) of the embeddings, built and kept beside them if there is none yet.
 
     Its search is widened until it reaches `RECALL` of the exact neighbours of stored vectors. Returns it with
@@ -172,14 +173,14 @@ def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None
     """
     from usearch.index import Index
 
-    tell = progress or (lambda text: None)
+    listener = listener or Listener()
     path, description = stored.folder / INDEX, stored.folder / INDEX_META
     key = {"format": _FORMAT} | {name: stored.meta.get(name) for name in ("vectors", "encoder", "fingerprint")}
     about = read_kept(description)
     if path.exists() and about.keys() >= {"expansion"} and all(about.get(name) == key[name] for name in key):
         with contextlib.suppress(RuntimeError, ValueError):  # damaged: it is built again
             return Index.restore(str(path), view=True), about
-    tell(f"Building an index of {len(stored):,} vectors (once) ...")
+    listener.say(f"Building an index of {len(stored):,} vectors (once) ...")
     index, measured = make_index(stored.vectors)
     about = {**key, **measured}
 
@@ -192,7 +193,7 @@ def open_index(stored: Embeddings, progress: Callable[[str], None] | None = None
         write_json(description, about)
 
     keep(write)
-    tell(f"The index finds {100 * about['recall_at_10']:.1f} % of the true 10 nearest neighbours (measured).")
+    listener.say(f"The index finds {100 * about['recall_at_10']:.1f} % of the true 10 nearest neighbours (measured).")
     return index, about
 
 

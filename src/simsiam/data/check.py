@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from simsiam.console import Listener
 from simsiam.data.decode import DecodeError, decode, in_order, open_image, orientation
 from simsiam.data.imageset import ImageSet
+from simsiam.data.sources import open_images
 
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
-def check(
-    images: ImageSet, workers: int | None = None, progress: Callable[[int, int, int], None] | None = None
-) -> dict[str, Any]:
+def check(data: str | Path | ImageSet, workers: int | None = None, listener: Listener | None = None) -> dict[str, Any]:
     """Reads and decodes every image in full, so that truncated files are found.
 
+    Args:
+        data: anything `open_images` accepts, or an opened set.
+        workers: decoding threads; None: the available cores, at most 16.
     Returns a JSON-ready dict with
         name, images (count, bad ones included), bytes (encoded), splits {"train", "test"},
         bad_files: list of {"path", "reason"},
@@ -29,7 +32,10 @@ def check(
         sizes: upright, {"min", "max": [width, height] of the images with the fewest and the most pixels, "median": of
             each side separately, "short_side": {"p5": pixels, ...}}, or None if no image is good,
         modes, formats: {Pillow's name: count}, labels: {class: count} or None.
+    Raises UserError if there are no images.
     """
+    images = data if isinstance(data, ImageSet) else open_images(data)
+    listener = listener or Listener()
 
     def look(i: int) -> tuple[int, bytes, tuple[int, int], str, str] | str:
         try:
@@ -63,8 +69,7 @@ def check(
             sizes.append(size)
             modes[mode] += 1
             formats[kind] += 1
-        if progress is not None:
-            progress(i + 1, len(images), len(bad))
+        listener.checking(i + 1, len(images), len(bad))
     same = [group for group in groups.values() if len(group) > 1]
     in_test = np.zeros(len(images), dtype=bool)
     in_test[images.test] = True

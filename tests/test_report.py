@@ -15,6 +15,7 @@ import pytest
 
 from simsiam.config import UserError
 from simsiam.show import charts, report
+from simsiam.show.layout import layout
 from simsiam.show.report import write_report
 from synthetic_run import CLASSES, make_run, pictures
 
@@ -259,14 +260,14 @@ def test_map_keeps_classes_apart() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(4), 30)
     vectors = (rng.normal(size=(4, 32))[labels] * 4 + rng.normal(size=(120, 32))).astype(np.float32)
-    place, how = report.layout(vectors)
+    place, how = layout(vectors)
     distance = np.linalg.norm(place[:, None] - place[None], axis=2) + np.diag(np.full(120, np.inf))
     assert how == "t-SNE" and (labels[distance.argmin(axis=1)] == labels).mean() > 0.95
 
 
 @pytest.mark.parametrize("vectors", [np.eye(3), np.ones((50, 8)), np.ones((3, 1)), np.full((40, 4), np.nan)])
 def test_map_of_few_or_collapsed_items_is_finite(vectors: np.ndarray) -> None:
-    place, how = report.layout(vectors.astype(np.float32))
+    place, how = layout(vectors.astype(np.float32))
     assert place.shape == (len(vectors), 2) and how == "PCA" and np.isfinite(place).all()
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
 
 from simsiam.compute import set_threads
 from simsiam.config import UserError, counted
@@ -159,6 +158,7 @@ def k_means(vectors: Vectors, count: int, seed: int = 0) -> Rows:
     clusters may be empty."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.decomposition import PCA
+    from sklearn.exceptions import ConvergenceWarning
 
     # Distances between unit vectors rank as cosine similarity does; a few principal directions preserve nearly all of
     # them, and a sample is enough to find these.

@@ -12,7 +12,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -30,12 +30,14 @@ from simsiam.config import UserError
 from simsiam.data.cache import Cache
 from simsiam.data.decode import DecodeError, decode
 from simsiam.duplicates import find_duplicates
-from simsiam.embed import ImageEncoder
 from simsiam.embeddings import read_embeddings
 from simsiam.neighbours import top_k
 from simsiam.runs import RECIPE, read_kept, write_json
 from simsiam.search import by_vectors
-from simsiam.show.report import layout
+from simsiam.show.layout import layout
+
+if TYPE_CHECKING:
+    from simsiam.embed import ImageEncoder
 
 ON_MAP, THUMBNAIL, ON_ATLAS, LARGEST = 2000, 192, 48, 1600
 """Images on the map; sides in pixels of a thumbnail and of a picture on the map, and the longest of a full image."""

@@ -59,9 +59,9 @@ def batch(step: int, count: int) -> tuple[list[Tensor], Tensor]:
 def trained(name: str, **settings: Any) -> dict[str, Tensor]:
     """Return the state after a few steps on this rank's part of the same batches."""
     method = small_method(name, **settings).train()
-    forward = ranks.parallel(method, method.sync_bn)
+    forward = ranks.data_parallel(method, method.sync_bn)
     steps = torch.optim.SGD(method.param_groups(), lr=0.05, momentum=0.9)
-    part = BATCH // ranks.count()
+    part = BATCH // ranks.world_size()
     own = slice(ranks.rank() * part, (ranks.rank() + 1) * part)
 
     def share(step: int) -> tuple[list[Tensor], Tensor]:
@@ -108,9 +108,9 @@ def _work(number: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(number), "WORLD_SIZE": str(RANKS)}
     threads = len(os.listdir("/proc/self/task"))
-    with ranks.joined(torch.device("cpu")):
-        assert ranks.several() and ranks.rank() == number and ranks.main() == (number == 0)
-        assert ranks.same(lambda: f"from {number}") == "from 0"
+    with ranks.process_group(torch.device("cpu")):
+        assert ranks.is_distributed() and ranks.rank() == number and ranks.is_main() == (number == 0)
+        assert ranks.from_main(lambda: f"from {number}") == "from 0"
         assert ranks.agree(float(number + 5), number == 1, False) == (5.0, (True, False))
         states = [trained(name, **settings) for name, settings in CASES]
         torch.save({"states": states, "losses": _losses(number)}, f"{folder}/{number}.pt")

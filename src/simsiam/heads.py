@@ -52,7 +52,7 @@ class Siamese(nn.Module):
     sweeps = False
     """Whether `before_training` has to see every image before the first step."""
     sync_bn = True
-    """With several processes, BN takes its statistics from the whole batch (`ranks.parallel`)."""
+    """With several processes, BN takes its statistics from the whole batch (`ranks.data_parallel`)."""
     fixed = True
     """Whether every step from now on performs the same operations, never synchronises with the device, and changes
     buffers only in place: a GPU then launches them as one graph (`step.Captured`)."""
@@ -126,14 +126,14 @@ def in_float32(function: Callable[Arguments, Result]) -> Callable[Arguments, Res
 @in_float32
 def similarities(z: Tensor, vectors: Tensor) -> Tensor:
     """Return (z/|z|) . v for every row and vector, in float32: [B,d], [K,d] -> [B,K]."""
-    return unit(z) @ wide(vectors).T
+    return unit(z) @ at_least_float32(vectors).T
 
 
-def wide(z: Tensor) -> Tensor:
+def at_least_float32(z: Tensor) -> Tensor:
     """Return z in float32, or float64 if it already is."""
     return z if z.dtype == torch.float64 else z.float()
 
 
 def unit(z: Tensor) -> Tensor:
     """Return z/|z| in float32 for the rows of [B,d]."""
-    return F.normalize(wide(z), dim=1)
+    return F.normalize(at_least_float32(z), dim=1)

@@ -97,13 +97,13 @@ def probe(
     full = set_threads(recipe.train.threads)
     # Half of the threads first: if another program uses the cores, all of them may take a minute instead of a second.
     # Not with several ranks: they wait for one another in every step, so all need the same number.
-    halves = device.type == "cpu" and full > 1 and "OMP_NUM_THREADS" not in os.environ and not ranks.several()
+    halves = device.type == "cpu" and full > 1 and "OMP_NUM_THREADS" not in os.environ and not ranks.is_distributed()
     if halves:
         torch.set_num_threads(full // 2)
     wanted = recipe.train.precision
     precision, why = probe_precision(device, partial(step, images=_FEW)) if wanted == "auto" else (wanted, "asked for")
     compute = Compute(device, precision)
-    if device.type == "cuda" and not ranks.several():
+    if device.type == "cuda" and not ranks.is_distributed():
         length = partial(_length, recipe, loader.steps_per_epoch, facts)
         found = Probed(precision, 0.0, why, full, full)
         return _probe_gpu(copied, recipe, batch, compute, found, length, say, resumed)

@@ -27,38 +27,38 @@ _PATIENCE = datetime.timedelta(days=1)
 """Rank 0 may decode or evaluate for hours while the others wait; torchrun itself detects dead processes."""
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether this process has joined others."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """Return this process's rank, even before it has joined the others."""
-    return dist.get_rank() if several() else launched() or 0
+    return dist.get_rank() if is_distributed() else launched() or 0
 
 
-def count() -> int:
+def world_size() -> int:
     """Return the number of processes in this run."""
-    return dist.get_world_size() if several() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
-def main() -> bool:
+def is_main() -> bool:
     """Whether this is the process that writes, displays and evaluates."""
     return rank() == 0
 
 
-def own_key() -> tuple[int, ...]:
+def rank_key() -> tuple[int, ...]:
     """Return the rank-specific part of a random key; empty in a single process."""
-    return (rank(),) if several() else ()
+    return (rank(),) if is_distributed() else ()
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[torch.device]:
+def process_group(device: torch.device) -> Iterator[torch.device]:
     """Join the processes started by torchrun, if any, and yield this one's device.
 
     Raises UserError if a machine has fewer GPUs than processes.
     """
-    if launched() is None or several():
+    if launched() is None or is_distributed():
         yield device
         return
     backend = "gloo"
@@ -81,12 +81,12 @@ def joined(device: torch.device) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def same(value: Callable[[], T]) -> T:
+def from_main(value: Callable[[], T]) -> T:
     """Return rank 0's result of `value()` on every rank, or raise its UserError there."""
-    if not several():
+    if not is_distributed():
         return value()
     answer: list[Any] = [None]
-    if main():
+    if is_main():
         try:
             answer = [(value(), None)]
         except UserError as error:
@@ -98,21 +98,21 @@ def same(value: Callable[[], T]) -> T:
     return result
 
 
-def first(work: Callable[[], T]) -> T:
+def main_first(work: Callable[[], T]) -> T:
     """Run `work()` on rank 0, then on the others, which find the files it wrote."""
-    if main():
+    if is_main():
         done = work()
-        same(lambda: None)
+        from_main(lambda: None)
         return done
-    same(lambda: None)
+    from_main(lambda: None)
     return work()
 
 
 def agree(seconds: float, *flags: bool) -> tuple[float, tuple[bool, ...]]:
     """Return rank 0's seconds and, for each flag, whether any rank raised it. On the CPU, so no device waits."""
-    if not several():
+    if not is_distributed():
         return seconds, flags
-    said = torch.tensor([seconds if main() else 0.0, *map(float, flags)], dtype=torch.float64)
+    said = torch.tensor([seconds if is_main() else 0.0, *map(float, flags)], dtype=torch.float64)
     dist.all_reduce(said)
     return float(said[0]), tuple(flag > 0 for flag in said[1:].tolist())
 
@@ -120,32 +120,32 @@ def agree(seconds: float, *flags: bool) -> tuple[float, tuple[bool, ...]]:
 # --- tensors --------------------------------------------------------------------------------------------------------
 
 
-def gather(z: Tensor) -> Tensor:
+def all_gather(z: Tensor) -> Tensor:
     """Concatenate [B,...] of all ranks in rank order: [R B,...]; gradients flow back to the rank that each row came
     from. In a single process, return z itself."""
-    return cast(Tensor, _Gather.apply(z)) if several() else z
+    return cast(Tensor, _AllGather.apply(z)) if is_distributed() else z
 
 
-def total(x: Tensor) -> Tensor:
+def all_sum(x: Tensor) -> Tensor:
     """Return the sum of x over the ranks, differentiably; in a single process, x itself."""
-    return cast(Tensor, _Total.apply(x)) if several() else x
+    return cast(Tensor, _AllSum.apply(x)) if is_distributed() else x
 
 
 # torch.distributed.nn.functional has both, but is deprecated.
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
         ctx.rows = len(z)
-        parts = [torch.empty_like(z, memory_format=torch.contiguous_format) for _ in range(count())]
+        parts = [torch.empty_like(z, memory_format=torch.contiguous_format) for _ in range(world_size())]
         dist.all_gather(parts, z.contiguous())
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return total(gradient)[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+        return all_sum(gradient)[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
-class _Total(torch.autograd.Function):
+class _AllSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         summed = x.clone(memory_format=torch.contiguous_format)
@@ -154,27 +154,27 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return total(gradient)
+        return all_sum(gradient)
 
 
-def all_ranks(values: Iterable[Tensor], reduce: Literal["sum", "max"] = "sum") -> None:
+def all_reduce_(values: Iterable[Tensor], reduce: Literal["sum", "max"] = "sum") -> None:
     """Reduce each tensor over the ranks, in place."""
-    if several():
+    if is_distributed():
         for value in values:
             dist.all_reduce(value, dist.ReduceOp.SUM if reduce == "sum" else dist.ReduceOp.MAX)
 
 
-def as_on_rank_0(values: Iterable[Tensor]) -> None:
+def broadcast_(values: Iterable[Tensor]) -> None:
     """Overwrite each tensor with rank 0's."""
-    if several():
+    if is_distributed():
         for value in values:
             dist.broadcast(value, 0)
 
 
-def parallel(method: nn.Module, sync_bn: bool = True) -> nn.Module:
+def data_parallel(method: nn.Module, sync_bn: bool = True) -> nn.Module:
     """Return the module to call in place of `method` in training: its gradients are averaged over the ranks (DDP), and
     its BN is synchronised, in place (paper, section 3), if `sync_bn`."""
-    if not several():
+    if not is_distributed():
         return method
     device = next(method.parameters()).device
     if sync_bn:
@@ -209,9 +209,9 @@ class _CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         x = input if input.dtype == torch.float64 else input.float()
         axes = [axis for axis in range(x.ndim) if axis != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
-        rows = x.numel() // x.shape[1] * count()  # all ranks have equal parts of a batch
-        mean = total(x.sum(axes)) / rows
-        variance = total((x - mean.view(shape)).square().sum(axes)) / rows
+        rows = x.numel() // x.shape[1] * world_size()  # all ranks have equal parts of a batch
+        mean = all_sum(x.sum(axes)) / rows
+        variance = all_sum((x - mean.view(shape)).square().sum(axes)) / rows
         if self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked += 1

@@ -92,7 +92,7 @@ class Session:
                 guard.verdict = Verdict(**verdict)
             self._load(tensors)
             _load_optimizer(self.optimizer, tensors)
-        if not ranks.main():
+        if not ranks.is_main():
             return
         # At step 0 no metrics are kept: the initial state is evaluated again.
         self.metrics = Metrics(self.run, (self.step or -1) if found else None)
@@ -108,7 +108,7 @@ class Session:
         now = time.perf_counter()
         self._origin = now - self.seconds
         self._look_seconds = 0.0
-        if self.step == 0 and ranks.main():
+        if self.step == 0 and ranks.is_main():
             self.look(self.monitor.baselines(untrained))
             self.save()
         self._flushed = self._looked = self._saved = self._kept = time.perf_counter()
@@ -119,7 +119,7 @@ class Session:
         if line is not None:
             self.listener.say(line)
         self.step += 1
-        if ranks.main():
+        if ranks.is_main():
             self._losses.append(loss)
             self._stds.append(std)
         self.seconds = time.perf_counter() - self._origin
@@ -127,7 +127,7 @@ class Session:
     def agree(self, stopped: list[str]) -> bool:
         """Adopt rank 0's clock and any rank's signal. Returns whether rank 0's guard stops the run."""
         own = bool(stopped)
-        self.seconds, (signalled, guarded) = ranks.agree(self.seconds, own, ranks.main() and self.guard_stops)
+        self.seconds, (signalled, guarded) = ranks.agree(self.seconds, own, ranks.is_main() and self.guard_stops)
         if signalled and not own:
             stopped.append("Another process was stopped")
         return guarded
@@ -169,7 +169,7 @@ class Session:
         pause = self._look_seconds / _MONITOR_SHARE
         if self.guards[1].suspects:  # another look settles it at once
             pause = 0.0
-        elif not suspicious(std, self.loader.batch_size // ranks.count()):
+        elif not suspicious(std, self.loader.batch_size // ranks.world_size()):
             pause = max(pause, (whole or math.inf) / _LOOKS)
         if self.verdict.name != before or (now - self._looked >= pause and not self.over):
             self.look()
@@ -262,7 +262,7 @@ class Session:
         self.method.load_state_dict(method_tensors(tensors))
 
     def close(self) -> None:
-        if ranks.main():
+        if ranks.is_main():
             if self.metrics is not None:
                 self.metrics.close()
             if self._lock is not None:
@@ -313,7 +313,7 @@ def signals() -> Iterator[list[str]]:
         return
 
     def note(number: int, _: Any) -> None:
-        if ranks.several() and stopped:
+        if ranks.is_distributed() and stopped:
             return  # torchrun forwards what the terminal has already sent
         if stopped:
             raise KeyboardInterrupt

@@ -46,21 +46,21 @@ class Step:
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.method, self.optimizer, self.compute = method, optimizer, compute
-        self._forward, self._settings = ranks.parallel(method, method.sync_bn), views
+        self._forward, self._settings = ranks.data_parallel(method, method.sync_bn), views
         self._draws = torch.Generator(compute.device)
         self.encoders = [module for module in method.modules() if isinstance(module, Encoder)]
         self._fused: dict[Encoder, Callable[[list[Tensor]], Sequence[Tensor]]] = {}
         if compiles:
             self._fused = {encoder: torch.compile(encoder.together, dynamic=False) for encoder in self.encoders}
         if captures is None:
-            captures = compute.device.type == "cuda" and not ranks.several()
+            captures = compute.device.type == "cuda" and not ranks.is_distributed()
         self._drawn = Captured(self._draw, say, self._draws) if captures else None
         self._differentiated = Captured(self._differentiate, say) if captures else None
 
     def __call__(self, batch: Batch, *key: int) -> tuple[Tensor, Tensor]:
         """Return loss and std, scalars still on the device. Random numbers are a function of the key and the rank."""
         views = self.views(batch, *key)
-        torch.manual_seed(seed_of(*key, -1, *ranks.own_key()))  # for dropout
+        torch.manual_seed(seed_of(*key, -1, *ranks.rank_key()))  # for dropout
         return self.update(views, batch.index)
 
     def update(self, views: Sequence[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class Step:
 
     def views(self, batch: Batch, *key: int) -> tuple[Tensor, ...]:
         """Return a view for every setting: float32 [B,3,size,size], normalised."""
-        self._draws.manual_seed(seed_of(*key, *ranks.own_key()))
+        self._draws.manual_seed(seed_of(*key, *ranks.rank_key()))
         images, whole = batch.images, batch.sizes is None
         if whole and isinstance(images, Tensor) and self._drawn is not None and self._drawn.takes(images):
             return self._drawn(images)

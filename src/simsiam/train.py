@@ -106,8 +106,8 @@ def train(
     advice = "choose a smaller --batch-size, --size or --encoder; `simsiam plan` shows what fits."
     try:
         fits = enough_memory(f"Not enough memory for this batch size: {advice}")
-        with fits, ranks.joined(pick_device(device)) as where, repeatable(where):
-            listener = (listener if ranks.main() else None) or Listener()
+        with fits, ranks.process_group(pick_device(device)) as where, repeatable(where):
+            listener = (listener if ranks.is_main() else None) or Listener()
             return _train(data, out, recipe, overrides, size, resume, where, workers, listener, settings)
     finally:
         torch.set_num_threads(threads)
@@ -135,7 +135,7 @@ def _train(
         finished = _finished(run, listener)
         if finished is not None:
             return finished
-        ranks.same(lambda: claim(run).release())  # fail before reading images if another process is training there
+        ranks.from_main(lambda: claim(run).release())  # fail before reading images if another process is training there
         resumed = read({**read_recipe(run / RECIPE), **({} if data is None else {"data": asked["data"]})})
     else:
         if given is not None:
@@ -209,16 +209,16 @@ def _session(job: _Job, where: torch.device, workers: int | None, listener: List
     plan, rows = job.plan, job.rows
     # Decode everything first if all ranks must know which images are bad, if the method visits every image before
     # training, or if reading out of file order is many times slower.
-    if ranks.several() or job.images.in_order or methods.get(plan.method).Method.sweeps:
+    if ranks.is_distributed() or job.images.in_order or methods.get(plan.method).Method.sweeps:
         decoding = listener.decoding
-        cache = ranks.first(lambda: build_cache(job.images, plan.short_side, workers=workers, progress=decoding))
+        cache = ranks.main_first(lambda: build_cache(job.images, plan.short_side, workers=workers, progress=decoding))
         _check_alike(cache)
     else:
         cache = open_cache(job.images, plan.short_side, workers=workers)
     method = build_method(plan, len(rows)) if job.resume else _initial(plan, len(rows), listener)
     loader = Loader(cache, rows, plan.train.batch_size, where, plan.seed)
     own = probe(method, plan, loader, where, job.facts, listener.say, resumed=job.resume)
-    probed = ranks.same(lambda: own)
+    probed = ranks.from_main(lambda: own)
     compute = Compute(where, probed.precision)
     torch.set_num_threads(probed.threads)
     if where.type == "cpu" and kernels.lacking():
@@ -231,7 +231,7 @@ def _session(job: _Job, where: torch.device, workers: int | None, listener: List
     elif plan.train.compile and not probed.compiles:
         listener.say("This machine cannot compile the encoder: the run continues without compiling.")
         plan = replace(plan, train=replace(plan.train, compile=False))
-    run = ranks.same(lambda: made(job.out, Path(plan.data).stem, plan.method))
+    run = ranks.from_main(lambda: made(job.out, Path(plan.data).stem, plan.method))
     compute.place(method)
     session = Session(
         run=run,
@@ -251,17 +251,17 @@ def _session(job: _Job, where: torch.device, workers: int | None, listener: List
 
 def _write_start(s: Session, job: _Job) -> None:
     """Lock the run folder, write the recipe and the environment into it, and load the last checkpoint of a resumed run."""
-    ranks.same(lambda: s.claim(job.resume))
-    if ranks.main():
+    ranks.from_main(lambda: s.claim(job.resume))
+    if ranks.is_main():
         if not job.resume:
             write_text(s.run / RECIPE, write_recipe(s.recipe.table()))
         device = s.compute.device
-        about: Table = {"device": str(device), "processes": ranks.count(), **_command()}
+        about: Table = {"device": str(device), "processes": ranks.world_size(), **_command()}
         if device.type == "cpu":
             about["kernels"] = kernels.compiled() is not None
         write_json(s.run / ENVIRONMENT, {**describe(device), **about})
     s.open(job.resume)
-    if job.moved and ranks.main():
+    if job.moved and ranks.is_main():
         write_text(s.run / RECIPE, write_recipe({**read_recipe(s.run / RECIPE), "data": s.recipe.data}))
 
 
@@ -278,9 +278,9 @@ def _run(s: Session, held_out: Rows) -> dict[str, Any]:
         with signals() as stopped:
             s.begin(before)
             fit(s, stopped)
-        return ranks.same(lambda: _finish(s, before(), held_out))
+        return ranks.from_main(lambda: _finish(s, before(), held_out))
     except UserError as error:  # e.g. a full disk: the run can be resumed once that is fixed
-        if ranks.main():
+        if ranks.is_main():
             with contextlib.suppress(UserError):  # earlier checkpoints are intact
                 s.save()
         saved = s.saved_step()
@@ -312,11 +312,11 @@ def fit(s: Session, stopped: list[str]) -> None:
                 s.method.after_step(s.schedule.progress(s.step, s.seconds))
 
             s.stepped(loss, std, time.perf_counter() - began)
-            if ranks.main() and (s.due or stopped):
+            if ranks.is_main() and (s.due or stopped):
                 s.flush(rate)
             guarded = s.agree(stopped)
             if stopped:
-                if ranks.main():
+                if ranks.is_main():
                     s.save()
                 raise Interrupted(f"{stopped[0]}: stopped at step {s.step:,}, everything is saved. {_go_on(s)}")
             if s.over or guarded:
@@ -324,7 +324,7 @@ def fit(s: Session, stopped: list[str]) -> None:
 
 
 def _go_on(s: Session) -> str:
-    again = f"torchrun --nproc-per-node {ranks.count()} -m simsiam" if ranks.several() else "simsiam"
+    again = f"torchrun --nproc-per-node {ranks.world_size()} -m simsiam" if ranks.is_distributed() else "simsiam"
     return f"Resume with: {again} train --resume -o {shlex.quote(str(s.run))}"
 
 
@@ -335,7 +335,7 @@ def _sweep(s: Session, stopped: list[str]) -> Iterator[tuple[list[Tensor], Tenso
         s.agree(stopped)
         if stopped:
             raise Interrupted(f"{stopped[0]}: stopped before the first step. {_go_on(s)}")
-        draws = generator(s.compute.device, s.recipe.seed, -1, number, *ranks.own_key())
+        draws = generator(s.compute.device, s.recipe.seed, -1, number, *ranks.rank_key())
         with torch.autocast(s.compute.device.type, enabled=False):  # the caller runs under autocast
             views = random_views(batch.images, settings, draws, batch.sizes)
         yield list(views), batch.index
@@ -369,9 +369,9 @@ def optimizer(method: Siamese, recipe: Recipe) -> torch.optim.Optimizer:
 
 def _check_parts(batch_size: int) -> None:
     """Raise UserError if a batch cannot be divided evenly among the processes."""
-    if batch_size % ranks.count() or batch_size < 2 * ranks.count():
+    if batch_size % ranks.world_size() or batch_size < 2 * ranks.world_size():
         raise UserError(
-            f"train.batch_size is {batch_size}: torchrun started {ranks.count()} processes, so it must be a multiple "
+            f"train.batch_size is {batch_size}: torchrun started {ranks.world_size()} processes, so it must be a multiple "
             "of that number, with at least 2 images each."
         )
 
@@ -379,7 +379,7 @@ def _check_parts(batch_size: int) -> None:
 def _check_alike(cache: Cache) -> None:
     """Raise UserError if the processes could not read the same images: their parts would not form one batch."""
     usable = cache.usable(np.arange(len(cache)))
-    _, (differs,) = ranks.agree(0.0, not np.array_equal(usable, ranks.same(lambda: usable)))
+    _, (differs,) = ranks.agree(0.0, not np.array_equal(usable, ranks.from_main(lambda: usable)))
     if differs:
         raise UserError("Not every process could read the same images: a disk or network failed meanwhile. Try again.")
 
@@ -425,7 +425,7 @@ def _command() -> dict[str, str]:
 
 
 def _threads() -> str:
-    threads, processes = torch.get_num_threads(), ranks.count()
+    threads, processes = torch.get_num_threads(), ranks.world_size()
     text = counted(threads, "thread")
     return text if processes == 1 else f"{processes} processes, {text} each"
 

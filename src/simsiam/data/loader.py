@@ -48,7 +48,7 @@ class Loader:
     """
 
     def __init__(self, cache: Cache, rows: np.ndarray, batch_size: int, device: torch.device, seed: int) -> None:
-        assert 0 < batch_size <= len(rows) and batch_size % ranks.count() == 0, (batch_size, len(rows))
+        assert 0 < batch_size <= len(rows) and batch_size % ranks.world_size() == 0, (batch_size, len(rows))
         self.cache, self.rows, self.batch_size, self.device, self.seed = cache, rows, batch_size, device, seed
         self.steps_per_epoch = len(rows) // batch_size
         self._images: Tensor | None = None
@@ -64,7 +64,7 @@ class Loader:
         Raises UserError if fewer than two images can be decoded, and whatever `Cache.usable` raises.
         """
         self._settle()
-        part = self.batch_size // ranks.count()
+        part = self.batch_size // ranks.world_size()
         own = slice(ranks.rank() * part, (ranks.rank() + 1) * part)
         chunks = (chunk[own] for chunk in itertools.islice(self._chunks(epoch), start, None))
         if self._images is not None:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, in_float32, mlp, project, wide
+from simsiam.heads import Siamese, at_least_float32, in_float32, mlp, project
 from simsiam.methods import byol
-from simsiam.ranks import gather
+from simsiam.ranks import all_gather
 
 CITATION = (
     'J. Zbontar, L. Jing, I. Misra, Y. LeCun, S. Deny, "Barlow Twins: Self-Supervised Learning via Redundancy '
@@ -75,7 +75,7 @@ def barlow_twins(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
 
     z: float [B,d]; C is [d,d], over the batches of all ranks.
     """
-    first, second = standardise(gather(wide(z1))), standardise(gather(wide(z2)))
+    first, second = standardise(all_gather(at_least_float32(z1))), standardise(all_gather(at_least_float32(z2)))
     correlation = first.T @ second / len(first)
     diagonal = correlation.diagonal()
     invariance = (1 - diagonal).square().sum()

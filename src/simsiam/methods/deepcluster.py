@@ -13,9 +13,9 @@ from torch import Tensor
 from simsiam.collapse import spread
 from simsiam.compute import generator
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, mlp, project, similarities, unit, wide
+from simsiam.heads import Siamese, at_least_float32, mlp, project, similarities, unit
 from simsiam.methods import swav
-from simsiam.ranks import all_ranks, as_on_rank_0, count, gather
+from simsiam.ranks import all_gather, all_reduce_, broadcast_, world_size
 
 CITATION = (
     'M. Caron et al., "Deep Clustering for Unsupervised Learning of Visual Features", arXiv 1807.05520 (ECCV 2018); '
@@ -128,14 +128,14 @@ class Method(Siamese):
             centroids, self.assigned[head, rows] = spherical_kmeans(x, len(prototypes), self.settings.iterations, draws)
             prototypes.zero_()
             prototypes[: len(centroids)] = centroids
-        as_on_rank_0([self.prototypes, self.assigned])  # sums on a GPU may differ in the last bits
+        broadcast_([self.prototypes, self.assigned])  # sums on a GPU may differ in the last bits
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         raw = project(self.network, views)
         z = [unit(each) for each in raw]
         assigned = self.assigned[:, index]
         known = (assigned >= 0).sum(1)
-        all_ranks([known])  # over the whole batch, because the ranks' gradients are averaged
+        all_reduce_([known])  # over the whole batch, because the ranks' gradients are averaged
         losses = [
             self._cross_entropy(similarities(each, prototypes), targets, clustered)
             for each in z
@@ -147,10 +147,10 @@ class Method(Siamese):
 
     def _cross_entropy(self, scores: Tensor, targets: Tensor, known: Tensor) -> Tensor:
         """Return the mean over the `known` images of all ranks that have a cluster; 0 if none has."""
-        total = F.cross_entropy(wide(scores) / self.settings.temperature, targets, reduction="sum")
-        return total * count() / known.clamp(min=1)
+        total = F.cross_entropy(at_least_float32(scores) / self.settings.temperature, targets, reduction="sum")
+        return total * world_size() / known.clamp(min=1)
 
     def _remember(self, z: list[Tensor], index: Tensor) -> None:
-        index = gather(index)
+        index = all_gather(index)
         for memory, each in zip(self.memory, z, strict=True):
-            memory[index] = gather(each.detach())
+            memory[index] = all_gather(each.detach())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, project, wide
+from simsiam.heads import Siamese, at_least_float32, project
 from simsiam.methods.simsiam import encoder_and_predictor, negative_cosine, prediction_mlp, projection_mlp
 
 CITATION = (
@@ -68,7 +68,7 @@ def averaged_target_loss(p: list[Tensor], z: list[Tensor]) -> Tensor:
 
     A single view's z is a noisy target; the mean of several is more stable (section 3).
     """
-    z = [wide(each) for each in z]
+    z = [at_least_float32(each) for each in z]
     total = torch.stack(z).sum(0)
     return torch.stack([negative_cosine(p[i], (total - z[i]) / (len(z) - 1)) for i in range(len(z))]).mean()
 

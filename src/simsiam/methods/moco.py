@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, follow, in_float32, mlp, project, twin, unit
-from simsiam.ranks import count, gather
+from simsiam.ranks import all_gather, world_size
 
 CITATION = (
     'X. Chen, H. Fan, R. Girshick, K. He, "Improved Baselines with Momentum Contrastive Learning", arXiv 2003.04297; '
@@ -113,7 +113,7 @@ class Method(Siamese):
             losses.append(info_nce(unit(z), k, negatives, self.settings.temperature))
             keys.append(k)
             queries.append(z)
-        self._enqueue(torch.cat([gather(k) for k in keys]))
+        self._enqueue(torch.cat([all_gather(k) for k in keys]))
         return torch.stack(losses).mean(), {"std": spread(*queries)}
 
     @torch.no_grad()
@@ -125,7 +125,7 @@ class Method(Siamese):
 
     def _grouped(self, network: nn.Sequential, x: Tensor) -> Tensor:
         most = self.settings.bn_groups
-        groups = max(1, min(max(min(most, 2), most // count()), len(x) // 2))  # BN needs at least two images
+        groups = max(1, min(max(min(most, 2), most // world_size()), len(x) // 2))  # BN needs at least two images
         return torch.cat(project(network, x.tensor_split(groups)))
 
     @torch.no_grad()

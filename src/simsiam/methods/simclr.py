@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, in_float32, mlp, project, unit
-from simsiam.ranks import gather, rank
+from simsiam.ranks import all_gather, rank
 
 CITATION = (
     'T. Chen, S. Kornblith, M. Norouzi, G. Hinton, "A Simple Framework for Contrastive Learning of Visual '
@@ -80,7 +80,7 @@ def nt_xent(q1: Tensor, q2: Tensor, k1: Tensor, k2: Tensor, temperature: float) 
     are used, with rows in rank order.
     """
     queries = torch.cat([unit(q1), unit(q2)])
-    keys = torch.cat([gather(unit(k1)), gather(unit(k2))])
+    keys = torch.cat([all_gather(unit(k1)), all_gather(unit(k2))])
     logits = queries @ keys.T / temperature
     batch, total = len(q1), len(keys) // 2
     own = torch.arange(batch, device=q1.device) + rank() * batch

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, mlp, project, twin, wide
-from simsiam.ranks import gather
+from simsiam.heads import Siamese, at_least_float32, mlp, project, twin
+from simsiam.ranks import all_gather
 
 CITATION = 'X. Chen, K. He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566 (CVPR 2021)'
 PUBLISHED = {
@@ -76,12 +76,12 @@ class Settings:
 
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
     """Return D(p, z) = -(p/|p|) . (z/|z|), averaged over the batch, in float32 (eq. 1). [B,d] each -> [-1, 1]."""
-    return -F.cosine_similarity(wide(p), wide(z), dim=1, eps=1e-8).mean()
+    return -F.cosine_similarity(at_least_float32(p), at_least_float32(z), dim=1, eps=1e-8).mean()
 
 
 def softmax_cross_entropy(p: Tensor, z: Tensor) -> Tensor:
     """Return D(p, z) = -softmax(z) . log softmax(p), averaged over the batch (section 4.5). [B,d] each -> [0, inf)."""
-    return -(wide(z).softmax(1) * wide(p).log_softmax(1)).sum(1).mean()
+    return -(at_least_float32(z).softmax(1) * at_least_float32(p).log_softmax(1)).sum(1).mean()
 
 
 def projection_mlp(
@@ -168,8 +168,8 @@ class Method(Siamese):
                 m = torch.where(known, settings.target_momentum, 0.0)
                 targets = [m * old + (1 - m) * each.float() for each in z]
                 # One new augmentation per step, as in the paper: the second view.
-                seen = gather(index)
-                self.memory[seen] = gather(targets[1])
+                seen = all_gather(index)
+                self.memory[seen] = all_gather(targets[1])
                 self.remembered.index_fill_(0, seen, True)  # assigning True would copy it to the GPU and wait
             return targets
         if settings.target_steps == 1:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simsiam import ranks
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, in_float32, mlp, project, similarities, unit, wide
+from simsiam.heads import Siamese, at_least_float32, in_float32, mlp, project, similarities, unit
 
 CITATION = (
     'M. Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882 '
@@ -103,12 +103,12 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     scores: float [B,K], cosines; with several ranks, this rank's rows. Returns float32 [B,K] with rows summing to 1,
     because rows are scaled last; after enough iterations each column sums to B/K as well.
     """
-    scores = wide(scores) / epsilon
+    scores = at_least_float32(scores) / epsilon
     largest = scores.detach().amax()
-    ranks.all_ranks([largest], "max")
+    ranks.all_reduce_([largest], "max")
     q = torch.exp(scores - largest)  # prevents overflow; the scaling cancels this factor
     for _ in range(iterations):
-        columns = ranks.total(q.sum(0))
+        columns = ranks.all_sum(q.sum(0))
         q = q / columns.clamp(min=torch.finfo(q.dtype).tiny)
         q = q / q.sum(1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
     return q
@@ -120,7 +120,7 @@ def swapped_prediction(scores: list[Tensor], codes: list[Tensor], temperature: f
 
     scores: [B,K] of every view; codes: [B,K] of the full-size views, which come first. Mean over pairs and batch.
     """
-    predictions = [F.log_softmax(wide(each) / temperature, 1) for each in scores]
+    predictions = [F.log_softmax(at_least_float32(each) / temperature, 1) for each in scores]
     losses = [
         -(code * predictions[other]).sum(1).mean()
         for view, code in enumerate(codes)
@@ -192,7 +192,9 @@ class Method(Siamese):
     def _code(self, z: Tensor, prototypes: Tensor, slot: int) -> Tensor:
         rows = z
         if self._use_queue():
-            rows = torch.cat([self.queue[slot, ranks.rank() :: ranks.count()], z])  # each rank contributes its part
+            rows = torch.cat(
+                [self.queue[slot, ranks.rank() :: ranks.world_size()], z]
+            )  # each rank contributes its part
         return sinkhorn(similarities(rows, prototypes), self.settings.epsilon, self.settings.sinkhorn_iterations)[
             -len(z) :
         ]
@@ -206,7 +208,7 @@ class Method(Siamese):
 
     def _enqueue(self, z: list[Tensor]) -> None:
         if self.settings.queue:
-            fresh = [torch.cat([ranks.gather(each), old]) for each, old in zip(z, self.queue, strict=True)]
+            fresh = [torch.cat([ranks.all_gather(each), old]) for each, old in zip(z, self.queue, strict=True)]
             self.queue.copy_(torch.stack(fresh)[:, : self.settings.queue])
 
     @torch.no_grad()

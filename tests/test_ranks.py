@@ -260,6 +260,6 @@ def test_processes_that_read_other_images_do_not_train(
     _check_alike(cache)
     usable = cache.usable(np.arange(len(cache)))
     assert not usable.all()
-    monkeypatch.setattr(ranks, "same", lambda value: ~value())
+    monkeypatch.setattr(ranks, "from_main", lambda value: ~value())
     with pytest.raises(UserError, match="Not every process could read the same images"):
         _check_alike(cache)

@@ -40,6 +40,13 @@ def test_control_characters_of_a_name_are_shown_and_not_obeyed(capsys: pytest.Ca
     assert not {"\x1b", "\x07", "\x9b", "\t"} & set(shown)
 
 
+def test_a_narrow_terminal_cuts_no_setting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    Console().plan([], [("train.weight_decay", "0.0001", "7,994 images are few: more and smaller steps")])
+    shown = capsys.readouterr().err
+    assert "train.weight_decay  0.0001" in shown and "…" not in shown and "smaller" in shown
+
+
 def test_without_stderr_it_goes_on_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """`simsiam train 2>&-`."""
     monkeypatch.setattr(sys, "stderr", None)

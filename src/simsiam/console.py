@@ -154,6 +154,9 @@ class Console(Listener):
         if reasons:
             self.screen.print("\n[bold]Chosen for this data[/] (set any of them as key=value)")
             table = Table.grid(padding=(0, 2))
+            table.add_column(no_wrap=True)  # in a narrow terminal the reason wraps, and no setting is cut
+            table.add_column(overflow="fold")
+            table.add_column()
             for setting, value, why in reasons:
                 table.add_row(f"  {setting}", f"[cyan]{escape(visible(value))}[/]", f"[dim]{escape(visible(why))}[/]")
             self.screen.print(table)

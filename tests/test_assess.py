@@ -20,7 +20,7 @@ from simsiam.config import UserError
 from simsiam.console import Console, Listener
 from simsiam.data.cache import build_cache
 from simsiam.data.sources import open_images
-from simsiam.features import pixel_rows, preprocessing
+from simsiam.features import Preprocessing, embed_rows, pixel_rows, preprocessing
 from simsiam.runs import read_json
 from test_train import SMALL
 
@@ -158,8 +158,17 @@ def test_its_own_images_are_known_again_where_they_lie_now(run: Path, photos: Pa
     assert evaluate_run(own, moved, names=["knn"])["file"] is None
 
 
-def test_the_papers_linear_protocol_on_request(run: Path) -> None:
-    result = evaluate_run(run, names=["collapse"], sgd=True)["linear_sgd"]
+def test_the_papers_linear_protocol_on_request(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain: list[int] = []
+
+    def watched(network: object, prepare: object, cache: object, rows: np.ndarray, *more: object) -> torch.Tensor:
+        if isinstance(prepare, Preprocessing):
+            plain.append(len(rows))
+        return embed_rows(network, prepare, cache, rows, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("simsiam.assess.embed_rows", watched)
+    result = evaluate_run(run, names=["collapse"], sgd=True, baselines=False)["linear_sgd"]
+    assert plain[2:] == [plain[1]], "after `collapse`, the test images alone: training takes random crops"
     assert (result["optimiser"], result["epochs"], result["weight_decay"]) == ("lars", 90, 0.0)
     assert 0 <= result["trained"] <= 100
 

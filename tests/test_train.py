@@ -273,6 +273,23 @@ def test_a_disk_that_fills_up_in_the_first_epoch_loses_nothing(
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_a_disk_that_fills_up_when_training_is_over_loses_nothing(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise UserError("The disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("simsiam.weights.write_tensors", full)
+        with pytest.raises(UserError, match=r"is full\. The run is saved up to step 10\. Resume with: .*--resume -o"):
+            simsiam.train(photos, tmp_path / "run", epochs=2, **SMALL)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert simsiam.train(out=tmp_path / "run", resume=True)["steps"] == 10
+    simsiam.train(photos, tmp_path / "whole", epochs=2, **SMALL)
+    a, b = weights(tmp_path / "run"), weights(tmp_path / "whole")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_kill_9_at_any_moment_loses_nothing(photos: Path, tmp_path: Path) -> None:
     often = ["train.checkpoint_seconds=0.01", *SMALL["overrides"], "--epochs", 200, "--json"]
     run = tmp_path / "killed"

@@ -478,6 +478,7 @@ def test_a_last_batch_of_one_image_is_no_part_of_bn_statistics(
     ("images", "says"),
     [
         (None, "a list of images"),
+        (SimpleNamespace(columns=["path"], ndim=2), r"pass table\['path'\]"),  # a data frame
         ([np.zeros((3, 9, 9), np.uint8)], "transpose"),
         ([np.zeros((9, 9, 3))], "from 0 to 255"),
         ([b"\xff\xd8..."], "this is bytes: open it with PIL"),

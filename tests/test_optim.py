@@ -19,11 +19,12 @@ def test_half_a_cosine() -> None:
     assert learning_rate(0, 0.06) == 0.06 and learning_rate(1, 0.06) == 0 and learning_rate(1.001, 0.06) == 0
 
 
-def test_the_schedule_is_torchs() -> None:
+@pytest.mark.parametrize("end", [0.0, 0.2, 1.0])
+def test_the_schedule_is_torchs(end: float) -> None:
     optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=50)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=50, eta_min=end * 0.3)
     for epoch in range(51):
-        assert math.isclose(learning_rate(epoch / 50, 0.3), optimiser.param_groups[0]["lr"], abs_tol=1e-12)
+        assert math.isclose(learning_rate(epoch / 50, 0.3, end=end), optimiser.param_groups[0]["lr"], abs_tol=1e-12)
         optimiser.step()
         schedule.step()
 
@@ -34,14 +35,14 @@ def test_warm_up_is_linear_and_meets_the_cosine() -> None:
         assert math.isclose(learning_rate(progress, base, warmup), base * progress / warmup)
     assert math.isclose(learning_rate(warmup, base, warmup), base)
     assert math.isclose(learning_rate((1 + warmup) / 2, base, warmup), base / 2)
-    assert learning_rate(1, base, warmup) == 0
+    assert learning_rate(1, base, warmup) == 0 and math.isclose(learning_rate(1, base, warmup, 0.2), 0.2 * base)
 
 
 def test_a_schedule_by_steps() -> None:
-    schedule = Schedule(0.4, steps_per_epoch=10, epochs=5, seconds=None, warmup_epochs=1)
+    schedule = Schedule(0.4, steps_per_epoch=10, epochs=5, seconds=None, warmup_epochs=1, end=0.1)
     assert schedule.steps == 50
     for step in range(51):  # the clock does not matter
-        assert math.isclose(schedule.rate(step, 99.0), learning_rate(step / 50, 0.4, warmup=0.2), abs_tol=1e-15)
+        assert math.isclose(schedule.rate(step, 99.0), learning_rate(step / 50, 0.4, 0.2, 0.1), abs_tol=1e-15)
         assert schedule.over(step, 1e9) == (step == 50)
     assert Schedule(0.4, steps_per_epoch=10, epochs=0.01, seconds=None).steps == 1
     assert Schedule(0.4, steps_per_epoch=100, epochs=0.29, seconds=None).steps == 29  # 28.999999999999996

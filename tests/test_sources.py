@@ -125,7 +125,8 @@ def test_files_without_an_ending_are_images_if_they_begin_like_one(tmp_path: Pat
     assert found["images"] == 5 and not found["bad_files"] and set(found["formats"]) == set(kinds)
     (tmp_path / "snapshot").mkdir()  # as in the Hugging Face cache: names that link to blobs
     (tmp_path / "snapshot/i.png").symlink_to(tmp_path / "blobPNG")
-    assert open_images(tmp_path).ids == ["snapshot/i.png"]
+    with pytest.warns(UserWarning, match=r"1 file used\. Left out, .* \(no ending\) 4\.$"):  # all but the one linked to
+        assert open_images(tmp_path).ids == ["snapshot/i.png"]
 
 
 def test_class_folders(tmp_path: Path) -> None:
@@ -286,8 +287,11 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_ignored_kinds_are_warned_about(tmp_path: Path) -> None:
-    write(tmp_path, "1.png", "2.psd", "3.PSD", "more.zip", "notes.txt")
-    with pytest.warns(UserWarning, match=r"1 file used\. Left out, being of other kinds: \.psd 2, \.zip 1\.$"):
+    write(tmp_path, "1.png", "2.psd", "3.PSD", "more.zip", "notes.txt", "old.ppm")
+    (tmp_path / "no-ending").write_bytes(encode(scene()))
+    (tmp_path / "README").write_text("no image")
+    left_out = r"\.psd 2, \.zip 1, \.ppm 1, \(no ending\) 1\.$"
+    with pytest.warns(UserWarning, match=rf"1 file used\. Left out, being of other kinds: {left_out}"):
         assert open_images(tmp_path).ids == ["1.png"]
 
 
@@ -299,7 +303,8 @@ def test_photographs_of_iphones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         Image.fromarray(scene()).save(tmp_path / "photos" / name, "HEIF")
     write_tar(tmp_path / "photos.tar", {"1.heic": (tmp_path / "photos/blob").read_bytes()})
     assert len(open_images(tmp_path / "photos.tar")) == 1
-    found = check(tmp_path / "photos")
+    with pytest.warns(UserWarning, match=r"2 files used\. Left out, .* \(no ending\) 1\.$"):
+        found = check(tmp_path / "photos")
     assert found["images"] == 2 and found["formats"] == {"HEIF": 2} and not found["bad_files"]
     (tmp_path / "backup").mkdir()
     shutil.copy(tmp_path / "photos/blob", tmp_path / "backup/00a1")

@@ -121,7 +121,7 @@ def evaluate_run(
         k = None
     encoder, prepare, meta = read_encoder(run)
     if failed := failure(run, meta):
-        listener.say(f"Warning: {failed}")
+        warnings.warn(failed, stacklevel=2)
     compute = compute_of(run, encoder, prepare, pick_device(device))
     compute.place(encoder)
     name = meta["data"] if data is None else str(data)

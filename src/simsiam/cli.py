@@ -28,7 +28,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; everything else goes to stderr.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on stdout; everything else goes to stderr.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Threads that decode images; default: one per core, at most 16.")
@@ -353,7 +355,8 @@ def export(
     p = result["preprocessing"]
     if p is not None:
         console.say(
-            f"Input    RGB, resized to a short side of {round(p['size'] / p['share'])}, central {p['size']} pixels, "
+            f"Input    RGB, resized (Pillow's bicubic) to a short side of {round(p['size'] / p['share'])}, central "
+            f"{p['size']} pixels, "
             f"(x / 255 - mean) / std with mean {p['mean']} and std {p['std']}"
         )
     if as_json:

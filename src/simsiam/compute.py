@@ -72,18 +72,21 @@ def pick_device(name: str = "auto") -> torch.device:
 
 @contextlib.contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """Restore the caller's random state at exit, and restrict cuDNN to deterministic kernels, so that a resumed run
-    ends with the same weights. Those kernels were as fast as any (docs/results.md)."""
+    """Train with gradients, in float32 and with deterministic kernels of cuDNN, so that a resumed run ends with the same
+    weights, whatever the caller has set; at exit, restore that and the random state. Those kernels were as fast as any
+    (docs/results.md)."""
     import torch
 
     cuda = device.type == "cuda"
-    before = torch.backends.cudnn.deterministic
+    before, dtype = torch.backends.cudnn.deterministic, torch.get_default_dtype()
     torch.backends.cudnn.deterministic = before or cuda
+    torch.set_default_dtype(torch.float32)
     try:
-        with torch.random.fork_rng([device] if cuda else []):
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng([device] if cuda else []):
             yield
     finally:
         torch.backends.cudnn.deterministic = before
+        torch.set_default_dtype(dtype)
 
 
 def wait(device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import re
 import tomllib
 import types
@@ -116,6 +117,8 @@ _KINDS: dict[Any, str] = {float: "a number", int: "a whole number", bool: "true 
 
 
 def _coerce(value: Any, hint: Any, name: str) -> Any:
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):  # also numpy's
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:

@@ -127,6 +127,8 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
 def _as_list(images: Any) -> str:
     """What to pass instead of something that is not a list of images."""
+    if hasattr(images, "columns"):
+        return "for a column of a table, pass table['path']; in a ColumnTransformer, name the column without brackets"
     shape: tuple[int, ...] = images.shape if isinstance(images, np.ndarray) else ()
     if len(shape) == 2 and images.dtype.kind in "OUS":
         return "for a column of paths, pass column.ravel()"

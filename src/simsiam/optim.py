@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 
-def learning_rate(progress: float, base: float, warmup: float = 0.0) -> float:
-    """Return the rate: linear warm-up for a `warmup` share of training, then half a cosine to 0 (sections 3 and 4.3).
+def learning_rate(progress: float, base: float, warmup: float = 0.0, end: float = 0.0) -> float:
+    """Return the rate: linear warm-up for a `warmup` share of training, then half a cosine to `end` times the base (the
+    paper's ends at 0; sections 3 and 4.3).
 
     progress in [0, 1]: the completed share of training.
     """
     assert 0 <= warmup < 1
     if progress < warmup:
         return base * progress / warmup
-    return base * 0.5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1.0)))
+    falling = 0.5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1.0)))
+    return base * (end + (1 - end) * falling)
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Schedule:
     """Epochs of linear warm-up from 0 to the peak; at most half of the run."""
     by_epoch: bool = False
     """Update the rate every epoch, as in the released code, not every step. Ignored if the clock decides."""
+    end: float = 0.0
+    """The learning rate at the end as a share of the peak, in [0, 1]."""
 
     @property
     def steps(self) -> int | None:
@@ -66,7 +70,7 @@ class Schedule:
         progress = self.progress(step, seconds)
         if self.by_epoch and self.steps is not None and progress >= warmup:  # warm-up may end within an epoch
             progress = max(warmup, self.progress(step - step % self.steps_per_epoch, seconds))
-        return learning_rate(progress, self.peak, warmup)
+        return learning_rate(progress, self.peak, warmup, self.end)
 
 
 class LARS(torch.optim.Optimizer):

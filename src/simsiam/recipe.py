@@ -61,6 +61,8 @@ class TrainSettings:
     larc treats them like the others."""
     lr: float = 0.05
     """Base learning rate: the actual rate is lr x batch_size / 256."""
+    lr_end: float = 0.0
+    """The learning rate at the end as a share of its peak: 0 in the paper."""
     momentum: float = 0.9
     weight_decay: float = 1e-4
     """Of all parameters; lars excludes BN and biases."""
@@ -92,6 +94,8 @@ class TrainSettings:
             raise ValueError(f"batch_size is {self.batch_size}: BN needs at least 2 images.")
         if self.lr <= 0 or not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.warmup_epochs < 0:
             raise ValueError("lr must be above 0, momentum in [0, 1), weight_decay and warmup_epochs not negative.")
+        if not 0 <= self.lr_end <= 1:
+            raise ValueError(f"lr_end is {self.lr_end:g}: it is a share of the peak, from 0 to 1.")
         if self.budget is not None:
             parse_duration(self.budget)
 
@@ -108,7 +112,9 @@ class TrainSettings:
     def schedule(self, steps_per_epoch: int) -> Schedule:
         """Return the learning rate schedule for this number of batches per epoch."""
         by_epoch = self.cosine == "epoch"
-        return Schedule(self.peak, steps_per_epoch, self.epochs, self.seconds, self.warmup_epochs, by_epoch)
+        return Schedule(
+            self.peak, steps_per_epoch, self.epochs, self.seconds, self.warmup_epochs, by_epoch, self.lr_end
+        )
 
 
 @dataclass(frozen=True)

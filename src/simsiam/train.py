@@ -7,6 +7,7 @@ import functools
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,8 +131,9 @@ def _train(
     resumed: Recipe | None = None
     if resume:
         run = resumable(given)
-        if recipe is not None or overrides or size is not None or _any(settings):
-            listener.say(f"Warning: --resume takes its settings from {run / RECIPE}; the given ones are ignored.")
+        if ranks.is_main() and (recipe is not None or overrides or size is not None or _any(settings)):
+            told = f"--resume takes its settings from {run / RECIPE}; the given ones are ignored."
+            warnings.warn(told, stacklevel=3)
         finished = _finished(run, listener)
         if finished is not None:
             return finished

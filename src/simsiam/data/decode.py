@@ -37,7 +37,7 @@ def _further() -> Iterator[str]:
         yield from HEIC
 
 
-ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", *_further())
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", *_further())
 """Extensions of the files that are treated as images."""
 
 VERSION = f"Pillow {PIL.__version__}: {' '.join(ENDINGS)}"

@@ -21,7 +21,10 @@ from simsiam.runs import METRICS, RECIPE
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _BRANDS = {b"ftypavif": ".avif", b"ftypheic": ".heic", b"ftypheix": ".heic", b"ftypmif1": ".heic"}
 _MAGIC = re.compile(r"[*?\[{]")
-_NOT_READ = (*decode.HEIC, ".avif", ".jp2", ".j2k", ".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".dcm")
+_NOT_READ = (
+    *(*decode.HEIC, ".avif", ".jp2", ".j2k", ".jxl", ".ppm", ".pgm", ".tga", ".ico"),
+    *(".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".dcm"),
+)
 
 
 def open_images(data: str | Path | None = None) -> ImageSet:
@@ -176,7 +179,7 @@ def _from_files(name: str, root: str, files: list[File], data: str) -> ImageSet:
         chosen = [file for file in files if file.id.lower().endswith(endings)]
         if chosen:
             others = tuple({*itertools.chain.from_iterable(e for e, _ in kinds), *_NOT_READ}.difference(endings))
-            ignored = [file for file in files if file.id.lower().endswith(others)]
+            ignored = [file for file in files if file.id.lower().endswith(others)] + _unnamed(files, chosen)
             if ignored:
                 used = f"{data}: {counted(len(chosen), 'file')} used."
                 warnings.warn(
@@ -193,6 +196,13 @@ def _from_files(name: str, root: str, files: list[File], data: str) -> ImageSet:
         f"No images in {data}: {counted(len(files), 'file')}, none an image: {_count(files)}. "
         f"Supported: {' '.join(ending[1:] for ending in decode.ENDINGS)}, and parquet, tar, zip.{_hint(files)}"
     )
+
+
+def _unnamed(files: list[File], chosen: list[File]) -> list[File]:
+    """The images without an extension, except those that are in `chosen` under another name (Hugging Face's blobs)."""
+    unnamed = [file for file in files if _begins_like_an_image(file)]
+    linked = {os.path.realpath(file.path) for file in chosen} if unnamed else set()
+    return [file for file in unnamed if os.path.realpath(file.path) not in linked]
 
 
 def _begins_like_an_image(file: File) -> bool:

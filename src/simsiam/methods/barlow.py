@@ -27,6 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "train": {
             "optimizer": "lars",
             "lr": 0.2,
+            "lr_end": 0.001,
             "weight_decay": 1e-6,
             "batch_size": 2048,
             "warmup_epochs": 10,

@@ -29,6 +29,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "train": {
             "optimizer": "larc",
             "lr": 0.3,
+            "lr_end": 0.001,
             "weight_decay": 1e-6,
             "batch_size": 4096,
             "warmup_epochs": 10,

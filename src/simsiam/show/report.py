@@ -168,7 +168,7 @@ def _content(run: Path) -> Table:
         "map": None if sample is None or len(sample.ids) < 3 else _map(sample),
         "recipe": recipe,
         "environment": {key: value for key, value in environment.items() if value is not None},
-        "again": environment["command"] if isinstance(environment.get("command"), str) else again,
+        "again": again,
         "files": [
             {
                 "name": name,

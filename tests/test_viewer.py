@@ -120,7 +120,8 @@ def test_images_are_found_by_name_class_and_cluster(server: Server) -> None:
 def test_the_map_and_its_pictures_belong_together(server: Server, stored: Path) -> None:
     found = server.json("map")
     assert found["rows"] == list(range(96)) and min(found["x"]) == 0 and max(found["y"]) == 1
-    atlas = Image.open(io.BytesIO(server.get("atlas"))).convert("RGB")
+    whole = Image.open(io.BytesIO(server.get("atlas"))).convert("RGBA")
+    atlas = whole.convert("RGB")
     side, columns = found["side"], found["columns"]
     for place in (0, 33, 95):
         left, top = place % columns * side, place // columns * side
@@ -129,6 +130,14 @@ def test_the_map_and_its_pictures_belong_together(server: Server, stored: Path) 
         own = Image.open(io.BytesIO(server.get(f"picture/{found['rows'][place]}"))).convert("RGB").resize((side, side))
         of_image = np.asarray(own.crop((side // 4, side // 4, 3 * side // 4, 3 * side // 4)), float).mean((0, 1))
         assert np.abs(of_map - of_image).max() < 20
+        shown, aspect = (
+            np.asarray(whole.crop((left, top, left + side, top + side)))[..., 3] > 127,
+            found["aspect"][place],
+        )
+        assert (
+            abs(shown.any(0).sum() - side * min(1, aspect)) <= 1
+            and abs(shown.any(1).sum() - side / max(1, aspect)) <= 1
+        )
     assert (stored / "map.json").exists()
     assert server.json("map") == found and "groups" in server.json("duplicates")
 

@@ -152,6 +152,7 @@ class Viewer:
     def map(self) -> dict[str, Any]:
         """Positions of the images on the map, x and y in [0, 1]; stored in the folder, since t-SNE is slow."""
         place, how = self._kept_layout()
+        columns = self.once(Viewer.atlas)[1] if self.pictures is not None else None
         low, high = place.min(0), place.max(0)
         scaled = (place - low) / np.maximum(high - low, 1e-12)
         return {
@@ -161,8 +162,19 @@ class Viewer:
             "y": np.round(scaled[:, 1], 4).tolist(),
             "classes": [self.classes[row] for row in self.on_map.tolist()],
             "side": ON_ATLAS,
-            "columns": self.once(Viewer.atlas)[1] if self.pictures is not None else None,
+            "columns": columns,
+            "aspect": self._aspect(),
         }
+
+    def _aspect(self) -> list[float]:
+        """Width / height of every picture on the map, once the atlas has decoded them; 1 if unknown."""
+        if self.pictures is None:
+            return [1.0] * len(self.on_map)
+        cache, cached = self.pictures
+        rows = cached[self.on_map]
+        height, width = np.maximum(cache.heights[rows], 1), np.maximum(cache.widths[rows], 1)
+        aspect: list[float] = np.round(width / height, 3).tolist()
+        return aspect
 
     def _kept_layout(self) -> tuple[NDArray[np.float32], str]:
         path = self.stored.folder / MAP

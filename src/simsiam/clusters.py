@@ -42,7 +42,8 @@ class Clusters:
     similarity: NDArray[np.float32]
     """[N], cosine similarity of each image to the centre of its cluster."""
     odd: list[tuple[int, float]]
-    """The images least similar to their 10 nearest neighbours, at most 20: row and mean cosine similarity to these."""
+    """The images least similar to their 10 nearest neighbours, at most 20 and a tenth of all: row and mean cosine
+    similarity to these."""
 
 
 def clusters(
@@ -61,9 +62,9 @@ def clusters(
     Returns {"images", "count", "file", "clusters", "odd", "agreement"}. A cluster is {"cluster", "images",
     "similarity", "examples", "classes"}: its number, its size, the mean cosine similarity to its centre, the ids
     nearest to the centre and, if labels are known, the shares of the three most frequent classes; the largest comes
-    first. `odd` lists the 20 images least similar to their 10 nearest neighbours, as {"id", "similarity"}. `agreement`
-    with the labels is {"nmi", "purity"} in [0, 1], or None with fewer than two classes. `file` is None if it could not
-    be written.
+    first. `odd` lists the images least similar to their 10 nearest neighbours, 20 or a tenth of all if that is fewer,
+    as {"id", "similarity"}. `agreement` with the labels is {"nmi", "purity"} in [0, 1], or None with fewer than two
+    classes. `file` is None if it could not be written.
     Raises UserError if `count` does not fit the images.
     """
     set_threads()
@@ -112,7 +113,7 @@ def find_clusters(
     listener.say("Looking for outliers ...")
     near, _ = nearest(vectors, _ODD_NEIGHBOURS, device=device, index=lambda: open_index(stored, listener))
     alone = near.mean(1)
-    odd = [(row, float(alone[row])) for row in np.argsort(alone, kind="stable")[:_ODD].tolist()]
+    odd = [(row, float(alone[row])) for row in np.argsort(alone, kind="stable")[: max(1, min(_ODD, len(alone) // 10))].tolist()]
     return Clusters(count, seed, label, similarity, odd)
 
 

@@ -284,3 +284,17 @@ def test_signals_are_put_back_and_a_second_one_is_not_waited_for() -> None:
         assert stopped == ["SIGTERM"]
         signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+def test_among_several_a_late_signal_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks agree to stop before torchrun has signalled the last of them."""
+    monkeypatch.setattr("simsiam.ranks.is_distributed", lambda: True)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        with signals() as stopped:
+            stopped.append("Another process was stopped")
+        signal.raise_signal(signal.SIGTERM)  # would end the tests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

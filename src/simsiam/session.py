@@ -327,5 +327,8 @@ def signals() -> Iterator[list[str]]:
     try:
         yield stopped
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        # torchrun signals one rank after the other, and these agree to stop in between: a signal that arrives only now
+        # must not end this process before it has told that everything is saved.
+        if not (ranks.is_distributed() and stopped):
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -113,10 +113,8 @@ def find_clusters(
     listener.say("Looking for outliers ...")
     near, _ = nearest(vectors, _ODD_NEIGHBOURS, device=device, index=lambda: open_index(stored, listener))
     alone = near.mean(1)
-    odd = [
-        (row, float(alone[row]))
-        for row in np.argsort(alone, kind="stable")[: max(1, min(_ODD, len(alone) // 10))].tolist()
-    ]
+    most = max(1, min(_ODD, len(alone) // 10))
+    odd = [(row, float(alone[row])) for row in np.argsort(alone, kind="stable")[:most].tolist()]
     return Clusters(count, seed, label, similarity, odd)
 
 

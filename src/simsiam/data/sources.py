@@ -21,9 +21,21 @@ from simsiam.runs import METRICS, RECIPE
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _BRANDS = {b"ftypavif": ".avif", b"ftypheic": ".heic", b"ftypheix": ".heic", b"ftypmif1": ".heic"}
 _MAGIC = re.compile(r"[*?\[{]")
+_RAW = (".dng", ".cr2", ".nef", ".arw")
 _NOT_READ = (
-    *(*decode.HEIC, ".avif", ".jp2", ".j2k", ".jxl", ".ppm", ".pgm", ".tga", ".ico"),
-    *(".dng", ".cr2", ".nef", ".arw", ".psd", ".svg", ".dcm"),
+    *decode.HEIC,
+    *_RAW,
+    ".avif",
+    ".jp2",
+    ".j2k",
+    ".jxl",
+    ".ppm",
+    ".pgm",
+    ".tga",
+    ".ico",
+    ".psd",
+    ".svg",
+    ".dcm",
 )
 
 

@@ -193,9 +193,8 @@ class Method(Siamese):
     def _code(self, z: Tensor, prototypes: Tensor, slot: int) -> Tensor:
         rows = z
         if self._use_queue():
-            rows = torch.cat(
-                [self.queue[slot, ranks.rank() :: ranks.world_size()], z]
-            )  # each rank contributes its part
+            own = self.queue[slot, ranks.rank() :: ranks.world_size()]  # each rank contributes its part
+            rows = torch.cat([own, z])
         return sinkhorn(similarities(rows, prototypes), self.settings.epsilon, self.settings.sinkhorn_iterations)[
             -len(z) :
         ]

@@ -24,8 +24,10 @@ from sklearn.utils.validation import check_is_fitted
 
 import simsiam
 from simsiam.assess import evaluate_run
+from simsiam.clusters import clusters
 from simsiam.compute import Compute, computes_bf16
 from simsiam.config import UserError
+from simsiam.console import Listener
 from simsiam.data.cache import build_cache
 from simsiam.data.sources import open_images
 from simsiam.embed import ImageEncoder
@@ -132,6 +134,23 @@ def test_embedding_again_computes_only_what_is_new(run: Path, copy: Path, tmp_pa
     assert (told["new"], told["vectors"]) == (1, 31)
     ids = pq.read_table(out / "items.parquet")["id"].to_pylist()
     assert np.array_equal(np.load(out / "vectors.npy")[ids.index("yy.png")], first[0])
+
+
+def test_clusters_of_images_that_have_changed_are_named(run: Path, copy: Path, tmp_path: Path) -> None:
+    class Heard(Listener):
+        said: str = ""
+
+        def say(self, text: str) -> None:
+            self.said += text
+
+    out, heard = tmp_path / "vectors", Heard()
+    embed_to(run, copy, out)
+    clusters(out, 3)
+    embed_to(run, copy, out, listener=heard)
+    assert not heard.said
+    min(copy.glob("*.png")).unlink()
+    embed_to(run, copy, out, listener=heard)
+    assert "clusters.parquet still has the images of before: run `simsiam clusters` again" in heard.said
 
 
 def test_embeddings_of_other_data_are_not_replaced(run: Path, copy: Path, tmp_path: Path) -> None:

@@ -539,6 +539,16 @@ def test_archives(tmp_path: Path, kind: str) -> None:
     assert open_images(tmp_path).fingerprint == images.fingerprint  # a folder that contains only this
 
 
+def test_a_zip_with_backslashes_has_classes(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, content in LAYOUT.items():
+            archive.writestr(name.replace("/", "\\"), content)
+    images = open_images(tmp_path / "a.zip")
+    assert images.ids == list(LAYOUT) and images.classes == ("cat", "dog")
+    assert images.test.tolist() == list(range(6, 12))
+    assert [images.read(i) for i in range(12)] == list(LAYOUT.values())
+
+
 def test_zip_is_thread_safe(tmp_path: Path) -> None:
     content = {f"{i}.png": png(i) for i in range(200)}
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:

@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from simsiam.compute import set_threads
 from simsiam.config import UserError, counted
 from simsiam.console import Listener
-from simsiam.embeddings import Embeddings, read_embeddings
+from simsiam.embeddings import CLUSTERS, Embeddings, read_embeddings
 from simsiam.neighbours import blocks, unit_rows
 from simsiam.runs import atomic, keep
 from simsiam.search import Vectors, nearest, open_index
 
-CLUSTERS = "clusters.parquet"
 COUNT = 20
 """Default number of clusters, few enough to look through; at most a tenth of the images."""
 

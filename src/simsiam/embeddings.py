@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from simsiam.embed import ImageEncoder
 
 VECTORS, ITEMS, META = "vectors.npy", "items.parquet", "meta.json"
+CLUSTERS = "clusters.parquet"
+"""Written by `simsiam clusters`."""
 
 
 def embed_to(
@@ -68,6 +70,8 @@ def embed_to(
         vectors[new[done : done + len(found)]] = found.numpy()
         done += len(found)
     write_embedding(out, vectors, cache, rows, origin(run, encoder.meta_, data, cache), hashes)
+    if known.keys() != set(hashes) and (out / CLUSTERS).exists():
+        listener.say(f"{out / CLUSTERS} still has the images of before: run `simsiam clusters` again.")
     bad = [{"path": path, "reason": reason} for path, reason in cache.bad]
     return {"vectors": len(vectors), "dim": encoder.dim, "new": len(new), "bad_files": bad}
 

@@ -178,6 +178,8 @@ def _zip_members(file: File) -> dict[str, Callable[[], bytes]]:
         return read
 
     with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():  # some Windows programs separate by \, against the format (APPNOTE 4.4.17)
+            info.filename = info.filename.replace("\\", "/")
         infos = [info for info in archive.infolist() if not info.is_dir() and not junk(info.filename)]
     if any(info.flag_bits & 1 for info in infos):
         raise UserError(f"{path} is password-protected: unpack it and name the folder instead.")

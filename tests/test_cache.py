@@ -573,13 +573,26 @@ def test_a_disk_that_is_found_full_later(tmp_path: Path, monkeypatch: pytest.Mon
     assert_whole(build_cache(flat_set(), 8, tmp_path))
 
 
+def test_another_version_leaves_the_files_of_a_running_process_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update of this package during a run: what the run has mapped must not be cut off."""
+    cache = build_cache(flat_set(), 8, tmp_path)
+    before = cache.batch(np.arange(50))[0]
+    monkeypatch.setattr(cache_module, "FORMAT", cache_module.FORMAT + 1)
+    other = open_cache(flat_set(), 8, tmp_path)
+    assert other.directory != cache.directory and len(other.missing(np.arange(50))) == 50
+    assert torch.equal(cache.batch(np.arange(50))[0], before)
+
+
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second write on, pixels go to /dev/full, where every write fails as on a full disk."""
     real, opened = open, []
 
     def full(path: object, *arguments: object, **options: object) -> object:
-        opened.append(path)
-        late = [str(path) for path in opened].count(str(path)) > 1 and str(path).endswith(PIXELS)
+        if str(path).endswith(PIXELS) and arguments == ("r+b",):
+            opened.append(path)
+        late = len(opened) > 1 and path is opened[-1]
         return real("/dev/full" if late else path, *arguments, **options)  # type: ignore[call-overload]
 
     cache = open_cache(flat_set(200, 64), 64, tmp_path)

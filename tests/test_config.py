@@ -81,6 +81,17 @@ def test_a_mistake_names_its_key(table: dict[str, object], message: str) -> None
     assert "\n" not in str(error.value)
 
 
+def test_a_setting_that_must_be_there_is_named() -> None:
+    @dataclass
+    class Needs:
+        size: int
+        crop: int = 3
+
+    assert fill(Needs, {"size": 2}, "eval") == Needs(2, 3)
+    with pytest.raises(UserError, match=r"^The setting eval\.size is missing\.$"):
+        fill(Needs, {"crop": 2}, "eval")
+
+
 def test_a_recipe_survives_the_way_to_disk(tmp_path: Path) -> None:
     settings = Settings(rate=1e-4, name='quo"te\n', scale=(0.1, 2.0), fast=True)
     table = {"train": asdict(settings), "seed": 7, "nested": {"deep": {"none": None, "list": [1, 2]}}}

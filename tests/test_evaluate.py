@@ -220,8 +220,9 @@ def test_k_is_200_where_a_class_has_a_thousand_images(counts: tuple[int, ...], k
 
 
 @pytest.mark.parametrize(("k", "T"), [(1, 0.1), (20, 0.1), (200, 0.1), (200, 1.0), (220, 0.02)])
-def test_knn_is_the_naive_vote(k: int, T: float) -> None:
+def test_knn_is_the_naive_vote(k: int, T: float, monkeypatch: pytest.MonkeyPatch) -> None:
     features = clusters(n=220, m=60, noise=2.0)
+    monkeypatch.setattr(knn, "_ROWS", 23)
     assert knn.score(features, k=k, T=T)["value"] == round(vote(features, k, T), 2)
     assert knn.score(features, k=k, T=T)["k"] == k
 
@@ -289,11 +290,20 @@ class Memory(TorchDispatchMode):
         return result
 
 
-def test_a_fit_holds_two_values_for_every_row_and_class() -> None:
-    x, labels = torch.randn(2000, 4), torch.arange(2000) % 500
+def test_a_fit_holds_three_values_for_every_class_and_row_of_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, labels = torch.randn(8000, 4), torch.arange(8000) % 500
+    monkeypatch.setattr(linear, "_PART", 2000 * 500)
     with Memory() as memory:
         linear.fit(x, labels, 500, 1.0, steps=3)
-    assert memory.most < 2.2 * len(x) * 500 * 4
+    assert memory.most < 3.2 * 2000 * 500 * 4
+
+
+def test_a_fit_in_parts_is_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.stack([clusters(seed=seed, noise=2.0).train for seed in range(3)])
+    labels = (torch.arange(300) % 4).expand(3, -1)
+    whole = linear.fit(x, labels, 4, 0.1, steps=5)
+    monkeypatch.setattr(linear, "_PART", 7 * 4 * 3)  # 300 is no multiple of 7
+    torch.testing.assert_close(linear.fit(x, labels, 4, 0.1, steps=5), whole)
 
 
 def test_problems_solved_together_have_the_solutions_of_each_alone() -> None:
@@ -440,6 +450,16 @@ def test_draws_are_balanced_distinct_and_paired() -> None:
     assert len({tuple(rows.tolist()) for rows in chosen}) == 20
     assert torch.equal(chosen, fewshot.choose(labels, 7, 20, seed=4))
     assert not torch.equal(chosen, fewshot.choose(labels, 7, 20, seed=5))
+
+
+def test_draws_are_those_of_a_literal_choice() -> None:
+    labels = torch.tensor([8, 2, 8, 2, 2, 5, 5, 8, 2])
+    random = generator(torch.device("cpu"), 3, 1, 2)
+    literal = []
+    for _ in range(20):
+        members = [[row for row, label in enumerate(labels.tolist()) if label == each] for each in (2, 5, 8)]
+        literal.append([rows[i] for rows in members for i in torch.randperm(len(rows), generator=random)[:2].tolist()])
+    assert fewshot.choose(labels, 2, 20, seed=3).tolist() == literal
 
 
 def test_fewshot_is_the_mean_and_std_of_single_fits() -> None:

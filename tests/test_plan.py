@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import simsiam
+from simsiam import kernels
 from simsiam.config import UserError, read_recipe
 from simsiam.data.cache import open_cache
 from simsiam.data.sources import open_images
@@ -27,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_the_figures_fit_together(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    kernels.compiled()  # where the caches are
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
     start = time.perf_counter()
     found = plan(photos, seconds=3, epochs=4.0, **SMALL)
@@ -73,6 +76,18 @@ def test_bad_files_take_time_too(photos: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys.modules["simsiam.plan"], "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     found, rate = _decode(open_images(tmp_path), 16, 1, 100.0)
     assert len(found) == 6 and rate == 12 / 13
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_set_that_is_slow_out_of_order_is_decoded_in_order(photos: Path, in_order: bool) -> None:
+    images, read = open_images(photos), []
+
+    def spied(row: int) -> object:
+        read.append(row)
+        return images.read(row)
+
+    _decode(replace(images, read=spied, in_order=in_order), 16, 1, 100.0)
+    assert sorted(read) == list(range(97)) and (read == sorted(read)) == in_order
 
 
 def test_what_is_decoded_already_takes_no_time(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from simsiam.config import UserError
@@ -331,6 +332,8 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         f"CIFAR10:{tmp_path}": "CIFAR10 is not in .*",
         f"ImageFolder:{tmp_path}/empty": "ImageFolder",
         f"CocoDetection:{tmp_path}": "needs more than a folder",
+        f"LSUN:{tmp_path}": "LSUN is not in .*, or needs more than a folder",
+        f"VisionDataset:{tmp_path}": "no torchvision data set of that name",
     }
     for data, message in cases.items():
         with pytest.raises(UserError, match=message) as error:
@@ -518,7 +521,7 @@ def test_the_name_of_the_data_means_the_same_anywhere(tmp_path: Path, monkeypatc
     assert absolute("shards/s-{000..009}.tar") == f"{tmp_path}/shards/s-{{000..009}}.tar"
     assert absolute("~/s-*.tar") == f"{tmp_path}/home/s-*.tar"
     assert absolute("CIFAR10:data") == f"CIFAR10:{tmp_path}/data" and absolute("CIFAR10:/data") == "CIFAR10:/data"
-    assert absolute("demo") == "demo" and absolute("CIFAR10") == "CIFAR10" and absolute("not there") == "not there"
+    assert absolute("demo") == "demo" and absolute("not there") == "not there"
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "tgz", "tar.bz2", "tar.xz", "zip"])
@@ -733,6 +736,25 @@ def test_torchvision_with_split(tmp_path: Path) -> None:
     images = open_images(f"Country211:{tmp_path}")
     assert len(images) == 12 and images.test.tolist() == list(range(6, 12)) and images.classes == ("AT", "CH")
     assert check(images)["bad_files"] == []
+
+
+def test_imagenets_classes_are_synonyms_and_two_have_one_name(tmp_path: Path) -> None:
+    names = {"n1": ("tench", "Tinca tinca"), "n2": ("crane",), "n3": ("crane",)}
+    for split in ("train", "val"):
+        write(tmp_path / split, *(f"{name}/{i}.png" for name in names for i in range(3)))
+    torch.save((names, []), tmp_path / "meta.bin")
+    images = open_images(f"ImageNet:{tmp_path}")
+    assert images.classes == ("tench, Tinca tinca", "crane", "crane") and images.test.tolist() == list(range(9, 18))
+    assert json.loads(json.dumps(check(images)))["labels"] == {"tench, Tinca tinca": 6, "crane": 12}
+
+
+def test_a_set_by_name_does_not_depend_on_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SIMSIAM_DATA", raising=False)
+    assert absolute("MNIST") == f"MNIST:{tmp_path}/data" and absolute("MNIST:x") == f"MNIST:{tmp_path}/x"
+    monkeypatch.setenv("SIMSIAM_DATA", "there")
+    assert absolute("MNIST") == f"MNIST:{tmp_path}/there"
+    assert absolute("demo") == "demo" and absolute("nothing") == "nothing"
 
 
 def test_opening_warns_of_nothing(tmp_path: Path) -> None:

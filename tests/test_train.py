@@ -488,6 +488,28 @@ def test_a_signal_ends_the_sweep_before_the_first_step(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_the_sweep_of_a_network_with_dropout_depends_on_the_seed_alone(photos: Path, tmp_path: Path) -> None:
+    found = []
+    for state in (1, 2):
+        torch.manual_seed(state)  # of the caller
+        run = tmp_path / str(state)
+        simsiam.train(
+            photos, run, method="deepcluster", encoder="mobilenet_v3_small", epochs=0.01, size=32, batch_size=16,
+            overrides=["method.dim=16", "method.projector_hidden=16", "method.prototypes=4", "train.precision=fp32"],
+        )  # fmt: skip
+        found.append(Checkpoints(run).load()[0])
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_a_run_that_the_guard_had_stopped_takes_no_further_step(photos: Path, tmp_path: Path) -> None:
+    overrides = [text for text in SMALL["overrides"] if "on_collapse" not in text]
+    first = simsiam.train(photos, tmp_path / "run", epochs=40, overrides=[*overrides, "train.lr=1e30"])
+    assert first["verdict"] == "diverged"
+    (tmp_path / "run/summary.json").unlink()  # as if it had been killed just before the end
+    again = simsiam.train(out=tmp_path / "run", resume=True)
+    assert (again["steps"], again["verdict"]) == (first["steps"], "diverged")
+
+
 def test_a_verdict_outlives_a_resume(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guard that started again would call the collapsed weights healthy, and they would replace the healthy ones."""
     monkeypatch.setattr("simsiam.session._FLUSH_SECONDS", 0.0)

@@ -168,12 +168,11 @@ def k_means(vectors: Vectors, count: int, seed: int = 0) -> Rows:
     for block in blocks(*sample.shape):
         sample[block] = unit_rows(vectors[some[block]])
     width = min(_DIRECTIONS, *sample.shape)
-    solver = "randomized" if min(sample.shape) > 8 * width else "full"
     kind = MiniBatchKMeans if len(vectors) > _MANY else KMeans
     with warnings.catch_warnings():  # collapsed features: no variance, and fewer distinct vectors than clusters
         warnings.simplefilter("ignore", RuntimeWarning)
         warnings.simplefilter("ignore", ConvergenceWarning)
-        directions = PCA(width, svd_solver=solver, random_state=seed, copy=False).fit(sample)
+        directions = PCA(width, random_state=seed, copy=False).fit(sample)
         del sample  # PCA has centred it in place
         few = np.empty((len(vectors), width), np.float32)
         for block in blocks(*vectors.shape):

@@ -88,12 +88,17 @@ def parse_override(text: str) -> Table:
 def fill(cls: type[T], table: Table, where: str) -> T:
     """Build the dataclass `cls` from a TOML table, checking names and types.
 
-    Raises UserError naming the key (`where` is the table's name) for an unknown key or a value of the wrong type.
+    Raises UserError naming the key (`where` is the table's name) for one that is unknown or missing, or a value of the
+    wrong type.
     """
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = [field.name for field in fields]
     for key in table:
         if key not in names:
             raise UserError(f"Unknown setting {where}.{key}.{did_you_mean(key, names)}")
+    for field in fields:
+        if field.name not in table and field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"The setting {where}.{field.name} is missing.")
     try:
         return cls(**typed(cls, table, where))
     except UserError:

@@ -90,8 +90,9 @@ def find_duplicates(
             for of in (None, pictures.small(mirrored=True))
         ]
         links, _ = _links(np.concatenate(both, 1))
-        scores = _cosine(vectors, links)
-        kept = (scores >= measured["threshold"]) & (pictures.correlation(links) >= measured["pixel_threshold"])
+        links = links[pictures.correlation(links) >= measured["pixel_threshold"]]
+        scores = _cosine(vectors, links)  # of few: their vectors are read from all over the file
+        kept = scores >= measured["threshold"]
     groups = [
         [{"row": row, "score": round(score, 6), "identical": same} for row, score, same in group]
         for group in _groups(kind, links[kept], scores[kept])

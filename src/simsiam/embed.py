@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 
 from simsiam.compute import Compute, pick_device, set_threads
 from simsiam.config import UserError
-from simsiam.data.decode import DecodeError, decode
+from simsiam.data.decode import DecodeError, decode, in_order
 from simsiam.encoders import in_use
 from simsiam.features import BATCH, features_of
 from simsiam.kernels import padded
@@ -113,8 +113,8 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if not isinstance(images, Iterable):
             raise UserError(f"embed() takes a list of images, not {type(images).__name__}.")
         rest, rows = iter(images), []
-        while batch := [_pixels(image, self.preprocessing_.short_side) for image in itertools.islice(rest, BATCH)]:
-            rows.append(self._embed(batch))
+        while batch := list(itertools.islice(rest, BATCH)):
+            rows.append(self._embed(_decoded(batch, self.preprocessing_.short_side)))
         return np.concatenate(rows) if rows else np.zeros((0, self.encoder_.dim), np.float32)
 
     def transform(self, images: Any) -> NDArray[np.float32]:
@@ -135,6 +135,13 @@ def _as_list(images: Any) -> str:
     if len(shape) == 3 and shape[2] not in (1, 3, 4):
         return "for gray images in one array, pass list(array)"
     return "put a single image into a list, [image]"
+
+
+def _decoded(images: list[Any], short_side: int) -> list[NDArray[np.uint8]]:
+    if not all(isinstance(image, str | os.PathLike) for image in images):
+        # Pillow's images are decoded when first used, and several may share a file.
+        return [_pixels(image, short_side) for image in images]
+    return list(in_order(lambda i: _pixels(images[i], short_side), len(images)))
 
 
 def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:

@@ -49,7 +49,7 @@ def embed_to(
     listener = listener or Listener()
     encoder = ImageEncoder(os.fspath(run), device).open()
     out = Path(out)
-    known = _known(out, encoder.meta_, absolute(data))
+    known, before = _known(out, encoder.meta_, absolute(data))
     images = open_images(data)
     make_writable(out)  # or fail now, not after hours of embedding
     try:
@@ -60,11 +60,11 @@ def embed_to(
         raise
     rows = cache.decoded(np.arange(len(cache)))
     hashes = digests(cache, rows)
-    new = np.array([i for i, each in enumerate(hashes) if each not in known], dtype=np.int64)
+    row_before = np.array([known.get(each, -1) for each in hashes], np.int64)
+    new, old = np.flatnonzero(row_before < 0), np.flatnonzero(row_before >= 0)
     vectors = np.empty((len(rows), encoder.dim), np.float32)
-    for i, each in enumerate(hashes):
-        if each in known:
-            vectors[i] = known[each]
+    if len(old):
+        vectors[old] = before[row_before[old]]
     done, network = 0, (encoder.encoder_, encoder.preprocessing_)
     for found in embed_batches(*network, cache, rows[new], encoder.compute_, listener.embedding):
         vectors[new[done : done + len(found)]] = found.numpy()
@@ -230,17 +230,18 @@ def _made_by(meta: dict[str, Any], sha256: str = "sha256") -> tuple[Any, Any]:
     return meta.get(sha256), meta.get("preprocessing")
 
 
-def _known(out: Path, encoder: dict[str, Any], data: str) -> dict[str, NDArray[np.float32]]:
-    """Maps pixel hashes to the vectors in `out` that this encoder (given by its `encoder.json`) made before.
+def _known(out: Path, encoder: dict[str, Any], data: str) -> tuple[dict[str, int], NDArray[np.float32]]:
+    """The vectors in `out` that this encoder (given by its `encoder.json`) made before, and their rows by pixel hash.
 
     Raises UserError if it holds something else: vectors of another encoder, or of other data that still exists.
     """
+    none: tuple[dict[str, int], NDArray[np.float32]] = {}, np.zeros((0, 0), np.float32)
     if not out.exists() or (out.is_dir() and _unfinished(out) == {*out.iterdir()}):
-        return {}
+        return none
     if not (out / META).exists() and not (out / VECTORS).exists():
         raise UserError(f"{out} holds something other than embeddings: choose another -o.")
     if not (out / META).exists():  # a killed write
-        return {}
+        return none
     meta = read_json(out / META)
     if _made_by(meta, "encoder") != _made_by(encoder):
         raise UserError(f"{out} holds embeddings of another encoder: choose another -o, or delete it.")
@@ -250,8 +251,8 @@ def _known(out: Path, encoder: dict[str, Any], data: str) -> dict[str, NDArray[n
     try:
         stored = read_embeddings(out, ["pixels"])
     except UserError:  # damaged: everything is embedded again
-        return {}
-    return dict(zip(stored.items["pixels"], stored.vectors, strict=True))
+        return none
+    return {pixels: row for row, pixels in enumerate(stored.items["pixels"])}, stored.vectors
 
 
 def _unfinished(out: Path) -> set[Path]:

@@ -137,7 +137,8 @@ def _state_dict(library: str, encoder: Encoder, prepare: Preprocessing) -> _Targ
 
     def save(file: Path) -> None:
         try:
-            torch.save(weights, file)
+            with open(file, "wb") as opened:  # given a path, torch would store its name
+                torch.save(weights, opened)
         except RuntimeError as error:  # a full disk, most often
             raise OSError(str(error)) from None
 

@@ -106,8 +106,10 @@ def choose(labels: NDArray[np.int64], train: Rows, share: float, seed: int) -> t
     a fifth to choose the learning rate on."""
     draws = np.random.default_rng([seed, 0xF17E])
     kept, held_out = [], []
-    for label in np.unique(labels[train][labels[train] >= 0]):
-        members = draws.permutation(train[labels[train] == label])
+    known = train[labels[train] >= 0]
+    known = known[np.argsort(labels[known], kind="stable")]
+    for members in np.split(known, np.flatnonzero(np.diff(labels[known])) + 1):
+        members = draws.permutation(members)
         members = members[: max(round(share * len(members)), _FEWEST_LABELS)]
         kept.append(members[len(members) // 5 :])
         held_out.append(members[: len(members) // 5])

@@ -92,13 +92,14 @@ def unit_rows(rows: Tensor | np.ndarray, device: torch.device | None = None) -> 
         rows = torch.from_numpy(rows.astype(np.float32))
     rows = rows.to(device, torch.float32)
     # Divide by the largest value first: squares of very large or small values leave the range of float32.
-    peak = rows.abs().amax(1, keepdim=True)
+    low, high = rows.aminmax(dim=1, keepdim=True)
+    peak = torch.maximum(high, -low)
     if not peak.isfinite().all():
         raise UserError(
             "The embeddings are not finite: the encoder diverged. Use an earlier checkpoint, or train again."
         )
     rows = rows / torch.where(peak > 0, peak, 1.0)
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1)
+    return rows.div_(rows.norm(dim=1, keepdim=True).clamp(min=1))
 
 
 def blocks(rows: int, width: int) -> Iterator[slice]:

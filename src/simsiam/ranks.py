@@ -181,7 +181,8 @@ def data_parallel(method: nn.Module, sync_bn: bool = True) -> nn.Module:
         _synchronise(method, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers; older ones have no other
-        # The methods themselves keep BN's running statistics and all other buffers equal.
+        # The methods themselves keep buffers equal, but for the running statistics of BN that is not synchronised (MoCo):
+        # of these, only rank 0's are used.
         return nn.parallel.DistributedDataParallel(
             method, device_ids=None if device.type == "cpu" else [device], broadcast_buffers=False
         )

@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import os
+import secrets
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +34,8 @@ def cache_folder() -> Path:
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and renamed over `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not the process id: containers that share a folder have the same ones.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

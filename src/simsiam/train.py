@@ -19,7 +19,7 @@ from torch import Tensor
 
 from simsiam import evaluate, kernels, methods, ranks
 from simsiam.assess import Rows, Subject, keep_samples, side_by_side
-from simsiam.compute import Compute, describe, enough_memory, generator, pick_device, repeatable, set_threads
+from simsiam.compute import Compute, describe, enough_memory, generator, pick_device, repeatable, seed_of, set_threads
 from simsiam.config import Interrupted, Table, UserError, counted, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache, open_cache
@@ -299,7 +299,7 @@ def fit(s: Session, stopped: list[str]) -> None:
     if s.step == 0:
         with torch.no_grad(), s.compute.autocast():
             s.method.before_training(_sweep(s, stopped))
-    while not s.over:
+    while not (s.over or s.guard_stops):  # the latter: a resumed run that the guard had stopped
         epoch = s.step // per_epoch
         if s.step % per_epoch == 0:  # after a resume within an epoch, its effect is part of the state
             with torch.no_grad():
@@ -338,6 +338,7 @@ def _sweep(s: Session, stopped: list[str]) -> Iterator[tuple[list[Tensor], Tenso
         if stopped:
             raise Interrupted(f"{stopped[0]}: stopped before the first step. {_go_on(s)}")
         draws = generator(s.compute.device, s.recipe.seed, -1, number, *ranks.rank_key())
+        torch.manual_seed(seed_of(s.recipe.seed, -2, number, *ranks.rank_key()))  # for dropout, as in every step
         with torch.autocast(s.compute.device.type, enabled=False):  # the caller runs under autocast
             views = random_views(batch.images, settings, draws, batch.sizes)
         yield list(views), batch.index

@@ -45,6 +45,7 @@ _FIRST, _SMALL = 4, 3000
 several, which would contend for Python's lock."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT}
+_REFUSED |= {errno.ENOLCK, errno.EOPNOTSUPP}  # by a file system without locks
 _MORE_ROOM = "Set SIMSIAM_CACHE to a folder with more space, or choose a smaller --size."
 
 Progress = Callable[[int, int, int], None]
@@ -310,7 +311,8 @@ class Cache:
         records = np.frombuffer(content, _RECORD, len(content) // _RECORD.itemsize)
         good = records["height"] > 0
         ends = records["offset"] + 3 * records["height"].astype(np.int64) * records["width"]
-        on_disk = (self.directory / PIXELS).stat().st_size
+        with open(self.directory / PIXELS, "rb") as file:  # opened, because NFS may answer stat() from its memory
+            on_disk = os.fstat(file.fileno()).st_size
         sound = (records["height"] == _BAD) | (good & (records["offset"] >= 0) & (ends <= on_disk))
         records = records[: len(records) if sound.all() else int(sound.argmin())]
         good, ends = good[: len(records)], ends[: len(records)]
@@ -434,7 +436,7 @@ def _known(base: Path, images: ImageSet, short_side: int | None) -> Path | None:
 
 
 def _kind(short_side: int | None) -> str:
-    return f"-{short_side or 'full'}-"
+    return f"-{short_side or 'full'}-v{FORMAT}-"
 
 
 def _meta(folder: Path, short_side: int | None) -> dict[str, Any] | None:

@@ -104,5 +104,7 @@ def _labels(images: ImageSet) -> dict[str, int] | None:
         return None
     assert images.classes is not None
     counts = np.bincount(images.labels + 1, minlength=len(images.classes) + 1).tolist()
-    unknown = {"(unlabelled)": counts[0]} if counts[0] else {}
-    return dict(zip(images.classes, counts[1:], strict=True)) | unknown
+    found: dict[str, int] = {}
+    for name, count in zip(images.classes, counts[1:], strict=True):
+        found[name] = found.get(name, 0) + count  # ImageNet has two classes named crane
+    return found | ({"(unlabelled)": counts[0]} if counts[0] else {})

@@ -15,7 +15,7 @@ from simsiam.config import UserError, counted
 from simsiam.data import archives, decode, parquet
 from simsiam.data.demo import demo_images
 from simsiam.data.imageset import File, ImageSet, file_keys, junk, layout
-from simsiam.data.torchvision_sets import open_torchvision
+from simsiam.data.torchvision_sets import open_torchvision, placed
 from simsiam.runs import METRICS, RECIPE
 
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
@@ -75,12 +75,13 @@ def open_images(data: str | Path | None = None) -> ImageSet:
 
 
 def absolute(data: str | Path) -> str:
-    """`data` in a form that does not depend on the working directory: paths and patterns absolute, names unchanged."""
+    """`data` in a form that does not depend on the working directory."""
     text = os.path.expanduser(os.fspath(data))
-    name, colon, root = text.partition(":")
-    if text != "demo" and (os.path.exists(text) or _MAGIC.search(text)):
+    if text == "demo":
+        return text
+    if os.path.exists(text) or _MAGIC.search(text):
         return os.path.abspath(text)
-    return f"{name}:{os.path.abspath(os.path.expanduser(root))}" if colon and name.isidentifier() else text
+    return placed(text) or text  # the latter: there is nothing of this name
 
 
 # --- files ----------------------------------------------------------------------------------------------------------

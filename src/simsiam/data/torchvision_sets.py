@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import itertools
@@ -18,30 +19,45 @@ from simsiam.data.imageset import ImageSet, encode, numbered, one_line
 if TYPE_CHECKING:
     from PIL import Image
 
+_NAME = re.compile(r"[A-Za-z]\w+")
+
+
+def placed(text: str) -> str | None:
+    """`Name` or `Name:root` as `Name:/absolute/root`; None if torchvision has no set of that name."""
+    name, _, root = text.partition(":")
+    if not _NAME.fullmatch(name) or name not in _kinds():
+        return None
+    return f"{name}:{os.path.abspath(os.path.expanduser(root or os.environ.get('SIMSIAM_DATA') or 'data'))}"
+
+
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    from torchvision import datasets  # here, because it takes seconds
+
+    return {
+        name: kind
+        for name, kind in vars(datasets).items()
+        if inspect.isclass(kind)
+        and issubclass(kind, datasets.VisionDataset)
+        and kind is not datasets.VisionDataset
+        and "root" in inspect.signature(kind).parameters
+    }
+
 
 def open_torchvision(text: str) -> ImageSet:
     """Opens `Name` or `Name:root`. CIFAR's files are pickles; torchvision checks their MD5 before reading them."""
-    name, _, root = text.partition(":")
-    if not re.fullmatch(r"[A-Za-z]\w+", name):
+    name = text.partition(":")[0]
+    if not _NAME.fullmatch(name):
         raise UserError(
             f"There is no {text}. Name a folder of images, a Parquet, tar or zip file, or a torchvision data set."
         )
-    from torchvision import datasets  # here, because it takes seconds
-
-    known = {
-        key: value
-        for key, value in vars(datasets).items()
-        if inspect.isclass(value)
-        and issubclass(value, datasets.VisionDataset)
-        and "root" in inspect.signature(value).parameters
-    }
-    if name not in known:
+    known, place = _kinds(), placed(text)
+    if place is None:
         by_case = next((key for key in known if key.lower() == name.lower()), None)
         hint = f" Did you mean {by_case!r}?" if by_case else did_you_mean(name, known)
         hint = hint if len(hint) < 60 else " Check the path."  # a list of all 60 would not help
         raise UserError(f"There is no {text}: no such file or folder, and no torchvision data set of that name.{hint}")
-    root = os.path.expanduser(root or os.environ.get("SIMSIAM_DATA") or "data")
-    train, test = _splits(known[name], name, root)
+    train, test = _splits(known[name], name, place.partition(":")[2])
     parts = [("train", train)] + ([("test", test)] if test is not None else [])
     lengths = [len(part) for _, part in parts]
     ids = [f"{split}/{i:06d}" for (split, _), length in zip(parts, lengths, strict=True) for i in range(length)]
@@ -54,7 +70,7 @@ def open_torchvision(text: str) -> ImageSet:
     classes: tuple[str, ...] | None = None
     raw = [_targets(part) for _, part in parts]
     if all(targets is not None and len(targets) == length for targets, length in zip(raw, lengths, strict=True)):
-        labels, classes = encode(list(itertools.chain(*raw)), getattr(train, "classes", None))  # type: ignore[arg-type]
+        labels, classes = encode(list(itertools.chain(*raw)), _classes(train))  # type: ignore[arg-type]
     digest = hashlib.sha256(f"{name} {lengths}".encode())
     if labels is not None:
         digest.update(labels.tobytes())
@@ -62,7 +78,6 @@ def open_torchvision(text: str) -> ImageSet:
         image = read(i)
         digest.update(image.tobytes() if hasattr(image, "tobytes") else repr(image).encode())
     keys = numbered(digest.digest(), len(ids))
-    place = f"{name}:{os.path.abspath(root)}"
     return ImageSet(name, place, ids, read, labels, classes, keys, np.arange(lengths[0], len(ids)))
 
 
@@ -88,7 +103,7 @@ def _splits(kind: Any, name: str, root: str) -> tuple[Any, Any]:
                 break
             except ValueError:  # no such split
                 reason = reason or "it has no training split"
-            except (RuntimeError, OSError, TypeError) as error:
+            except (RuntimeError, OSError, TypeError, ImportError) as error:
                 reason = one_line(error)
         if part is None and not found:
             raise UserError(
@@ -97,6 +112,12 @@ def _splits(kind: Any, name: str, root: str) -> tuple[Any, Any]:
             )
         found.append(part)
     return found[0], found[1]
+
+
+def _classes(part: Any) -> list[str] | None:
+    """The names of the classes; ImageNet's are tuples of synonyms."""
+    names = getattr(part, "classes", None)
+    return names and [name if isinstance(name, str) else ", ".join(name) for name in names]
 
 
 def _targets(part: Any) -> Sequence[Any] | None:

@@ -10,6 +10,7 @@ which tests/test_evaluate.py checks for every module. Accuracies are in percent.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -117,8 +118,9 @@ def compare(
     scores: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in asked}
 
     def judge(kind: str, features: Features) -> None:
+        labelled = functools.cache(features.labelled)  # copies the features if a label is unknown
         for name, (module, given) in asked.items():
-            usable = features.labelled() if module.NEEDS_LABELS else features
+            usable = labelled() if module.NEEDS_LABELS else features
             if usable is not None:
                 scores[name][kind] = module.score(usable, seed=seed, **given)
 

@@ -71,7 +71,7 @@ def score(
 
 def choose(labels: Tensor, count: int, draws: int, seed: int) -> Tensor:
     """Draw `count` random rows of every class that occurs, without replacement: labels int64 [N] -> int64 [draws,n]."""
-    members = [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
+    members = labels.argsort(stable=True).split(labels.unique(return_counts=True)[1].tolist())
     random = generator(torch.device("cpu"), seed, 1, count)
     chosen = [[rows[torch.randperm(len(rows), generator=random)[:count]] for rows in members] for _ in range(draws)]
     return torch.stack([torch.cat(each) for each in chosen])

@@ -20,6 +20,8 @@ NEEDS_LABELS = True
 BY_KIND = ("C",)
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 """Values of C that `score` tries, from the strongest penalty to the weakest."""
+_PART = 1 << 22
+"""Values, one per row and class, that `fit` holds at a time: all of them can take more memory than the features."""
 
 
 def score(features: Features, *, seed: int = 0, C: float | None = None, tune_rows: int = 10_000) -> dict[str, Any]:
@@ -60,7 +62,8 @@ def fit(x: Tensor, labels: Tensor, classes: int, C: float, start: Tensor | None 
         float32 [...,classes,D+1]: weights, then the intercept.
     """
     n, penalty = x.shape[-2], 1 / (C * x.shape[-2])
-    right = labels[..., None]
+    rows = max(1, _PART // (classes * x.shape[:-2].numel()))
+    parts = list(zip(x.split(rows, -2), labels[..., None].split(rows, -2), strict=True))
     theta = x.new_zeros(*x.shape[:-2], classes, x.shape[-1] + 1) if start is None else start.clone()
     optimiser = torch.optim.LBFGS(
         [theta],
@@ -72,15 +75,20 @@ def fit(x: Tensor, labels: Tensor, classes: int, C: float, start: Tensor | None 
     )
 
     def closure() -> float:
-        log_p, weight = F.log_softmax(_logits(theta, x), dim=-1), theta[..., :-1]
+        weight, gradient = theta[..., :-1], torch.zeros_like(theta)
         # In float64: near the optimum the line search compares losses that are equal in float32.
-        cross_entropy = -log_p.gather(-1, right).double().sum() / n
-        # By hand: autograd would multiply x^T by the residual, four times slower than residual^T by x. In place: with
-        # many classes, one value per row and class takes more memory than the features.
-        residual = log_p.exp_()
-        residual.scatter_(-1, right, residual.gather(-1, right) - 1).div_(n)
-        theta.grad = torch.cat([residual.mT @ x + penalty * weight, residual.sum(-2)[..., None]], -1)
-        return float(cross_entropy + penalty / 2 * weight.double().square().sum())
+        cross_entropy = x.new_zeros((), dtype=torch.float64)
+        # By hand: autograd would multiply x^T by the residual, four times slower than residual^T by x.
+        for part, right in parts:
+            log_p = F.log_softmax(_logits(theta, part), dim=-1)
+            cross_entropy -= log_p.gather(-1, right).double().sum()
+            residual = log_p.exp_()
+            residual.scatter_(-1, right, residual.gather(-1, right) - 1)
+            gradient[..., :-1] += residual.mT @ part
+            gradient[..., -1] += residual.sum(-2)
+        theta.grad = gradient.div_(n)
+        theta.grad[..., :-1] += penalty * weight
+        return float(cross_entropy / n + penalty / 2 * weight.double().square().sum())
 
     optimiser.step(closure)
     return theta.detach()

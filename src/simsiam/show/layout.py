@@ -18,7 +18,7 @@ def layout(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], str]:
     width = min(50, *unit.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a collapsed embedding has no variance to explain
-        unit = PCA(width, svd_solver="full").fit_transform(np.nan_to_num(unit - unit.mean(axis=0)))
+        unit = PCA(width, random_state=0).fit_transform(np.nan_to_num(unit - unit.mean(axis=0)))
         if len(unit) < 20 or unit.std() < 1e-6 or width < 2:
             return np.pad(unit, ((0, 0), (0, 2)))[:, :2], "PCA"
         tsne = TSNE(perplexity=min(30, len(unit) / 4), init="pca", random_state=0, n_jobs=1)

@@ -138,6 +138,9 @@ class Viewer:
         columns = int(np.ceil(np.sqrt(len(self.on_map))))
         lines = -(-len(self.on_map) // columns)
         sheet = Image.new("RGBA", (columns * ON_ATLAS, lines * ON_ATLAS))
+        if self.pictures is not None:
+            cache, cached = self.pictures
+            cache.usable(cached[self.on_map])  # all at once: one by one, each would wait for the disk
         for place, row in enumerate(self.on_map.tolist()):
             try:
                 small = ImageOps.contain(self.thumbnail(row), (ON_ATLAS, ON_ATLAS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import threading
@@ -14,7 +15,9 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
+from torchvision import transforms
 
+from simsiam import kernels
 from simsiam.data.decode import ENDINGS, DecodeError, decode, in_order
 
 H, W = 60, 80
@@ -189,12 +192,39 @@ def test_short_side_is_exact_and_near_the_full_decode(kind: str) -> None:
     big = scene(601, 802)
     options = {"quality": 95} if kind == "JPEG" else {}
     out = decode(encode(big, kind, **options), 50)
-    assert min(out.shape[:2]) == 50 and out.shape == (50, round(802 * 50 / 601), 3)
+    assert min(out.shape[:2]) == 50 and out.shape == (50, 802 * 50 // 601, 3)
     channels = [
-        Image.fromarray(big[..., c].astype(np.float32)).resize((67, 50), Image.Resampling.BICUBIC) for c in range(3)
+        Image.fromarray(big[..., c].astype(np.float32)).resize((66, 50), Image.Resampling.BICUBIC) for c in range(3)
     ]
     twin = np.stack([np.asarray(c) for c in channels], axis=2)
     assert np.abs(out - twin).mean() < 2
+
+
+SIZES = [(375, 500), (756, 1008), (427, 640), (540, 960), (961, 540), (600, 400), (512, 512), (1080, 1920), (99, 101)]
+"""Heights and widths, of which some have a long side of a fraction above one half when the short one is 32."""
+
+
+@pytest.mark.parametrize("with_kernels", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_pixels_are_those_of_torchvisions_resize(size: tuple[int, int], with_kernels: bool) -> None:
+    """What docs/file-formats.md tells users of exported networks to apply."""
+    image = Image.fromarray(scene(*size))
+    with contextlib.nullcontext() if with_kernels else kernels.off():
+        ours = decode(encode(image), 32)
+    theirs = np.asarray(transforms.Resize(32, transforms.InterpolationMode.BICUBIC)(image))
+    assert ours.shape == theirs.shape and np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+@pytest.mark.parametrize("with_kernels", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_reduced_scale_moves_nothing(size: tuple[int, int], with_kernels: bool) -> None:
+    """A side of 427 pixels is decoded to 107 at a quarter, of which the image fills 106.75."""
+    file = encode(scene(*size), "JPEG", quality=95)
+    with contextlib.nullcontext() if with_kernels else kernels.off():
+        ours = decode(file, 32)
+    theirs = decode(Image.fromarray(decode(file)), 32)
+    # The ramps from side to side; the waves are weakened in another way.
+    assert ours.shape == theirs.shape and np.abs(ours.astype(int) - theirs)[..., :2].max() <= 1
 
 
 def test_reduction_is_antialiased() -> None:
@@ -216,7 +246,7 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_scale(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(simplejpeg, "decode_jpeg", decoded)
     data = encode(scene(1200, 1600), "JPEG")
-    assert decode(data, 64).shape == (64, 85, 3) and decode(data, 299).shape == (299, 399, 3)
+    assert decode(data, 64).shape == (64, 85, 3) and decode(data, 299).shape == (299, 398, 3)
     assert shapes == [(150, 200), (600, 800)]
 
 

@@ -238,8 +238,7 @@ class FromPixels(nn.Module):
         size, side = self.prepare.size, self.prepare.short_side
         reduce = short > side
         box = torch.minimum(length, MAX_ASPECT * short)
-        exact = box.double() * side / short
-        resized = torch.where(reduce, exact.round(), exact.floor()).float()  # halves to even, as `decode` rounds
+        resized = torch.div(side * box, short, rounding_mode="floor").float()
         step = box / resized
         start = ((resized - size) / 2).round() + torch.arange(size, device=source.device) + 0.5
         centre = torch.div(length - box, 2, rounding_mode="floor") + start * step

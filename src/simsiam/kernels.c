@@ -332,9 +332,11 @@ static void round_off(const float *line, long count, uint8_t *to) {
     }
 }
 
-/* Resizes an image [height][width][3] to [rows][columns][3] on the calling thread, bicubic. Like Pillow, it resizes
-   across first and rounds to whole levels in between. Returns 1 if out of memory, else 0. */
-int reduced(const uint8_t *image, long height, long width, long rows, long columns, uint8_t *to) {
+/* Resizes a part of an image [height][width][3] to [rows][columns][3] on the calling thread, bicubic. Like Pillow, it
+   rounds to whole levels between the two directions, of which the first here is across, and also reads pixels beside
+   the part. Returns 1 if out of memory, else 0. */
+int reduced(const uint8_t *image, long height, long width, double top, double left, double part_height,
+            double part_width, long rows, long columns, uint8_t *to) {
     long y_taps = most_taps(height, rows, 1), x_taps = most_taps(width, columns, 1), count = columns * 3;
     Room room = {.line = width * 3 + SPARE, .row = count + SPARE};
     float *memory = calloc(SPARE + ROWS * (room.line + room.row) + rows * y_taps + columns * x_taps, sizeof *memory);
@@ -345,8 +347,8 @@ int reduced(const uint8_t *image, long height, long width, long rows, long colum
         room.lines = memory + SPARE, room.view = room.lines + ROWS * room.line;
         room.y = (Taps){places, places + rows, room.view + ROWS * room.row, y_taps};
         room.x = (Taps){places + 2 * rows, places + 2 * rows + columns, room.y.weight + rows * y_taps, x_taps};
-        resampling(&room.y, rows, (float[]){0, height, 0, height}, 0, 1);
-        resampling(&room.x, columns, (float[]){0, width, 0, width}, 0, 1);
+        resampling(&room.y, rows, (float[]){top, part_height, 0, height}, 0, 1);
+        resampling(&room.x, columns, (float[]){left, part_width, 0, width}, 0, 1);
         for (long top = 0; top < height; top += ROWS) {
             long some = height - top < ROWS ? height - top : ROWS;
             for (long r = 0; r < some; r++)

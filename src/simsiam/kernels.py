@@ -124,11 +124,14 @@ def views(
     return made
 
 
-def reduced(image: Tensor, height: int, width: int) -> Tensor:
-    """Pillow's bicubic resize of an image, uint8 [H,W,3] on the CPU, to a smaller one, on the calling thread."""
+def reduced(image: Tensor, height: int, width: int, box: tuple[float, float, float, float]) -> Tensor:
+    """Pillow's bicubic resize of a part of an image, uint8 [H,W,3] on the CPU, to a smaller one, on the calling thread.
+
+    box: the part in pixels: top, left, height, width.
+    """
     assert image.dtype == torch.uint8 and image.is_contiguous() and image.shape[2] == 3
     made = torch.empty(height, width, 3, dtype=torch.uint8)
-    _run("reduced", image.data_ptr(), *image.shape[:2], height, width, made.data_ptr())
+    _run("reduced", image.data_ptr(), *image.shape[:2], *box, height, width, made.data_ptr())
     return made
 
 
@@ -292,7 +295,7 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{compiler} failed ({(told or [str(error)])[0][:100]})"
     number, address, real = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
     library.views.argtypes = [address, number, address, *[number] * 7, *[address] * 6]
-    library.reduced.argtypes = [address, *[number] * 4, address]
+    library.reduced.argtypes = [address, *[number] * 2, *[real] * 4, *[number] * 2, address]
     library.norm_forward.argtypes = [address, *[number] * 5, *[address] * 7, real, real, address]
     library.norm_in_use.argtypes = [address, *[number] * 5, *[address] * 7, real]
     library.norm_backward.argtypes = [address, *[number] * 5, *[address] * 8]

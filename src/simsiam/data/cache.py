@@ -7,6 +7,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -23,12 +24,21 @@ from filelock import FileLock
 from torch import Tensor
 
 from simsiam.config import UserError, counted, show_bytes
-from simsiam.data.decode import MAX_ASPECT, VERSION, DecodeError, decode, default_workers, in_order, open_image
+from simsiam.data.decode import (
+    MAX_ASPECT,
+    VERSION,
+    DecodeError,
+    decode,
+    default_workers,
+    in_order,
+    open_image,
+    reduced_size,
+)
 from simsiam.data.imageset import ImageSet
 from simsiam.kernels import Packed
 from simsiam.runs import cache_folder, write_json
 
-FORMAT = 7
+FORMAT = 8
 """Stored in every cache's meta.json: raise it when the files or the output of `decode` change."""
 
 PIXELS, RECORDS, REASONS, META = "images.bin", "records.bin", "bad.jsonl", "meta.json"
@@ -189,12 +199,10 @@ class Cache:
     def _expected(self, row: int, short_side: int) -> int:
         """Bytes that an image's pixels will take, from its header; 0 if that cannot be read."""
         try:
-            sides = open_image(self.images.read(row)).size
+            width, height = open_image(self.images.read(row)).size
         except Exception:  # as in _load: the image will be bad and take no space
             return 0
-        short, long = min(sides), min(max(sides), MAX_ASPECT * min(sides))
-        scale = min(1, short_side / short)
-        return 3 * round(short * scale) * round(long * scale)
+        return 3 * math.prod(reduced_size(height, width, short_side))
 
     def _fill(self, rows: np.ndarray, progress: Progress | None) -> None:
         """Decodes the rows, which are in ascending order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,6 @@ import numpy as np
 import PIL
 import simplejpeg
 import torch
-import torch.nn.functional as F
 from PIL import Image, features
 
 from simsiam import kernels
@@ -101,25 +101,28 @@ def decode(source: bytes | Image.Image, short_side: int | None = None) -> np.nda
 
     Args:
         source: the encoded file, or an image opened by Pillow.
-        short_side: pixels. A larger image is reduced, antialiased and keeping its aspect, to min(H, W) == short_side; a
-            smaller one is never enlarged. A long side of more than `MAX_ASPECT` short sides is centre-cropped.
-            A large JPEG is decoded at a reduced DCT scale, of at least twice the target.
+        short_side: pixels. A larger image is reduced, antialiased and keeping its aspect, to min(H, W) == short_side
+            (`reduced_size`); a smaller one is never enlarged. A long side of more than `MAX_ASPECT` short sides is
+            centre-cropped. A large JPEG is decoded at a reduced DCT scale, of at least twice the target.
 
     Raises DecodeError with the reason (empty, not an image, truncated, too many pixels), or MemoryError if the machine
     runs out of memory, which says nothing about the file.
     """
     image = open_image(source)
+    whole, drafted = (image.height, image.width), None
     try:
         if short_side is not None and min(image.size) > 2 * short_side:
             gap = 2 * short_side / min(image.size)
-            image.draft(None, (round(image.width * gap), round(image.height * gap)))
+            drafted = image.draft(None, (round(image.width * gap), round(image.height * gap)))
         pixels = _jpeg(source, image)
         if pixels is None:
             image.load()
             pixels = np.array(_to_rgb(image))
         turn = orientation(image)  # after load(), which rotates a TIFF itself
-        if short_side is not None:
-            pixels = _reduce(pixels, short_side)
+        if short_side is not None and drafted is not None:
+            pixels = _reduce(pixels, short_side, whole, whole[1] / drafted[1][2])
+        elif short_side is not None:
+            pixels = _reduce(pixels, short_side, pixels.shape[:2])
         if turn in _UPRIGHT:
             pixels = np.array(Image.fromarray(pixels).transpose(_UPRIGHT[turn]))
         return pixels
@@ -220,17 +223,27 @@ def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
     return np.rint(values * (255 / full) if full else values).astype(np.uint8)
 
 
-def _reduce(pixels: np.ndarray, short_side: int) -> np.ndarray:
-    height, width = pixels.shape[:2]
+def reduced_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """Height and width that `decode` gives an image. The long side is rounded down, as torchvision's `Resize` does."""
     short = min(height, width)
-    box_h, box_w = min(height, MAX_ASPECT * short), min(width, MAX_ASPECT * short)
-    top, left = (height - box_h) // 2, (width - box_w) // 2
-    pixels = pixels[top : top + box_h, left : left + box_w]
+    side = min(short, short_side)
+    return side * min(height, MAX_ASPECT * short) // short, side * min(width, MAX_ASPECT * short) // short
+
+
+def _reduce(pixels: np.ndarray, short_side: int, whole: tuple[int, ...], scale: float = 1) -> np.ndarray:
+    """whole: height and width of the image; pixels: the image at 1/scale, its sides rounded up."""
+    short = min(whole)
+    lengths = [min(side, MAX_ASPECT * short) for side in whole]
+    starts = [(side - length) // 2 for side, length in zip(whole, lengths, strict=True)]
+    # The image ends within its last pixel if a side is no multiple of the scale.
+    (top, height), (left, width) = ((start / scale, n / scale) for start, n in zip(starts, lengths, strict=True))
+    y, x = int(top), int(left)
+    pixels = pixels[y : math.ceil(top + height), x : math.ceil(left + width)]
     if short <= short_side:
         return pixels
-    size = (round(box_h * short_side / short), round(box_w * short_side / short))
-    # Pillow's antialiased bicubic resize to within a level or two, in a third of the time.
+    size, box = reduced_size(*whole, short_side), (top - y, left - x, height, width)
     image = torch.from_numpy(np.ascontiguousarray(pixels))
-    if kernels.usable(image):
-        return kernels.reduced(image, *size).numpy()
-    return F.interpolate(image.permute(2, 0, 1)[None], size, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    if kernels.usable(image):  # Pillow's antialiased bicubic resize to within a level, in a third of the time
+        return kernels.reduced(image, *size, box).numpy()
+    edges = (box[1], box[0], box[1] + width, box[0] + height)
+    return np.array(Image.fromarray(image.numpy()).resize(size[::-1], Image.Resampling.BICUBIC, edges))

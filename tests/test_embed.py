@@ -34,7 +34,7 @@ from simsiam.embed import ImageEncoder
 from simsiam.embeddings import embed_to, read_embeddings, write_embedding
 from simsiam.encoders import EncoderSpec, _InUse, in_use
 from simsiam.features import Preprocessing, preprocessing, untrained
-from simsiam.runs import read_tensors
+from simsiam.runs import claim, read_tensors
 from simsiam.weights import read_encoder
 from test_train import SMALL
 
@@ -119,7 +119,8 @@ def test_a_first_writing_that_was_killed_is_begun_anew(run: Path, copy: Path, tm
     (out / ".items.parquet.18.tmp").write_bytes(b"half")
     (out / ".notes.tmp").write_text("mine")
     assert embed_to(run, copy, out)["new"] == 0
-    assert sorted(path.name for path in out.iterdir()) == [".notes.tmp", "items.parquet", "meta.json", "vectors.npy"]
+    names = [".lock", ".notes.tmp", "items.parquet", "meta.json", "vectors.npy"]
+    assert sorted(path.name for path in out.iterdir()) == names
 
 
 def test_embedding_again_computes_only_what_is_new(run: Path, copy: Path, tmp_path: Path) -> None:
@@ -134,6 +135,16 @@ def test_embedding_again_computes_only_what_is_new(run: Path, copy: Path, tmp_pa
     assert (told["new"], told["vectors"]) == (1, 31)
     ids = pq.read_table(out / "items.parquet")["id"].to_pylist()
     assert np.array_equal(np.load(out / "vectors.npy")[ids.index("yy.png")], first[0])
+
+
+def test_only_one_process_embeds_into_a_folder(run: Path, copy: Path, tmp_path: Path) -> None:
+    out = tmp_path / "vectors"
+    out.mkdir()
+    lock = claim(out, "embedding")
+    with pytest.raises(UserError, match=r"^Another process is embedding in .*vectors: wait for it, or choose another"):
+        embed_to(run, copy, out)
+    lock.release()
+    assert embed_to(run, copy, out)["new"] == 30 and embed_to(run, copy, out)["new"] == 0
 
 
 def test_clusters_of_images_that_have_changed_are_named(run: Path, copy: Path, tmp_path: Path) -> None:

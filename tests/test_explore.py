@@ -318,6 +318,12 @@ def test_mistakes_are_one_clear_line(blobs: Path, tmp_path: Path) -> None:
         find_clusters(replace(stored, vectors=stored.vectors[:1]))
     with pytest.raises(UserError, match="from -1 to 1"):
         near_duplicates(blobs, 1.5)
+    with pytest.raises(UserError, match=r"threshold is '0\.9'.* a number"):
+        near_duplicates(blobs, "0.9")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"count is 3\.5.* a whole number"):
+        clusters(blobs, 3.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="seed is -1: it must not be negative"):
+        clusters(blobs, 3, seed=-1)
     with pytest.raises(UserError, match="simsiam embed RUN DATA"):
         clusters(tmp_path)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from simsiam.config import UserError
 from simsiam.console import Listener
@@ -130,10 +131,14 @@ def test_mistakes_are_one_clear_line(stored: Path, tmp_path: Path) -> None:
         search(stored, ["nowhere.jpg"])
     with pytest.raises(UserError, match="simsiam embed RUN DATA"):
         search(tmp_path, ["a.jpg"])
+    with pytest.raises(UserError, match="takes image files and ids of stored images, not Image"):
+        search(stored, [Image.new("RGB", (8, 8))])  # type: ignore[list-item]
+    with pytest.raises(UserError, match=r"k is 2\.5.* a whole number"):
+        search(stored, ["image-1"], k=2.5)  # type: ignore[arg-type]
     lost = made(tmp_path / "lost", np.eye(4))
     assert search(lost, ["image-1"], k=2)[0]["neighbours"][0]["score"] == 0
     picture = Path(__file__).parents[1] / "docs" / "results" / "demo.png"
-    with pytest.raises(UserError, match="is gone"):
+    with pytest.raises(UserError, match=r"is gone from .*: simsiam embed NEW_RUN \S+ -o \S+lost$"):
         search(lost, [picture])
     np.save(lost / "vectors.npy", np.eye(3, dtype=np.float32))
     with pytest.raises(UserError, match="do not belong together"):

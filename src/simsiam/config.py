@@ -113,15 +113,14 @@ def typed(cls: type[Any], table: Table, where: str) -> Table:
     Raises UserError naming the key for a value of the wrong type.
     """
     hints = typing.get_type_hints(cls)
-    return {
-        key: _coerce(value, hints[key], f"{where}.{key}") if key in hints else value for key, value in table.items()
-    }
+    return {key: coerce(value, hints[key], f"{where}.{key}") if key in hints else value for key, value in table.items()}
 
 
 _KINDS: dict[Any, str] = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 
-def _coerce(value: Any, hint: Any, name: str) -> Any:
+def coerce(value: Any, hint: Any, name: str) -> Any:
+    """Return the value as the type `hint`. Raises UserError, naming it, if it is of another type or not finite."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):  # also numpy's
         value = int(value) if isinstance(value, numbers.Integral) else float(value)
     origin = typing.get_origin(hint)
@@ -129,7 +128,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         if value is None:
             return None
         hint = next(option for option in typing.get_args(hint) if option is not type(None))
-        return _coerce(value, hint, name)
+        return coerce(value, hint, name)
     if origin is typing.Literal:
         choices = typing.get_args(hint)
         if value not in choices:
@@ -137,7 +136,7 @@ def _coerce(value: Any, hint: Any, name: str) -> Any:
         return value
     if origin is tuple:
         if isinstance(value, list | tuple) and len(value) == len(typing.get_args(hint)):
-            return tuple(_coerce(v, h, name) for v, h in zip(value, typing.get_args(hint), strict=True))
+            return tuple(coerce(v, h, name) for v, h in zip(value, typing.get_args(hint), strict=True))
         raise UserError(f"{name} is {value!r}: it must be a list of {len(typing.get_args(hint))} values.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from simsiam.compute import set_threads
-from simsiam.config import UserError, counted
+from simsiam.config import UserError, coerce, counted
 from simsiam.console import Listener
 from simsiam.data.views import plain_pixels
 from simsiam.embeddings import Embeddings, read_embeddings
@@ -59,6 +59,7 @@ def near_duplicates(
     Raises UserError if `threshold` is not given and the run or the images are missing or have changed.
     """
     set_threads()
+    threshold = coerce(threshold, float | None, "threshold")
     if threshold is not None and not -1 <= threshold <= 1:
         raise UserError(f"The threshold is {threshold:g}: it is a cosine similarity, from -1 to 1.")
     stored = read_embeddings(folder, ("id", "pixels"))

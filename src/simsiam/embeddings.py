@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from simsiam.config import UserError, counted, fill
 from simsiam.console import Listener
 from simsiam.data.sources import absolute, open_images
 from simsiam.features import Preprocessing, embed_batches
-from simsiam.runs import atomic, left_by_a_kill, make_writable, read_json, write_json
+from simsiam.runs import LOCK, atomic, claim, left_by_a_kill, make_writable, read_json, write_json
 
 if TYPE_CHECKING:
     from simsiam.data.cache import Cache
@@ -41,7 +42,8 @@ def embed_to(
     A folder already filled by this encoder is updated: images whose pixels are embedded already keep their vectors.
 
     Returns {"vectors", "dim", "new", "bad_files"}: rows, their length, the number computed now, and unreadable files.
-    Raises UserError if `out` holds embeddings of another encoder or of other data, or something else.
+    Raises UserError if `out` holds embeddings of another encoder or of other data, or something else, or if another
+    process is writing there.
     """
     from simsiam.data.cache import build_cache
     from simsiam.embed import ImageEncoder
@@ -52,24 +54,29 @@ def embed_to(
     known, before = _known(out, encoder.meta_, absolute(data))
     images = open_images(data)
     make_writable(out)  # or fail now, not after hours of embedding
+    lock = claim(out, "embedding")
     try:
         cache = build_cache(images, encoder.preprocessing_.short_side, workers=workers, progress=listener.decoding)
+        rows = cache.decoded(np.arange(len(cache)))
+        hashes = digests(cache, rows)
+        row_before = np.array([known.get(each, -1) for each in hashes], np.int64)
+        new, old = np.flatnonzero(row_before < 0), np.flatnonzero(row_before >= 0)
+        vectors = np.empty((len(rows), encoder.dim), np.float32)
+        if len(old):
+            vectors[old] = before[row_before[old]]
+        done, network = 0, (encoder.encoder_, encoder.preprocessing_)
+        for found in embed_batches(*network, cache, rows[new], encoder.compute_, listener.embedding):
+            vectors[new[done : done + len(found)]] = found.numpy()
+            done += len(found)
+        write_embedding(out, vectors, cache, rows, origin(run, encoder.meta_, data, cache), hashes)
     except UserError:
         with contextlib.suppress(OSError):
-            out.rmdir()  # if it is empty
+            if [*out.iterdir()] == [out / LOCK]:
+                (out / LOCK).unlink()
+                out.rmdir()
         raise
-    rows = cache.decoded(np.arange(len(cache)))
-    hashes = digests(cache, rows)
-    row_before = np.array([known.get(each, -1) for each in hashes], np.int64)
-    new, old = np.flatnonzero(row_before < 0), np.flatnonzero(row_before >= 0)
-    vectors = np.empty((len(rows), encoder.dim), np.float32)
-    if len(old):
-        vectors[old] = before[row_before[old]]
-    done, network = 0, (encoder.encoder_, encoder.preprocessing_)
-    for found in embed_batches(*network, cache, rows[new], encoder.compute_, listener.embedding):
-        vectors[new[done : done + len(found)]] = found.numpy()
-        done += len(found)
-    write_embedding(out, vectors, cache, rows, origin(run, encoder.meta_, data, cache), hashes)
+    finally:
+        lock.release()
     if known.keys() != set(hashes) and (out / CLUSTERS).exists():
         listener.say(f"{out / CLUSTERS} still has the images of before: run `simsiam clusters` again.")
     bad = [{"path": path, "reason": reason} for path, reason in cache.bad]
@@ -160,7 +167,8 @@ class Embeddings:
         run = Path(self.meta["run"])
         if not run.exists():
             raise UserError(
-                f"The run that made {self.folder} is gone from {run}: put it back, or search by stored ids."
+                f"The run that made {self.folder} is gone from {run}: put it back, or name its new place: "
+                f"simsiam embed NEW_RUN {shlex.quote(str(self.meta.get('data', 'DATA')))} -o {shlex.quote(str(self.folder))}"
             )
         encoder = ImageEncoder(os.fspath(run), device).open()
         if _made_by(encoder.meta_) != _made_by(self.meta, "encoder"):
@@ -236,7 +244,7 @@ def _known(out: Path, encoder: dict[str, Any], data: str) -> tuple[dict[str, int
     Raises UserError if it holds something else: vectors of another encoder, or of other data that still exists.
     """
     none: tuple[dict[str, int], NDArray[np.float32]] = {}, np.zeros((0, 0), np.float32)
-    if not out.exists() or (out.is_dir() and _unfinished(out) == {*out.iterdir()}):
+    if not out.exists() or (out.is_dir() and {*out.iterdir()} <= _unfinished(out) | {out / LOCK}):
         return none
     if not (out / META).exists() and not (out / VECTORS).exists():
         raise UserError(f"{out} holds something other than embeddings: choose another -o.")

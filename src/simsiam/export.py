@@ -133,7 +133,7 @@ def _safetensors(encoder: Encoder, prepare: Preprocessing, about: dict[str, Any]
 def _state_dict(library: str, encoder: Encoder, prepare: Preprocessing) -> _Target:
     weights = {name: value.contiguous() for name, value in encoder.backbone.state_dict().items()}
     model, make = _counterpart(library, encoder)
-    _fit(model, weights, library, encoder)
+    heads = _fit(model, weights, library, encoder)
 
     def save(file: Path) -> None:
         try:
@@ -148,7 +148,8 @@ def _state_dict(library: str, encoder: Encoder, prepare: Preprocessing) -> _Targ
 
     strict = "" if library == "timm" else ", strict=False"
     load = f"model.load_state_dict(torch.load(FILE, weights_only=True){strict})"
-    return _Target(save, features, f"import torch, {library}; {make}; {load}")
+    bare = "".join(f"; model.set_submodule({head!r}, torch.nn.Identity())" for head in heads)
+    return _Target(save, features, f"import torch, {library}; {make}; {load}{bare}; model.eval()")
 
 
 def _counterpart(library: str, encoder: Encoder) -> tuple[nn.Module, str]:
@@ -187,8 +188,9 @@ def _arguments(options: dict[str, Any], *first: str) -> str:
     return ", ".join([*first, *(f"{key}={value!r}" for key, value in options.items())])
 
 
-def _fit(model: nn.Module, weights: dict[str, Tensor], library: str, encoder: Encoder) -> None:
-    """Removes `model`'s classifier, which the weights lack. Raises UserError if they lack more or do not fit."""
+def _fit(model: nn.Module, weights: dict[str, Tensor], library: str, encoder: Encoder) -> list[str]:
+    """Removes `model`'s classifier, which the weights lack, and returns its name. Raises UserError if they lack more or
+    do not fit."""
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
     except RuntimeError:  # other shapes
@@ -199,6 +201,7 @@ def _fit(model: nn.Module, weights: dict[str, Tensor], library: str, encoder: En
         raise UserError(f"The weights of {encoder.spec.name} do not fit into {library}'s model. {_ELSE}")
     for head in heads:
         model.set_submodule(head, nn.Identity())
+    return sorted(heads)
 
 
 # --- ONNX -----------------------------------------------------------------------------------------------------------

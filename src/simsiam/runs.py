@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RECIPE, SUMMARY, METRICS, ENVIRONMENT = "config.toml", "summary.json", "metrics.jsonl", "environment.json"
 EVALUATION, ENCODER, REPORT = "evaluation.json", "encoder", "report.html"
 LAST, HEALTHY = "LAST", "HEALTHY"
-_LOCK = ".lock"
+LOCK = ".lock"
 
 
 def cache_folder() -> Path:
@@ -94,7 +94,7 @@ def check_unused(run: Path) -> None:
     _check_name(run)
     if (run / RECIPE).exists():
         raise UserError(f"{run} already contains a run: continue it with --resume, or choose another -o.")
-    if run.is_file() or (run.is_dir() and any(path.name != _LOCK for path in run.iterdir())):
+    if run.is_file() or (run.is_dir() and any(path.name != LOCK for path in run.iterdir())):
         raise UserError(f"{run} exists and is not a run: choose another -o.")
 
 
@@ -115,15 +115,15 @@ def made(run: Path | None, data: str, method: str) -> Path:
     raise AssertionError("check_unused rejects an -o that is a file")
 
 
-def claim(run: Path) -> FileLock:
-    """Return a lock on the run folder, to hold during training. Raises UserError if another process holds it."""
+def claim(folder: Path, doing: str = "training") -> FileLock:
+    """Return a lock on the folder, to hold while writing to it. Raises UserError if another process holds it."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(run / _LOCK)
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"Another process is training in {run}: wait for it, or choose another -o.") from None
+        raise UserError(f"Another process is {doing} in {folder}: wait for it, or choose another -o.") from None
     except (OSError, NotImplementedError):  # a file system without locks
         pass
     return lock

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from simsiam.compute import pick_device, set_threads
-from simsiam.config import UserError
+from simsiam.config import UserError, coerce
 from simsiam.console import Listener
 from simsiam.embeddings import Embeddings, read_embeddings
 from simsiam.neighbours import top_k, unit_rows
@@ -57,13 +57,18 @@ def search(
     Raises UserError for a query that is neither, or if the run is gone or its encoder has changed.
     """
     set_threads()
+    k = coerce(k, int, "k")
     if k < 1:
         raise UserError(f"-k is {k}: it must be at least 1.")
     stored = read_embeddings(folder)
     if not queries:
         raise UserError("Name at least one image to search for.")
     rows = {id_: row for row, id_ in enumerate(stored.ids)}
-    names = [os.fspath(query) for query in ([queries] if isinstance(queries, str | Path) else queries)]
+    queries = [queries] if isinstance(queries, str | Path) else queries
+    for query in queries:
+        if not isinstance(query, str | os.PathLike):
+            raise UserError(f"search() takes image files and ids of stored images, not {type(query).__name__}.")
+    names = [os.fspath(query) for query in queries]
     files = [name for name in names if os.path.isfile(name)]
     own = {name: rows[name] for name in set(names).difference(files) if name in rows}
     for name in names:

@@ -188,7 +188,10 @@ def _finished(run: Path, listener: Listener) -> dict[str, Any] | None:
     if "imported" in summary:
         again = f"simsiam train DATA --init {shlex.quote(str(run))}"
         raise UserError(f"{run} was imported and cannot be resumed. Start from it with: {again}")
-    listener.say(f"{run} is finished: there is nothing to resume.")
+    listener.say(
+        f"{run} is finished: there is nothing to resume. To train on from its weights: "
+        f"simsiam train DATA --init {shlex.quote(str(run))}"
+    )
     return {**summary, "run": str(run)}  # it may have been moved
 
 

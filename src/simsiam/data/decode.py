@@ -182,7 +182,7 @@ def in_order(
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).rstrip(".")
     return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
 
 
@@ -241,7 +241,7 @@ def _reduce(pixels: np.ndarray, short_side: int, whole: tuple[int, ...], scale: 
     pixels = pixels[y : math.ceil(top + height), x : math.ceil(left + width)]
     if short <= short_side:
         return pixels
-    size, box = reduced_size(*whole, short_side), (top - y, left - x, height, width)
+    size, box = reduced_size(whole[0], whole[1], short_side), (top - y, left - x, height, width)
     image = torch.from_numpy(np.ascontiguousarray(pixels))
     if kernels.usable(image):  # Pillow's antialiased bicubic resize to within a level, in a third of the time
         return kernels.reduced(image, *size, box).numpy()

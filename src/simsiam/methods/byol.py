@@ -12,6 +12,7 @@ from torch import Tensor
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, follow, mlp, project, twin, unit
+from simsiam.methods.simsiam import encoder_and_predictor
 
 CITATION = (
     'J.-B. Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", arXiv 2006.07733 '
@@ -49,8 +50,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "train": {"lr": 0.03, "weight_decay": 5e-4},
     },
     "thin": {
-        "method": {"hidden": 512, "dim": 128, "momentum": 0.98},
-        "train": {"lr": 0.3, "weight_decay": 1e-4},
+        "method": {"hidden": 512, "dim": 128, "momentum": 0.98, "predictor_lr": 10.0},
+        "train": {"lr": 0.1, "weight_decay": 1e-4},
     },
 }
 
@@ -65,10 +66,14 @@ class Settings:
     """Width of the hidden layer of both MLPs."""
     momentum: float = 0.996
     """tau_base, the initial EMA momentum of the target network; it rises to 1 along half a cosine."""
+    predictor_lr: float = 1.0
+    """The predictor's learning rate as a multiple of the online network's."""
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.hidden < 1:
             raise ValueError("dim and hidden must be at least 1.")
+        if self.predictor_lr <= 0:
+            raise ValueError("predictor_lr must be above 0.")
         if not 0 <= self.momentum <= 1:
             raise ValueError("momentum must lie between 0 and 1.")
 
@@ -98,6 +103,9 @@ class Method(Siamese):
             t1, t2 = project(self.target, views)
         loss = regression(self.predictor(z1), t2) + regression(self.predictor(z2), t1)
         return loss, {"std": spread(z1, z2)}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return encoder_and_predictor(self, self.predictor, False, self.settings.predictor_lr)
 
     def after_step(self, progress: float) -> None:
         momentum = target_momentum(self.settings.momentum, progress)

@@ -31,9 +31,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "thin": {
         "method": {
-            "queue": 2048,
+            "queue": 512,
             "temperature": 0.2,
-            "momentum": 0.98,
+            "momentum": 0.99,
             "bn_groups": 2,
             "symmetric": True,
             "projector_hidden": 512,

@@ -137,6 +137,7 @@ def test_mistakes_are_one_clear_line(stored: Path, tmp_path: Path) -> None:
         search(stored, ["image-1"], k=2.5)  # type: ignore[arg-type]
     lost = made(tmp_path / "lost", np.eye(4))
     assert search(lost, ["image-1"], k=2)[0]["neighbours"][0]["score"] == 0
+    assert search(lost, iter(["image-1"]), k=2) == search(lost, ["image-1"], k=2)
     picture = Path(__file__).parents[1] / "docs" / "results" / "demo.png"
     with pytest.raises(UserError, match=r"is gone from .*: simsiam embed NEW_RUN \S+ -o \S+lost$"):
         search(lost, [picture])

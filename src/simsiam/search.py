@@ -64,7 +64,7 @@ def search(
     if not queries:
         raise UserError("Name at least one image to search for.")
     rows = {id_: row for row, id_ in enumerate(stored.ids)}
-    queries = [queries] if isinstance(queries, str | Path) else queries
+    queries = [queries] if isinstance(queries, str | Path) else list(queries)
     for query in queries:
         if not isinstance(query, str | os.PathLike):
             raise UserError(f"search() takes image files and ids of stored images, not {type(query).__name__}.")

@@ -66,9 +66,8 @@ def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
         return float("nan")
     similarity, index = top_k(test, train, k)
     weight = ((similarity - similarity[:, :1]) / T).exp()
-    classes = int(train_labels.max()) + 1
-    right = 0
-    for rows in torch.arange(len(test)).split(_ROWS):
-        votes = torch.zeros(len(rows), classes).scatter_add_(1, train_labels[index[rows]], weight[rows])
-        right += int((votes.argmax(1) == test_labels[rows]).sum())
+    classes, right = int(train_labels.max()) + 1, 0
+    for near, by, labels in zip(index.split(_ROWS), weight.split(_ROWS), test_labels.split(_ROWS), strict=True):
+        votes = torch.zeros(len(near), classes).scatter_add_(1, train_labels[near], by)
+        right += int((votes.argmax(1) == labels).sum())
     return 100 * right / len(test)

@@ -22,6 +22,7 @@ import simsiam
 from simsiam import methods
 from simsiam.assess import evaluate_run
 from simsiam.config import UserError, read_recipe
+from simsiam.data.sources import absolute
 from simsiam.embeddings import embed_to
 from simsiam.encoders import build
 from simsiam.export import export
@@ -216,7 +217,7 @@ def test_linear_classification_gives_the_encoder_alone(tmp_path: Path) -> None:
     torch.save(file, tmp_path / "model_best.pth.tar")
     summary = import_released(tmp_path / "model_best.pth.tar", tmp_path / "run", data="CIFAR10")
     assert not summary["imported"]["heads"] and not (tmp_path / "run" / "checkpoints").exists()
-    assert (summary["epochs"], summary["steps"], summary["data"]) == (None, 10, "CIFAR10")
+    assert (summary["epochs"], summary["steps"], summary["data"]) == (None, 10, absolute("CIFAR10"))
     x = torch.randn(2, 3, 64, 64)
     encoder = simsiam.load(tmp_path / "run", "cpu", precision="fp32").encoder_
     plain.fc = nn.Identity()

@@ -153,6 +153,8 @@ def _recipe(
         }
         told |= {"method": widths, "train": {"epochs": file["epoch"]} if file.get("epoch") else {}}
     table = merge(gather(data or "ImageNet", "imagenet", [], {}), told)
+    if data is None:  # wherever it will be when it is wanted
+        table["data"] = "ImageNet"
     return read({"seed": 0, "eval": {"size": _SIZE}, **table})
 
 

@@ -32,7 +32,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "views": {"count": 4},
     },
     "thin": {
-        "method": {"dim": 512, "projector_layers": 2, "projector_hidden": 512, "predictor_hidden": 128},
+        "method": {
+            "dim": 512,
+            "projector_layers": 2,
+            "projector_hidden": 512,
+            "predictor_hidden": 128,
+            "predictor_lr": 10.0,
+        },
         "train": {"lr": 0.3, "weight_decay": 1e-4},
         "views": {"count": 4},
     },

@@ -176,7 +176,7 @@ def k_means(vectors: Vectors, count: int, seed: int = 0) -> Rows:
         warnings.simplefilter("ignore", RuntimeWarning)
         warnings.simplefilter("ignore", ConvergenceWarning)
         directions = PCA(width, random_state=seed, copy=False).fit(sample)
-        del sample  # PCA has centred it in place
+        del sample  # PCA may have centred it in place
         few = np.empty((len(vectors), width), np.float32)
         for block in blocks(*vectors.shape):
             few[block] = directions.transform(unit_rows(vectors[block]).numpy())

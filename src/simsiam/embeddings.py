@@ -62,8 +62,7 @@ def embed_to(
         row_before = np.array([known.get(each, -1) for each in hashes], np.int64)
         new, old = np.flatnonzero(row_before < 0), np.flatnonzero(row_before >= 0)
         vectors = np.empty((len(rows), encoder.dim), np.float32)
-        if len(old):
-            vectors[old] = before[row_before[old]]
+        vectors[old] = before[row_before[old]]
         done, network = 0, (encoder.encoder_, encoder.preprocessing_)
         for found in embed_batches(*network, cache, rows[new], encoder.compute_, listener.embedding):
             vectors[new[done : done + len(found)]] = found.numpy()
@@ -243,7 +242,7 @@ def _known(out: Path, encoder: dict[str, Any], data: str) -> tuple[dict[str, int
 
     Raises UserError if it holds something else: vectors of another encoder, or of other data that still exists.
     """
-    none: tuple[dict[str, int], NDArray[np.float32]] = {}, np.zeros((0, 0), np.float32)
+    none: tuple[dict[str, int], NDArray[np.float32]] = {}, np.zeros((0, encoder["dim"]), np.float32)
     if not out.exists() or (out.is_dir() and {*out.iterdir()} <= _unfinished(out) | {out / LOCK}):
         return none
     if not (out / META).exists() and not (out / VECTORS).exists():

@@ -137,3 +137,11 @@ def at_least_float32(z: Tensor) -> Tensor:
 def unit(z: Tensor) -> Tensor:
     """Return z/|z| in float32 for the rows of [B,d]."""
     return F.normalize(at_least_float32(z), dim=1)
+
+
+def encoder_and_predictor(method: Siamese, predictor: nn.Module, fixed_lr: bool, lr: float) -> list[dict[str, Any]]:
+    """Return the parameter groups of f = encoder + projector and, if it has trainable parameters, of the predictor h,
+    which may keep the initial learning rate and whose rate is `lr` times that of f."""
+    groups: list[dict[str, Any]] = [{"params": [*method.encoder.parameters(), *method.projector.parameters()]}]
+    trained = [parameter for parameter in predictor.parameters() if parameter.requires_grad]
+    return groups + ([{"params": trained, "fixed_lr": fixed_lr, "lr_scale": lr}] if trained else [])

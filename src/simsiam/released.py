@@ -152,7 +152,7 @@ def _recipe(
             "predictor_hidden": len(weights["predictor.0.weight"]),
         }
         told |= {"method": widths, "train": {"epochs": file["epoch"]} if file.get("epoch") else {}}
-    table = merge(gather(data or "ImageNet", "imagenet", [], {}), told)
+    table = merge(gather(data, "imagenet", [], {}), told)
     if data is None:  # wherever it will be when it is wanted
         table["data"] = "ImageNet"
     return read({"seed": 0, "eval": {"size": _SIZE}, **table})

@@ -39,7 +39,7 @@ from simsiam.kernels import Packed
 from simsiam.runs import cache_folder, write_json
 
 FORMAT = 8
-"""Stored in every cache's meta.json: raise it when the files or the output of `decode` change."""
+"""In the name and the meta.json of every cache: raise it when the files or the output of `decode` change."""
 
 PIXELS, RECORDS, REASONS, META = "images.bin", "records.bin", "bad.jsonl", "meta.json"
 _RECORD = np.dtype([("key", "<u8"), ("offset", "<i8"), ("height", "<i4"), ("width", "<i4")])

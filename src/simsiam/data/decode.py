@@ -14,6 +14,7 @@ import numpy as np
 import PIL
 import simplejpeg
 import torch
+import torch.nn.functional as F
 from PIL import Image, features
 
 from simsiam import kernels
@@ -109,7 +110,7 @@ def decode(source: bytes | Image.Image, short_side: int | None = None) -> np.nda
     runs out of memory, which says nothing about the file.
     """
     image = open_image(source)
-    whole, drafted = (image.height, image.width), None
+    size, drafted = (image.height, image.width), None
     try:
         if short_side is not None and min(image.size) > 2 * short_side:
             gap = 2 * short_side / min(image.size)
@@ -119,10 +120,9 @@ def decode(source: bytes | Image.Image, short_side: int | None = None) -> np.nda
             image.load()
             pixels = np.array(_to_rgb(image))
         turn = orientation(image)  # after load(), which rotates a TIFF itself
-        if short_side is not None and drafted is not None:
-            pixels = _reduce(pixels, short_side, whole, whole[1] / drafted[1][2])
-        elif short_side is not None:
-            pixels = _reduce(pixels, short_side, pixels.shape[:2])
+        if short_side is not None:
+            whole, scale = (size, size[1] / drafted[1][2]) if drafted else (pixels.shape[:2], 1.0)
+            pixels = _reduce(pixels, short_side, whole, scale)
         if turn in _UPRIGHT:
             pixels = np.array(Image.fromarray(pixels).transpose(_UPRIGHT[turn]))
         return pixels
@@ -226,24 +226,33 @@ def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
 def reduced_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     """Height and width that `decode` gives an image. The long side is rounded down, as torchvision's `Resize` does."""
     short = min(height, width)
-    side = min(short, short_side)
-    return side * min(height, MAX_ASPECT * short) // short, side * min(width, MAX_ASPECT * short) // short
+    kept_h, kept_w = _kept(height, width)
+    return min(short, short_side) * kept_h // short, min(short, short_side) * kept_w // short
 
 
-def _reduce(pixels: np.ndarray, short_side: int, whole: tuple[int, ...], scale: float = 1) -> np.ndarray:
+def _kept(height: int, width: int) -> tuple[int, int]:
+    """Height and width of the central part of an image that `decode` keeps."""
+    most = MAX_ASPECT * min(height, width)
+    return min(height, most), min(width, most)
+
+
+def _reduce(pixels: np.ndarray, short_side: int, whole: tuple[int, ...], scale: float) -> np.ndarray:
     """whole: height and width of the image; pixels: the image at 1/scale, its sides rounded up."""
-    short = min(whole)
-    lengths = [min(side, MAX_ASPECT * short) for side in whole]
+    lengths = _kept(whole[0], whole[1])
     starts = [(side - length) // 2 for side, length in zip(whole, lengths, strict=True)]
     # The image ends within its last pixel if a side is no multiple of the scale.
     (top, height), (left, width) = ((start / scale, n / scale) for start, n in zip(starts, lengths, strict=True))
     y, x = int(top), int(left)
     pixels = pixels[y : math.ceil(top + height), x : math.ceil(left + width)]
-    if short <= short_side:
+    if min(whole) <= short_side:
         return pixels
     size, box = reduced_size(whole[0], whole[1], short_side), (top - y, left - x, height, width)
     image = torch.from_numpy(np.ascontiguousarray(pixels))
-    if kernels.usable(image):  # Pillow's antialiased bicubic resize to within a level, in a third of the time
+    # Pillow's antialiased bicubic resize to within a level or two, in a third of the time.
+    if kernels.usable(image):
         return kernels.reduced(image, *size, box).numpy()
+    if box == (0, 0, *pixels.shape[:2]):  # torch takes no part of a pixel
+        resized = F.interpolate(image.permute(2, 0, 1)[None], size, mode="bicubic", antialias=True)
+        return resized[0].permute(1, 2, 0).numpy()
     edges = (box[1], box[0], box[1] + width, box[0] + height)
     return np.array(Image.fromarray(image.numpy()).resize(size[::-1], Image.Resampling.BICUBIC, edges))

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, follow, mlp, project, twin, unit
-from simsiam.methods.simsiam import encoder_and_predictor
+from simsiam.heads import Siamese, encoder_and_predictor, follow, mlp, project, twin, unit
 
 CITATION = (
     'J.-B. Grill et al., "Bootstrap Your Own Latent: A New Approach to Self-Supervised Learning", arXiv 2006.07733 '

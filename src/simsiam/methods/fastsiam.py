@@ -10,8 +10,8 @@ from torch import Tensor
 
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, at_least_float32, project
-from simsiam.methods.simsiam import encoder_and_predictor, negative_cosine, prediction_mlp, projection_mlp
+from simsiam.heads import Siamese, at_least_float32, encoder_and_predictor, project
+from simsiam.methods.simsiam import negative_cosine, prediction_mlp, projection_mlp
 
 CITATION = (
     'D. Pototzky, A. Sultan, L. Schmidt-Thieme, "FastSiam: Resource-Efficient Self-Supervised Learning on a Single '

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import spread
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, at_least_float32, mlp, project, twin
+from simsiam.heads import Siamese, at_least_float32, encoder_and_predictor, mlp, project, twin
 from simsiam.ranks import all_gather
 
 CITATION = 'X. Chen, K. He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566 (CVPR 2021)'
@@ -98,14 +98,6 @@ def projection_mlp(
 def prediction_mlp(dim: int, hidden: int, bn: Literal["none", "hidden", "default", "all"] = "default") -> nn.Sequential:
     """Prediction MLP: a bottleneck with BN and ReLU on the hidden layer and neither on the output (section 3)."""
     return mlp([dim, hidden, dim], hidden_norm=bn != "none", output_norm="affine" if bn == "all" else "none")
-
-
-def encoder_and_predictor(method: Siamese, predictor: nn.Module, fixed_lr: bool, lr: float) -> list[dict[str, Any]]:
-    """Return the parameter groups of f and, if it has trainable parameters, of h, which may keep the initial learning
-    rate and whose rate is `lr` times that of f."""
-    groups: list[dict[str, Any]] = [{"params": [*method.encoder.parameters(), *method.projector.parameters()]}]
-    trained = [parameter for parameter in predictor.parameters() if parameter.requires_grad]
-    return groups + ([{"params": trained, "fixed_lr": fixed_lr, "lr_scale": lr}] if trained else [])
 
 
 class Method(Siamese):

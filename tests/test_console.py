@@ -45,6 +45,9 @@ def test_a_narrow_terminal_cuts_no_setting(capsys: pytest.CaptureFixture[str], m
     Console().plan([], [("train.weight_decay", "0.0001", "7,994 images are few: more and smaller steps")])
     shown = capsys.readouterr().err
     assert "train.weight_decay  0.0001" in shown and "…" not in shown and "smaller" in shown
+    Console().results("clusters", ["cluster", "images", "nearest"], [["0", "61", "a/very/long/name/of/an/image.jpg"]])
+    shown = "".join(capsys.readouterr().err.replace("│", "").split())
+    assert "…" not in shown and "nearest" in shown and all(part in shown for part in ("a/very", "image.jpg"))
 
 
 def test_without_stderr_it_goes_on_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,9 @@ def write_nasty_folder(root: Path) -> tuple[list[str], dict[str, str]]:
         "deep/float.tif": encode(np.asarray(grey).astype(np.float32) / 255, "TIFF"),
         "web.webp": encode(rgb, "WEBP"),
         "old.bmp": encode(rgb, "BMP"),
+        "old.tga": encode(rgb, "TGA"),
+        "raw.ppm": encode(rgb, "PPM"),
+        "raw.pgm": encode(grey, "PPM"),
         "Zürich 東京/bild ü.jpg": encode(ImageOps.mirror(rgb), "JPEG"),
     }
     bad = {
@@ -96,7 +99,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a.astype(int) - b.astype(int)).mean())
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "TGA"])
 def test_lossless_files_come_back_exactly(kind: str) -> None:
     assert np.array_equal(decode(encode(scene(), kind)), scene())
 
@@ -272,7 +275,7 @@ def test_bad_files_say_why(tmp_path: Path) -> None:
                 decode((tmp_path / name).read_bytes(), short_side)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA"])
 @pytest.mark.parametrize("short_side", [None, 16])
 def test_half_a_file_is_bad_in_every_format(kind: str, short_side: int | None) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
@@ -284,7 +287,7 @@ def test_half_a_file_is_bad_in_every_format(kind: str, short_side: int | None) -
 def test_any_damage_is_a_decode_error_or_an_image() -> None:
     """Pillow's plugins raise all kinds of errors on damaged headers; only DecodeError comes out."""
     rng = np.random.default_rng(1)
-    for kind in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"):
+    for kind in ("JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP", "PPM", "TGA"):
         data = encode(scene(24, 32), kind)
         for _ in range(60):
             damaged = bytearray(data)

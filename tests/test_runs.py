@@ -66,6 +66,18 @@ def test_what_cannot_be_kept_is_a_warning(tmp_path: Path) -> None:
     assert keep(lambda: write_text(tmp_path / "inside", "text"))
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that not even root can write to")
+def test_a_library_that_writes_has_no_say_in_why_it_may_not() -> None:
+    from pyarrow import parquet, table
+
+    path = Path("/proc/self/clusters.parquet")
+    with (
+        pytest.raises(UserError, match=r"^Cannot write /proc/self/clusters\.parquet: No such file or directory\.$"),
+        atomic(path) as temporary,
+    ):
+        parquet.write_table(table({"id": [1]}), temporary)
+
+
 # --- atomic files -----------------------------------------------------------------------------------------------------
 
 

@@ -288,10 +288,10 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_ignored_kinds_are_warned_about(tmp_path: Path) -> None:
-    write(tmp_path, "1.png", "2.psd", "3.PSD", "more.zip", "notes.txt", "old.ppm")
+    write(tmp_path, "1.png", "2.psd", "3.PSD", "more.zip", "notes.txt", "old.ico")
     (tmp_path / "no-ending").write_bytes(encode(scene()))
     (tmp_path / "README").write_text("no image")
-    left_out = r"\.psd 2, \.zip 1, \.ppm 1, \(no ending\) 1\.$"
+    left_out = r"\.psd 2, \.zip 1, \.ico 1, \(no ending\) 1\.$"
     with pytest.warns(UserWarning, match=rf"1 file used\. Left out, being of other kinds: {left_out}"):
         assert open_images(tmp_path).ids == ["1.png"]
 

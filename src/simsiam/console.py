@@ -210,7 +210,8 @@ class Console(Listener):
         self.screen.print(visible(title), style="bold", markup=False, soft_wrap=True)
         table = Table(show_header=any(columns))
         for i, column in enumerate(columns):
-            table.add_column(column, justify="right" if i else "left", style="bold" if column == "trained" else "")
+            style = "bold" if column == "trained" else ""
+            table.add_column(column, justify="right" if i else "left", style=style, overflow="fold")
         for row in rows:
             table.add_row(*(escape(visible(cell)) for cell in row))
         self.screen.print(table)

@@ -334,7 +334,8 @@ def qualify(override: Table) -> Table:
         return {homes[0]: override}
     known = [f"{table}.{field.name}" for table, owner in owners.items() for field in dataclasses.fields(owner)]
     if homes:
-        raise UserError(f"{key} could be {' or '.join(f'{home}.{key}' for home in homes)}: write one of these.")
+        both = ", or use --size for views and inference" if key == "size" else ""
+        raise UserError(f"{key} could be {' or '.join(f'{home}.{key}' for home in homes)}: write one of these{both}.")
     raise UserError(f"Unknown setting {key}.{did_you_mean(key, known, (name.split('.')[1] for name in known))}")
 
 

@@ -38,6 +38,7 @@ def atomic(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()  # fails with the system's words, where a library's own would be unclear
         yield temporary
         with open(temporary, "r+b") as file:  # Windows can flush only writable files
             os.fsync(file.fileno())

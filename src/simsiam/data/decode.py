@@ -38,7 +38,10 @@ def _further() -> Iterator[str]:
         yield from HEIC
 
 
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", *_further())
+ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".tga"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", *_further()),
+)
 """Extensions of the files that are treated as images."""
 
 VERSION = f"Pillow {PIL.__version__}: {' '.join(ENDINGS)}"

@@ -120,13 +120,36 @@ def test_k_without_knn_is_said(run: Path) -> None:
         evaluate_run(run, k=0)
 
 
-def test_damaged_files_of_a_run_are_named_or_done_without(run: Path, tmp_path: Path) -> None:
+def test_images_without_a_label_are_not_embedded_for_nothing(
+    run: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = open_images(photos)
+    assert images.labels is not None
+    train, test = images.split()
+    unknown = images.labels.copy()
+    unknown[train[::2]] = -1
+    monkeypatch.setattr("simsiam.assess.open_images", lambda _: replace(images, labels=unknown))
+    embedded: list[int] = []
+
+    def embed(encoder: Any, prepare: Any, cache: Any, rows: np.ndarray, *rest: Any) -> Any:
+        embedded.append(len(rows))
+        return embed_rows(encoder, prepare, cache, rows, *rest)
+
+    monkeypatch.setattr("simsiam.assess.embed_rows", embed)
+    found = evaluate_run(run, photos, names=["knn"], baselines=False, sgd=True)
+    known = found["knn"]["train"]
+    assert len(train) // 2 - 3 <= known <= len(train) // 2  # some files are bad
+    assert embedded.count(known) == 91 and len(embedded) == 93 and max(embedded) == known
+
+
+def test_damaged_files_of_a_run_are_done_without(run: Path, tmp_path: Path) -> None:
     own = shutil.copytree(run, tmp_path / "run")
     (own / "environment.json").write_text('{"device": "quantum:3"}')
     assert evaluate_run(own, names="collapse")["collapse"]["std"] > 0
-    (own / "evaluation.json").write_text("[]")
-    with pytest.raises(UserError, match=r"evaluation.json: it is not a JSON object"):
-        evaluate_run(own, names="collapse")
+    for name in ("evaluation.json", "summary.json"):
+        (own / name).write_text('{"knn": {')
+    assert evaluate_run(own, names="collapse")["collapse"]["std"] > 0
+    assert read_json(own / "evaluation.json")["collapse"]["std"] > 0
 
 
 def test_the_std_is_said_to_be_of_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:

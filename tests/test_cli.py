@@ -189,7 +189,7 @@ def test_key_value_may_stand_where_data_stands(tmp_path: Path) -> None:
         (["train", "{photos}", "--budget", "5m", "train.epochs=2"], "not both"),
         (["train", "{photos}", "-o", "{run}"], "--resume"),
         (["train", "--resume"], "-o"),
-        (["train", "{photos}", "--device", "tpu9"], "--device cpu"),
+        (["train", "{photos}", "--device", "tpu9"], "Try the device cpu"),
         (["train", "{photos}", "--no-such-option"], "--no-such-option"),
         (["evaluate", "{photos}"], "simsiam train"),
         (["evaluate", "{run}", "--only", "nnk"], "knn"),

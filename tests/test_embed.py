@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shutil
+import weakref
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +174,14 @@ def test_embeddings_of_other_data_are_not_replaced(run: Path, copy: Path, tmp_pa
         embed_to(run, tmp_path / "second", tmp_path / "out")
     (tmp_path / "first").rename(tmp_path / "moved")
     assert embed_to(run, tmp_path / "moved", tmp_path / "out")["new"] == 0
+    pattern = f"{tmp_path}/second/*.png"
+    embed_to(run, pattern, tmp_path / "others")
+    with pytest.raises(
+        UserError, match=r"others holds embeddings of .*second/\*\.png: choose another -o, or delete it"
+    ):
+        embed_to(run, tmp_path / "moved", tmp_path / "others")
+    shutil.rmtree(tmp_path / "second")
+    assert embed_to(run, tmp_path / "moved", tmp_path / "others")["new"] == 0
 
 
 def test_where_the_memory_is_short_a_batch_is_embedded_in_parts(
@@ -504,6 +514,12 @@ def test_a_last_batch_of_one_image_is_no_part_of_bn_statistics(
     assert few["backbone.bn1.running_mean"].any()
 
 
+def closed_image() -> Image.Image:
+    image = Image.new("RGB", (9, 9))
+    image.close()
+    return image
+
+
 @pytest.mark.parametrize(
     ("images", "says"),
     [
@@ -511,13 +527,34 @@ def test_a_last_batch_of_one_image_is_no_part_of_bn_statistics(
         (SimpleNamespace(columns=["path"], ndim=2), r"pass table\['path'\]"),  # a data frame
         ([np.zeros((3, 9, 9), np.uint8)], "transpose"),
         ([np.zeros((9, 9, 3))], "from 0 to 255"),
-        ([b"\xff\xd8..."], "this is bytes: open it with PIL"),
-        ([None], "this is NoneType"),
+        ([b"\xff\xd8..."], r"image 0 \(from 0\) is bytes: open it with PIL"),
+        ([np.zeros((9, 9, 3), np.uint8), None], r"image 1 \(from 0\) is missing \(None\)\.$"),
+        ([np.zeros((9, 9, 3), np.uint8)] * 700 + [float("nan")], r"image 700 \(from 0\) is missing \(nan\)\.$"),
+        ([closed_image()], "Operation on closed image"),
     ],
 )
 def test_what_is_no_image_is_refused_with_what_to_do(run: Path, images: object, says: str) -> None:
     with pytest.raises(UserError, match=says):
         simsiam.load(run).embed(images)
+
+
+def test_images_are_reduced_as_they_come(run: Path) -> None:
+    """A generator may yield more than fits into memory; files among its images keep their places."""
+    encoder, alive = simsiam.load(run), set[int]()
+
+    def photographs(paths: list[Path]) -> Iterator[Any]:
+        for i, path in enumerate(paths):
+            image = np.random.default_rng(i).integers(0, 255, (300, 200, 3), np.uint8)
+            Image.fromarray(image).save(path)
+            alive.add(i)
+            weakref.finalize(image, alive.discard, i)
+            assert len(alive) <= 3
+            yield path if i % 5 == 3 else image
+            del image
+
+    paths = [run / f"photograph {i}.png" for i in range(30)]
+    found = encoder.embed(photographs(paths))
+    assert np.array_equal(found, encoder.embed(paths))
 
 
 @pytest.mark.parametrize(("run", "says"), [(None, "not NoneType"), ({"run": "r"}, r"not dict\. .*summary\['run'\]")])

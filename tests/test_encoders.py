@@ -11,9 +11,9 @@ from torchvision import models
 
 from simsiam import kernels
 from simsiam.compute import Compute, computes_bf16
-from simsiam.config import UserError
+from simsiam.config import UserError, table_of
 from simsiam.convolutions import on_matrix_units
-from simsiam.encoders import BasicBlock, Encoder, EncoderSpec, ResNet, build, in_use, names, to_table
+from simsiam.encoders import BasicBlock, Encoder, EncoderSpec, ResNet, build, in_use, names
 
 
 def images(size: int, batch: int = 2) -> Tensor:
@@ -217,7 +217,7 @@ def test_mistakes_are_named(spec: EncoderSpec, message: str) -> None:
 
 def test_the_table_builds_the_same_encoder() -> None:
     spec = EncoderSpec("thin-resnet18", 32, width=8, zero_init_residual=False)
-    assert EncoderSpec(**to_table(spec)) == spec and None not in to_table(spec).values()
+    assert EncoderSpec(**table_of(spec)) == spec and None not in table_of(spec).values()
 
 
 @pytest.mark.parametrize(

@@ -383,6 +383,20 @@ def test_swavs_queues_are_each_views_own() -> None:
                     torch.testing.assert_close(method.queue[view], torch.cat(stored[view][:2]))
 
 
+def test_swavs_single_full_size_view_has_a_queue() -> None:
+    """Its codes are those of one view; the small ones predict them."""
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8))
+    settings = swav.Settings(dim=D, projector_hidden=10, prototypes=7, queue=2 * B, queue_epoch=0)
+    method = swav.Method(Encoder(EncoderSpec("linear", 4), pooled, 8), settings)
+    used = []
+    for step in range(4):
+        used.append(method._use_queue())
+        with torch.no_grad():
+            loss, _ = method([vectors(10 * step, B, 3, 4, 4), vectors(10 * step + 1, B, 3, 2, 2)], torch.arange(B))
+        assert loss.isfinite()
+    assert used == [False, False, True, True]
+
+
 @pytest.mark.parametrize("steps", [0, 50], ids=["new", "with the steps of a run that had another queue"])
 def test_swavs_queue_waits_until_no_row_is_empty(steps: int) -> None:
     method = swav_method(queue=2 * B + 1, queue_epoch=0)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from simsiam.collapse import alignment, effective_rank, normalised_std, retrieval
-from simsiam.compute import Compute
+from simsiam.compute import Compute, draw
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings
 from simsiam.features import preprocessing
-from simsiam.monitor import Monitor, draw
+from simsiam.monitor import _BANK, Monitor
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -56,6 +56,23 @@ def parts(cache: Cache) -> tuple[np.ndarray, np.ndarray]:
 def monitor(cache: Cache, train: np.ndarray, held_out: np.ndarray) -> Monitor:
     compute = Compute(torch.device("cpu"), "fp32")
     return Monitor(cache, train, held_out, ViewSettings(8), preprocessing(8, MEAN, STD), compute)
+
+
+def test_the_bank_of_a_partly_labelled_set_is_of_images_with_labels(
+    cache: Cache, parts: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """STL10 has 5,000 labels for 105,000 images."""
+    assert cache.labels is not None
+    train, held_out = parts
+    known = train[::10]
+    labels = np.full_like(cache.labels, -1)
+    labels[known], labels[held_out] = cache.labels[known], cache.labels[held_out]
+    monkeypatch.setattr(cache, "labels", labels)
+    watch = monitor(cache, train, held_out)
+    assert watch.bank.tolist() == known.tolist() and watch.labelled
+    assert cache.labelled(train).tolist() == known.tolist()
+    monkeypatch.setattr(cache, "labels", None)
+    assert monitor(cache, train, held_out).bank.tolist() == draw(train, _BANK).tolist()
 
 
 def test_every_figure_is_of_what_the_method_gave(

@@ -252,6 +252,15 @@ def test_a_batch_that_cannot_be_shared_is_refused(photos: Path, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mistake_is_told_once(tmp_path: Path) -> None:
+    """The others wait while rank 0 decodes the images."""
+    for i in range(20):
+        (tmp_path / f"{i}.jpg").write_bytes(b"no image")
+    refused = run(torchrun("train", tmp_path, "-o", tmp_path / "run", "--epochs", 1, *TINY))
+    ours = refused.stderr.partition("torch.distributed.elastic")[0]
+    assert refused.returncode != 0 and ours.count("None of the 20 images") == 1 and "Traceback" not in ours
+
+
 def test_processes_that_read_other_images_do_not_train(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,6 +169,24 @@ def test_a_bad_verdict_is_said_first_and_not_praised(tmp_path: Path, verdict: st
     assert says in page.text and "Healthy" not in page.text
 
 
+def test_an_evaluation_on_other_images_does_not_change_the_verdict(tmp_path: Path) -> None:
+    """It judges the features, training judges z."""
+    run = make_run(tmp_path / "run", items=24, steps=40, verdict="diverged")
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["collapse"] = {"std": 0.28, "effective_rank": 9.0, "verdict": "healthy", "dim": 128}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = Page(write_report(run)).text
+    assert "Diverged: the loss" in text and "Healthy" not in text and "0.28" not in text
+
+
+def test_an_imported_run_does_not_claim_to_have_learnt_here(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", items=24, steps=40)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "verdict": None, "imported": "checkpoint.pth.tar"}))
+    text = re.sub(r"\s+", " ", Page(write_report(run)).text)
+    assert "the weights of a released checkpoint" in text and "the encoder learnt from" not in text
+
+
 def test_an_evaluation_that_the_page_does_not_know_is_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     evaluation = json.loads((run / "evaluation.json").read_text())

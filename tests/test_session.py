@@ -71,11 +71,12 @@ def session(run: Path, clock: Clock, resume: bool = False, seconds: float | None
         method=method,
         optimizer=torch.optim.SGD(method.parameters(), 0.1, momentum=0.9),
         schedule=Schedule(0.1, 10, settings.epochs, settings.seconds),
-        loader=types.SimpleNamespace(steps_per_epoch=10, batch_size=8),  # type: ignore[arg-type]
+        loader=types.SimpleNamespace(
+            steps_per_epoch=10, batch_size=8, cache=types.SimpleNamespace(fingerprint="these")
+        ),  # type: ignore[arg-type]
         compute=None,  # type: ignore[arg-type]
         monitor=Watch(clock),  # type: ignore[arg-type]
         listener=Listener(),
-        fingerprint="these",
     )
     s.claim(resume)
     s.open(resume)

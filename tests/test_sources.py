@@ -195,6 +195,22 @@ def test_links_to_nothing_are_named(tmp_path: Path) -> None:
         assert open_images(tmp_path).ids == ["0.png", "a/1.png"]
 
 
+def test_a_link_to_an_image_of_the_folder_is_no_copy_of_it(tmp_path: Path) -> None:
+    """Else `duplicates` would offer to remove the file and keep the link."""
+    write(tmp_path / "set", "b.png", "sub/c.png")
+    (tmp_path / "set/a.png").symlink_to("b.png")
+    (tmp_path / "set/sub/d.png").symlink_to("../a.png")
+    (tmp_path / "set/named.png").symlink_to(write(tmp_path / "set", "blob") / "blob")
+    (tmp_path / "set/outside.png").symlink_to(write(tmp_path / "elsewhere", "e.png") / "e.png")
+    os.link(tmp_path / "set/b.png", tmp_path / "set/hard.png")
+    with pytest.warns(UserWarning, match=r"2 links to files that are in this folder anyway: left out\.$"):
+        images = open_images(tmp_path / "set")
+    assert images.ids == ["b.png", "hard.png", "named.png", "outside.png", "sub/c.png"]
+    (tmp_path / "linked").symlink_to("set")
+    with pytest.warns(UserWarning, match="2 links"):
+        assert open_images(tmp_path / "linked").ids == images.ids
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 def test_links_never_put_an_image_in_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool) -> None:
     """In whichever order the disk lists them."""
@@ -415,6 +431,9 @@ def test_numbers_are_classes_in_their_order() -> None:
     assert classes == ("9", "10") and labels is not None and labels.tolist() == [1, 0, 1, 0, -1]
     labels, classes = encode_labels([1.0, 0.0, math.inf, 1.0, math.nan, 0.0, -math.inf])
     assert classes == ("0", "1") and labels is not None and labels.tolist() == [1, 0, -1, 1, -1, 0, -1]
+    for unknown in (-1, -1.0, "-1", np.float64(-1)):
+        labels, classes = encode_labels([0.0, 1.0, unknown] * 3)
+        assert classes == ("0", "1") and labels is not None and labels.tolist() == [0, 1, -1] * 3
 
 
 def test_images_of_one_name_in_two_archives_are_two() -> None:
@@ -513,6 +532,25 @@ def test_links_in_a_tar_are_images(tmp_path: Path) -> None:
     assert content["set/soft.png"] == content["set/a/soft.png"] == content["set/a/further.png"] == png(1)
 
 
+def test_a_tar_of_names_that_are_not_utf8(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "old.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        for i in range(8):
+            info = tarfile.TarInfo(f"café/{i}.png")
+            info.size = len(png(i))
+            tar.addfile(info, io.BytesIO(png(i)))
+    images = open_images(tmp_path / "old.tar")
+    assert images.ids == [rf"caf\xe9/{i}.png" for i in range(8)] and images.read(7) == png(7)
+
+
+def test_a_pattern_may_be_longer_than_a_name(tmp_path: Path) -> None:
+    for i in range(100):
+        write_tar(tmp_path / f"{i:03}.tar", {f"{i}.png": png(i)})
+    pattern = f"{tmp_path}/{{{','.join(f'{i:03}' for i in range(100))}}}.tar"
+    assert len(pattern) > 255 and len(open_images(pattern)) == 100
+    with pytest.raises(UserError, match="x" * 300):
+        open_images("x" * 300)
+
+
 def test_the_name_of_the_data_means_the_same_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -550,6 +588,32 @@ def test_a_zip_with_backslashes_has_classes(tmp_path: Path) -> None:
     assert images.ids == list(LAYOUT) and images.classes == ("cat", "dog")
     assert images.test.tolist() == list(range(6, 12))
     assert [images.read(i) for i in range(12)] == list(LAYOUT.values())
+
+
+class Unflagged(zipfile.ZipInfo):
+    """A member whose name is written in an encoding without a word about it."""
+
+    def __init__(self, name: str, encoding: str = "utf-8") -> None:
+        super().__init__(name)
+        self.encoding = encoding
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:
+        return self.filename.encode(self.encoding), self.flag_bits
+
+
+def test_a_zip_of_unicode_names_without_their_flag(tmp_path: Path) -> None:
+    """As Info-ZIP writes them on Linux."""
+    names = ["ünï 日本/emoji😀.png", "ünï 日本/b.png"]
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        for i, name in enumerate(names):
+            archive.writestr(Unflagged(name), png(i))
+    with zipfile.ZipFile(tmp_path / "b.zip") as archive:
+        assert archive.namelist() != names
+    images = open_images(tmp_path / "b.zip")
+    assert images.ids == names and [images.read(i) for i in range(2)] == [png(0), png(1)]
+    with zipfile.ZipFile(tmp_path / "dos.zip", "w") as archive:
+        archive.writestr(Unflagged("é.png", "cp437"), png(0))
+    assert open_images(tmp_path / "dos.zip").ids == ["é.png"]
 
 
 def test_zip_is_thread_safe(tmp_path: Path) -> None:

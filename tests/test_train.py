@@ -40,7 +40,7 @@ from simsiam.data.views import random_views
 from simsiam.embeddings import read_embeddings
 from simsiam.optim import LARS
 from simsiam.plan import plan
-from simsiam.recipe import Facts, default_epochs, gather, look_at, preset, read, resolve
+from simsiam.recipe import Facts, TrainSettings, default_epochs, gather, look_at, preset, read, resolve
 from simsiam.runs import Checkpoints, claim, made, read_json, read_metrics
 from simsiam.session import method_tensors
 from simsiam.step import Step
@@ -1000,6 +1000,9 @@ def test_a_recipe_that_is_asked_for_is_not_mixed_with_another() -> None:
         ([], {"budget": "10"}, "10m"),
         (["train.epochs=3", "train.epochs=0"], {}, "above 0"),
         ([], {"seed": -1}, "seed"),
+        (["method.predictor_hidden=-3"], {}, "predictor_hidden is -3: it must be above 0"),
+        (["projector_hidden=0"], {"method": "moco"}, "projector_hidden is 0: it must be above 0"),
+        (["views.size=32", "eval.size=64"], {"encoder": "timm/vit_tiny_patch16_224"}, "cannot take 32-pixel views"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_written(
@@ -1154,6 +1157,29 @@ def test_another_method_takes_the_optimiser_where_it_belongs(tmp_path: Path) -> 
     assert back["method"] == theirs["method"] and "momentum" not in back["method"]
     assert all(back["train"][key] == theirs["train"][key] for key in ("lr", "weight_decay"))
     assert "optimizer" not in back["train"] and back["train"]["epochs"] == 5.0
+
+
+@pytest.mark.parametrize("family", ["thin", "cifar", "imagenet"])
+@pytest.mark.parametrize(("former", "method"), itertools.permutations(methods.names(), 2))
+def test_views_go_with_the_method_that_they_belong_to(tmp_path: Path, family: str, former: str, method: str) -> None:
+    facts = Facts(50_000, 100, "cuda")
+    before = resolve(gather("x", family, [], {"method": former}), facts)[0]
+    (tmp_path / "config.toml").write_text(write_recipe(before.table()))
+    now = resolve(gather("x", None, [], {"init": str(tmp_path), "method": method}), facts)[0]
+    assert now.views == resolve(gather("x", family, [], {"method": method}), facts)[0].views
+    assert now.method_settings == resolve(gather("x", family, [], {"method": method}), facts)[0].method_settings
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    asked = gather("x", "cifar", [], {"seed": np.int64(3), "lr": np.float32(0.25), "batch_size": np.int32(64)})
+    recipe = resolve(asked, Facts(50_000, 32, "cpu"))[0]
+    assert (recipe.seed, recipe.train.lr, recipe.train.batch_size) == (3, 0.25, 64)
+
+
+def test_what_a_recipe_leaves_open_is_the_papers(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text('[encoder]\nname = "resnet18"\n')
+    recipe = resolve(gather("x", str(tmp_path / "own.toml"), [], {}), Facts(50_000, 100, "cuda"))[0]
+    assert recipe.train == TrainSettings() and recipe.train.batch_size == 512
 
 
 def test_init_leaves_behind_what_was_measured_on_another_machine(tmp_path: Path) -> None:

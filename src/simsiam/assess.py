@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simsiam import evaluate
-from simsiam.compute import Compute, enough_memory, generator, pick_device, set_threads
+from simsiam.compute import Compute, draw, enough_memory, generator, pick_device, set_threads
 from simsiam.config import UserError, counted
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
@@ -30,8 +30,7 @@ from simsiam.evaluate.linear import sgd_probe
 from simsiam.features import BN_IMAGES, Preprocessing, embed_rows, pixel_rows, untrained
 from simsiam.finetune import check_share, finetune
 from simsiam.kernels import Images
-from simsiam.monitor import draw
-from simsiam.runs import ENCODER, EVALUATION, SUMMARY, atomic, keep, read_json, write_json
+from simsiam.runs import ENCODER, EVALUATION, SUMMARY, atomic, keep, read_json, read_kept, write_json
 from simsiam.weights import compute_of, failure, read_encoder
 
 Rows = NDArray[np.int64]
@@ -144,6 +143,7 @@ def evaluate_run(
     before = None
     if baselines:
         before = untrained(encoder.spec, meta["seed"], prepare, cache, draw(train, BN_IMAGES), compute)
+    train = cache.labelled(train)  # of STL10, a twentieth
     subject = Subject(encoder=encoder, before=before, prepare=prepare, cache=cache, compute=compute, listener=listener)
     kinds = side_by_side(subject, train, test)
     settings = {} if k is None else {"knn": {"k": k}}
@@ -153,7 +153,7 @@ def evaluate_run(
     collapse = compared.get("collapse")
     if collapse is not None:
         result["collapse"] = _collapse(run, same, collapse)
-    before_this = read_json(run / EVALUATION) if own and (run / EVALUATION).exists() else {}
+    before_this = read_kept(run / EVALUATION) if own else {}
     if before_this.get("fingerprint", meta.get("fingerprint", images.fingerprint)) != images.fingerprint:
         before_this = {}
 
@@ -199,7 +199,7 @@ def _collapse(run: Path, same: bool, features: dict[str, Any]) -> dict[str, Any]
     what training judges."""
     plain = {key: value["trained"] if isinstance(value, dict) else value for key, value in features.items()}
     found = {key: plain[key] for key in ("std", "effective_rank", "most_rank", "verdict", "dim", "rows")}
-    summary = read_json(run / SUMMARY) if same and (run / SUMMARY).exists() else {}
+    summary = read_kept(run / SUMMARY) if same else {}
     if summary.get("verdict") is not None:  # None for imported runs
         found |= {"std_features": found["std"], "effective_rank_features": found["effective_rank"]}
         found |= {key: summary.get(key) for key in ("std", "effective_rank", "most_rank", "verdict", "dim")}

@@ -32,14 +32,7 @@ def everything() -> dict[str, dict[str, str]]:
 
 
 def _torchvision() -> dict[str, str]:
-    from torchvision import datasets
+    from simsiam.data.torchvision_sets import kinds
 
-    kinds = {name: getattr(datasets, name) for name in sorted(datasets.__all__)}
-    sets = [
-        name
-        for name, kind in kinds.items()
-        if isinstance(kind, type)
-        and issubclass(kind, datasets.VisionDataset)
-        and kind.__module__.rpartition(".")[2] not in _NO_SINGLE_IMAGES
-    ]
-    return dict.fromkeys(sets, "from torchvision; write NAME:FOLDER")
+    sets = [name for name, kind in kinds().items() if kind.__module__.rpartition(".")[2] not in _NO_SINGLE_IMAGES]
+    return dict.fromkeys(sorted(sets), "from torchvision; write NAME:FOLDER")

@@ -6,9 +6,8 @@ import json
 import os
 import shlex
 import sys
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -55,36 +54,6 @@ Overrides = Annotated[
 ]
 
 
-class OnCollapse(StrEnum):
-    """What to do when the collapse guard finds a collapse."""
-
-    stop = "stop"
-    go_on = "continue"
-
-
-class Scale(StrEnum):
-    """Scale of an experiment."""
-
-    thin = "thin"
-    cifar = "cifar"
-    imagenet = "imagenet"
-
-
-class Precision(StrEnum):
-    auto = "auto"
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-class Target(StrEnum):
-    """Export formats."""
-
-    torchvision = "torchvision"
-    timm = "timm"
-    onnx = "onnx"
-    safetensors = "safetensors"
-
-
 @app.command()
 def train(
     data: DataOrDemo = None,
@@ -99,8 +68,12 @@ def train(
     recipe: Annotated[str | None, typer.Option(help="Name of a built-in recipe, or a TOML file.")] = None,
     init: Annotated[str | None, typer.Option(help="Run to start from: its weights and its settings.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in -o.")] = False,
-    on_collapse: Annotated[OnCollapse | None, typer.Option(help="What to do on collapse. Default: stop.")] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Default: whichever is measured to be faster.")] = None,
+    on_collapse: Annotated[
+        Literal["stop", "continue"] | None, typer.Option(help="What to do on collapse. Default: stop.")
+    ] = None,
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"] | None, typer.Option(help="Default: whichever is measured to be faster.")
+    ] = None,
     device: Device = "auto",
     seed: Annotated[
         int | None, typer.Option(min=0, max=MOST_SEED, help="The same seed gives the same weights.")
@@ -133,8 +106,8 @@ def train(
         batch_size=batch_size,
         init=init,
         seed=seed,
-        precision=None if precision is None else precision.value,
-        on_collapse=None if on_collapse is None else on_collapse.value,
+        precision=precision,
+        on_collapse=on_collapse,
     )
     from simsiam.runs import REPORT, keep
     from simsiam.show.report import write_report
@@ -337,7 +310,10 @@ def view(
 @app.command()
 def export(
     run: Run,
-    to: Annotated[Target, typer.Option(help="Format, or library that will read the file.", show_default=False)],
+    to: Annotated[
+        Literal["torchvision", "timm", "onnx", "safetensors"],
+        typer.Option(help="Format, or library that will read the file.", show_default=False),
+    ],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="File or folder; default: export/ in RUN.")] = None,
     with_preprocessing: Annotated[
         bool,
@@ -349,7 +325,7 @@ def export(
     console = _console()
     from simsiam.export import export as write
 
-    result = write(run, to.value, out, with_preprocessing=with_preprocessing)
+    result = write(run, to, out, with_preprocessing=with_preprocessing)
     console.say(f"Written  {result['path']}; its features differ from ours by at most {result['max_error']:.1g}")
     console.say(f"Use      {result['use']}")
     p = result["preprocessing"]
@@ -414,8 +390,9 @@ def reproduce(
         Path | None, typer.Option("-o", "--out", help="Output folder; runs that it already contains are not repeated.")
     ] = None,
     scale: Annotated[
-        Scale, typer.Option(help="thin: minutes on a CPU; cifar, imagenet: the paper's scale, on a GPU.")
-    ] = Scale.thin,
+        Literal["thin", "cifar", "imagenet"],
+        typer.Option(help="thin: minutes on a CPU; cifar, imagenet: the paper's scale, on a GPU."),
+    ] = "thin",
     epochs: Annotated[float | None, typer.Option(help="Default: 10 for thin, 200 for cifar, 100 for imagenet.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs per variant.")] = 2,
     device: Device = "auto",
@@ -438,14 +415,14 @@ def reproduce(
         name,
         data,
         out,
-        scale=scale.value,
+        scale=scale,
         epochs=epochs,
         seeds=seeds,
         device=device,
         workers=workers,
         listener=console,
     )
-    tables.experiment(console, result, seeds)
+    tables.experiment(console, result)
     console.say(f"Table    {result['folder']}/table.md")
     console.say(f"Curves   {result['folder']}/curves.svg")
     if as_json:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simsiam.compute import set_threads
+from simsiam.compute import draw, set_threads
 from simsiam.config import UserError, coerce, counted
 from simsiam.console import Listener
 from simsiam.embeddings import CLUSTERS, Embeddings, read_embeddings
@@ -75,12 +75,10 @@ def clusters(
     kept = keep(lambda: write_clusters(stored, found))
     about = summary(stored, found)
     return {
-        "images": about["images"],
-        "count": about["count"],
+        **about,
         "file": str(stored.folder / CLUSTERS) if kept else None,
         "clusters": [each | {"examples": [stored.ids[row] for row in each["examples"]]} for each in about["clusters"]],
         "odd": [{"id": stored.ids[each["row"]], "similarity": each["similarity"]} for each in about["odd"]],
-        "agreement": about["agreement"],
     }
 
 
@@ -166,7 +164,7 @@ def k_means(vectors: Vectors, count: int, seed: int = 0) -> Rows:
 
     # Distances between unit vectors rank as cosine similarity does; a few principal directions preserve nearly all of
     # them, and a sample is enough to find these.
-    some = np.sort(np.random.default_rng(seed).permutation(len(vectors))[:_MANY])
+    some = draw(np.arange(len(vectors)), _MANY, seed)
     sample = np.empty((len(some), vectors.shape[1]), np.float32)
     for block in blocks(*sample.shape):
         sample[block] = unit_rows(vectors[some[block]])

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from simsiam.config import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -66,7 +68,7 @@ def pick_device(name: str = "auto") -> torch.device:
         if len(reason) > 100:  # lists every device type, or what a driver would need
             known = name.partition(":")[0] in ("cuda", "mps")
             reason = "torch finds none on this machine" if known else "torch knows no such device"
-        raise UserError(f"Device {name!r} cannot be used ({reason}). Try --device cpu.") from None
+        raise UserError(f"Device {name!r} cannot be used ({reason}). Try the device cpu.") from None
     return device
 
 
@@ -87,6 +89,13 @@ def repeatable(device: torch.device) -> Iterator[None]:
     finally:
         torch.backends.cudnn.deterministic = before
         torch.set_default_dtype(dtype)
+
+
+def draw(rows: NDArray[np.int64], most: int, seed: int = 0) -> NDArray[np.int64]:
+    """Return at most `most` of the rows, always the same ones, in order."""
+    import numpy as np
+
+    return rows[np.sort(np.random.default_rng(seed).permutation(len(rows))[:most])]
 
 
 def wait(device: torch.device) -> None:

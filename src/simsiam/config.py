@@ -10,7 +10,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,16 +49,17 @@ def read_recipe(path: Path) -> Table:
         raise UserError(f"Cannot read the recipe {path}: {error}.") from None
 
 
+def table_of(settings: Any) -> Table:
+    """Return the fields of a dataclass of settings as a table, without those that are None: TOML has no null, and a
+    missing key means the default."""
+    return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
+
+
 def write_recipe(table: Table) -> str:
-    """Return the table as TOML text, without None: TOML has no null, and a missing key means the default."""
+    """Return the table, which holds no None, as TOML text."""
     import tomli_w
 
-    def clean(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: clean(item) for key, item in value.items() if item is not None}
-        return list(value) if isinstance(value, tuple) else value
-
-    return tomli_w.dumps(clean(table))
+    return tomli_w.dumps(table)
 
 
 def merge(base: Table, over: Table) -> Table:
@@ -148,6 +149,21 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}: it must be a finite number.")
     return value
+
+
+def require_above_0(settings: Any, *names: str) -> None:
+    """Raise ValueError for the first of these settings that is not above 0; None stands for a default."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value:g}: it must be above 0.")
+
+
+def require_not_negative(settings: Any, *names: str) -> None:
+    """Raise ValueError for the first of these settings that is negative."""
+    for name in names:
+        if getattr(settings, name) < 0:
+            raise ValueError(f"{name} is {getattr(settings, name):g}: it must not be negative.")
 
 
 def counted(count: float, noun: str) -> str:

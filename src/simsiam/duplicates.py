@@ -52,7 +52,8 @@ def near_duplicates(
     Returns {"images", "threshold", "pixel_threshold", "recall", "copies", "groups"}: `recall` is the share of copies
     found, for images that the thresholds were not measured on; `copies` is the number of images that could be removed.
     A group is a list of {"id", "score", "identical"}: first the image with the most links to others, then the rest by
-    descending score, the similarity to the most similar linked image (1 if another image has the same pixels). The
+    descending score, the similarity to the most similar linked image (1 if another image has the same pixels).
+    `identical` tells whether an image has the same pixels as the first of its group. The
     largest groups come first. Every image is compared with its 20 nearest neighbours. Without `threshold`, nearly flat
     pictures (sky, blank pages), of which nothing is left without their mean colour, match only if their pixels are
     identical.
@@ -64,7 +65,10 @@ def near_duplicates(
         raise UserError(f"The threshold is {threshold:g}: it is a cosine similarity, from -1 to 1.")
     stored = read_embeddings(folder, ("id", "pixels"))
     found = find_duplicates(stored, threshold, device=device, listener=listener)
-    groups = [[{"id": stored.ids[each.pop("row")], **each} for each in group] for group in found["groups"]]
+    groups = [
+        [{"id": stored.ids[each["row"]], "score": each["score"], "identical": each["identical"]} for each in group]
+        for group in found["groups"]
+    ]
     return {**found, "groups": groups}
 
 
@@ -82,7 +86,7 @@ def find_duplicates(
         links, scores = _links(found, similarity)
         kept = scores >= threshold
     else:
-        pictures, measured = _pictures(stored, rows, device, listener)
+        pictures, measured = _measured(stored, rows, device, listener)
         listener.say(f"Comparing {counted(len(rows), 'image')} ...")
         small = pictures.small()
         index = functools.cache(lambda: make_index(small))
@@ -212,7 +216,7 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum((a * b).flatten(1).sum(1), (a * b.flip(3)).flatten(1).sum(1))
 
 
-def _pictures(stored: Embeddings, rows: Rows, device: str, listener: Listener) -> tuple[_Pictures, dict[str, float]]:
+def _measured(stored: Embeddings, rows: Rows, device: str, listener: Listener) -> tuple[_Pictures, dict[str, float]]:
     """Load the pictures of `rows`, and measure on altered copies of a sample the two thresholds and, on other images of
     the sample, the recall."""
     try:

@@ -112,9 +112,9 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             raise UserError(f"embed() takes a list of images: {_as_list(images)}.")
         if not isinstance(images, Iterable):
             raise UserError(f"embed() takes a list of images, not {type(images).__name__}.")
-        rest, rows = iter(images), []
-        while batch := list(itertools.islice(rest, BATCH)):
-            rows.append(self._embed(_decoded(batch, self.preprocessing_.short_side)))
+        rest, rows = enumerate(images), []
+        while batch := _decoded(itertools.islice(rest, BATCH), self.preprocessing_.short_side):
+            rows.append(self._embed(batch))
         return np.concatenate(rows) if rows else np.zeros((0, self.encoder_.dim), np.float32)
 
     def transform(self, images: Any) -> NDArray[np.float32]:
@@ -137,24 +137,35 @@ def _as_list(images: Any) -> str:
     return "put a single image into a list, [image]"
 
 
-def _decoded(images: list[Any], short_side: int) -> list[NDArray[np.uint8]]:
-    if not all(isinstance(image, str | os.PathLike) for image in images):
-        # Pillow's images are decoded when first used, and several may share a file.
-        return [_pixels(image, short_side) for image in images]
-    return list(in_order(lambda i: _pixels(images[i], short_side), len(images)))
+def _decoded(images: Iterable[tuple[int, Any]], short_side: int) -> list[NDArray[np.uint8]]:
+    """The pixels of numbered images. Files are read by threads; the others are reduced as they come, since a generator
+    may yield more than fits into memory, and by one thread, since several of Pillow's images may share a file."""
+    pixels: list[Any] = []
+    files: dict[int, str | os.PathLike[str]] = {}
+    for number, image in images:
+        if isinstance(image, str | os.PathLike):
+            files[len(pixels)] = image
+        pixels.append(None if isinstance(image, str | os.PathLike) else _pixels(number, image, short_side))
+    paths = list(files.values())
+    found = in_order(lambda i: _read(paths[i], short_side), len(paths))
+    for place, each in zip(files, found, strict=True):
+        pixels[place] = each
+    return pixels
 
 
-def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
-    if isinstance(image, str | os.PathLike):
-        try:
-            return decode(Path(image).read_bytes(), short_side)
-        except (OSError, DecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"Cannot read the image {os.fspath(image)}: {reason}.") from None
+def _read(path: str | os.PathLike[str], short_side: int) -> NDArray[np.uint8]:
+    try:
+        return decode(Path(path).read_bytes(), short_side)
+    except (OSError, DecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"Cannot read the image {os.fspath(path)}: {reason}.") from None
+
+
+def _pixels(number: int, image: Any, short_side: int) -> NDArray[np.uint8]:
     if isinstance(image, Image.Image):
         try:
             return decode(image.copy(), short_side)  # decoding modifies its input
-        except (OSError, DecodeError) as error:  # a file that Pillow has opened but not read
+        except (OSError, ValueError) as error:  # a file that Pillow has opened but not read, or has closed
             raise UserError(f"Cannot read the image {getattr(image, 'filename', '') or image}: {error}.") from None
     array = np.asarray(image)
     coloured = array.ndim == 3 and array.shape[2] in (1, 3, 4)
@@ -164,8 +175,11 @@ def _pixels(image: Any, short_side: int) -> NDArray[np.uint8]:
             if array.ndim == 3 and array.shape[0] in (1, 3) and not coloured
             else ""
         )
-        scale = " Pass values from 0 to 255 as uint8." if array.dtype.kind == "f" else ""
+        scale = " Pass values from 0 to 255 as uint8." if array.dtype.kind == "f" and array.ndim else ""
         what = f"{array.dtype} {list(array.shape)}" if hasattr(image, "shape") else type(image).__name__
+        if image is None or (array.ndim == 0 and image != image):  # in a column of a data frame
+            what = f"missing ({image})"
         what += ": open it with PIL" if isinstance(image, bytes) else ""
-        raise UserError(f"An image is a path, a PIL image or a uint8 array [H,W,3]; this is {what}.{turn}{scale}")
+        kinds = "An image is a path, a PIL image or a uint8 array [H,W,3]"
+        raise UserError(f"{kinds}; image {number} (from 0) is {what}.{turn}{scale}")
     return decode(Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array), short_side)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from simsiam.config import UserError, counted, fill
 from simsiam.console import Listener
-from simsiam.data.sources import absolute, open_images
+from simsiam.data.sources import absolute, exists, open_images
 from simsiam.features import Preprocessing, embed_batches
 from simsiam.runs import LOCK, atomic, claim, left_by_a_kill, make_writable, read_json, write_json
 
@@ -253,7 +253,7 @@ def _known(out: Path, encoder: dict[str, Any], data: str) -> tuple[dict[str, int
     if _made_by(meta, "encoder") != _made_by(encoder):
         raise UserError(f"{out} holds embeddings of another encoder: choose another -o, or delete it.")
     theirs = str(meta.get("data"))
-    if theirs != data and (not os.path.isabs(theirs) or os.path.exists(theirs)):  # otherwise it was moved
+    if theirs != data and (not os.path.isabs(theirs) or exists(theirs)):  # otherwise it was moved
         raise UserError(f"{out} holds embeddings of {theirs}: choose another -o, or delete it.")
     try:
         stored = read_embeddings(out, ["pixels"])

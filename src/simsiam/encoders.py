@@ -10,8 +10,9 @@ An encoder maps float [B,3,h,w] to pooled features [B,dim]; it has no classifier
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class EncoderSpec:
 
     name: str
     size: int
-    """Side of the views it is built for, in pixels."""
+    """Side of the images in use (`eval.size`), in pixels: sets the stem, and the input of networks of one size."""
     width: int | None = None
     """Channels of the first stage, at least 8 (ours only); 64 in the papers' ResNets."""
     stem: int | None = None
@@ -90,11 +91,6 @@ def names() -> list[str]:
     return OURS + _torchvision_names()
 
 
-def to_table(spec: EncoderSpec) -> dict[str, Any]:
-    """The settings that are not None, for a recipe or `encoder.json`."""
-    return {key: value for key, value in asdict(spec).items() if value is not None}
-
-
 def _torchvision_names() -> list[str]:
     from torchvision import models
 
@@ -116,17 +112,39 @@ def _ours(spec: EncoderSpec) -> tuple[nn.Module, int]:
     return ResNet(_BLOCKS[depth], width, stem, zero_init), 8 * width
 
 
-def _foreign(spec: EncoderSpec) -> tuple[nn.Module, int]:
+def check_sizes(encoder: Encoder, sizes: Iterable[int]) -> None:
+    """Raises UserError if the encoder cannot take views of one of these sides, in pixels."""
+    if encoder.spec.name in OURS:
+        return
+    training = encoder.training
+    for size in sizes:
+        with _takes(encoder.spec.name, size):
+            _features(encoder, size)
+    encoder.train(training)
+
+
+@contextlib.contextmanager
+def _takes(name: str, size: int) -> Iterator[None]:
+    """Turns a network's error into a UserError which says that it cannot take images of this size."""
     try:
-        model = _from_torchvision(spec) if spec.name in _torchvision_names() else _from_timm(spec)
-        # In eval mode, so that BN's running statistics do not change.
-        with torch.no_grad():
-            features = model.eval()(torch.zeros(2, 3, spec.size, spec.size))
+        yield
     except UserError:
         raise
     except (RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{spec.name} cannot take {spec.size}-pixel views ({reason}). Choose another --size.") from None
+        raise UserError(f"{name} cannot take {size}-pixel views ({reason}). Choose another --size.") from None
+
+
+@torch.no_grad()
+def _features(network: nn.Module, size: int) -> Any:
+    """The features of two black images. In eval mode, so that BN's running statistics do not change."""
+    return network.eval()(torch.zeros(2, 3, size, size))
+
+
+def _foreign(spec: EncoderSpec) -> tuple[nn.Module, int]:
+    with _takes(spec.name, spec.size):
+        model = _from_torchvision(spec) if spec.name in _torchvision_names() else _from_timm(spec)
+        features = _features(model, spec.size)
     if spec.width is not None or spec.stem is not None:
         raise UserError(f"encoder.width and encoder.stem are for {', '.join(OURS)}; {spec.name} has no such settings.")
     if not isinstance(features, Tensor) or features.ndim != 2:

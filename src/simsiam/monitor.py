@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simsiam.collapse import alignment, effective_rank, normalised_std, retrieval
-from simsiam.compute import Compute, generator
+from simsiam.compute import Compute, draw, generator
 from simsiam.data.cache import Cache, Progress
 from simsiam.data.views import ViewSettings, random_view
 from simsiam.evaluate.knn import accuracy
@@ -47,7 +47,11 @@ class Monitor:
         # A set too small to hold any out is monitored on its training images: better than nothing.
         enough = len(held_out) >= 16
         self.of = "held out" if enough else "trained on"
-        parts = draw(held_out if enough else train, SAMPLE), draw(train, _BANK), draw(held_out, _QUERIES)
+        parts = (
+            draw(held_out if enough else train, SAMPLE),
+            draw(cache.labelled(train), _BANK),
+            draw(held_out, _QUERIES),
+        )
         labels = cache.labels
         asked = parts if labels is not None else parts[:1]
         cache.usable(np.concatenate(asked), progress)
@@ -88,18 +92,15 @@ class Monitor:
 
     def _two_views(self, method: Siamese) -> dict[str, Any]:
         draws = generator(self.compute.device, 0x5EED)
-        features: list[list[Tensor]] = [[], []]
-        projections: list[list[Tensor]] = [[], []]
+        looks: list[list[tuple[Tensor, Tensor]]] = [[], []]
         for start in range(0, len(self.sample), _VIEW_BATCH):
             packed, sizes = self.cache.packed(self.sample[start : start + _VIEW_BATCH])
             images, sizes = packed.to(self.compute.device), sizes.to(self.compute.device)
             for side in range(2):
                 x = random_view(images, self.views, draws, sizes)
                 with torch.inference_mode(), self.compute.autocast():
-                    h, z = method.embed(x)
-                features[side].append(h.float())
-                projections[side].append(z.float())
-        h1, z1, z2 = torch.cat(features[0]), torch.cat(projections[0]), torch.cat(projections[1])
+                    looks[side].append(method.embed(x))
+        (h1, z1), (_, z2) = ([torch.cat(each).float() for each in zip(*look, strict=True)] for look in looks)
         if not (torch.isfinite(z1).all() and torch.isfinite(h1).all()):
             return {}
         return {
@@ -111,9 +112,3 @@ class Monitor:
             "alignment": alignment(z1, z2),
             "retrieval": retrieval(z1, z2),
         }
-
-
-def draw(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Return at most `most` of the rows, always the same ones, in order."""
-    chosen = np.random.default_rng(0).permutation(len(rows))[:most]
-    return rows[np.sort(chosen)]

@@ -100,12 +100,9 @@ def from_main(value: Callable[[], T]) -> T:
 
 def main_first(work: Callable[[], T]) -> T:
     """Run `work()` on rank 0, then on the others, which find the files it wrote."""
-    if is_main():
-        done = work()
-        from_main(lambda: None)
-        return done
-    from_main(lambda: None)
-    return work()
+    done: list[T] = []
+    from_main(lambda: done.append(work()))
+    return done[0] if done else work()
 
 
 def agree(seconds: float, *flags: bool) -> tuple[float, tuple[bool, ...]]:

@@ -18,6 +18,7 @@ from simsiam.config import (
     MOST_SEED,
     Table,
     UserError,
+    coerce,
     counted,
     did_you_mean,
     fill,
@@ -25,7 +26,10 @@ from simsiam.config import (
     parse_duration,
     parse_override,
     read_recipe,
+    require_above_0,
+    require_not_negative,
     show_duration,
+    table_of,
     typed,
 )
 from simsiam.data.decode import open_image
@@ -86,14 +90,12 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.epochs is not None and self.budget is not None:
             raise ValueError("epochs and budget cannot both be set: choose one.")
-        if self.epochs is not None and self.epochs <= 0:
-            raise ValueError(f"epochs is {self.epochs:g}: it must be above 0.")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads is {self.threads}: it must be at least 1.")
+        require_above_0(self, "epochs", "threads", "lr")
+        require_not_negative(self, "weight_decay", "warmup_epochs", "checkpoint_seconds")
         if self.batch_size < 2:
             raise ValueError(f"batch_size is {self.batch_size}: BN needs at least 2 images.")
-        if self.lr <= 0 or not 0 <= self.momentum < 1 or self.weight_decay < 0 or self.warmup_epochs < 0:
-            raise ValueError("lr must be above 0, momentum in [0, 1), weight_decay and warmup_epochs not negative.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum:g}: it must be at least 0 and below 1.")
         if not 0 <= self.lr_end <= 1:
             raise ValueError(f"lr_end is {self.lr_end:g}: it is a share of the peak, from 0 to 1.")
         if self.budget is not None:
@@ -155,18 +157,14 @@ class Recipe:
 
     def table(self) -> Table:
         """Return the table that `read` takes, without settings that are None."""
-
-        def rows(settings: Any) -> Table:
-            return {key: value for key, value in dataclasses.asdict(settings).items() if value is not None}
-
         return {
             "data": self.data,
             "seed": self.seed,
-            "method": {"name": self.method, **rows(self.method_settings)},
-            "encoder": rows(self.encoder),
-            "train": rows(self.train),
-            "views": rows(self.views),
-            "eval": rows(self.eval),
+            "method": {"name": self.method, **table_of(self.method_settings)},
+            "encoder": table_of(self.encoder),
+            "train": table_of(self.train),
+            "views": table_of(self.views),
+            "eval": table_of(self.eval),
         }
 
 
@@ -185,9 +183,9 @@ def read(table: Table) -> Recipe:
     for key in ("data", *_TABLES):
         if key not in table or (key == "method" and "name" not in table[key]):
             raise UserError(f"The recipe is not complete: it has no {'method.name' if key in table else key}.")
-    seed = table.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MOST_SEED:
-        raise UserError(f"seed is {seed!r}: it must be a whole number from 0 to {MOST_SEED}.")
+    seed = coerce(table.get("seed", 0), int, "seed")
+    if not 0 <= seed <= MOST_SEED:
+        raise UserError(f"seed is {seed}: it must be a whole number from 0 to {MOST_SEED}.")
     method = {**table["method"]}
     name = method.pop("name")
     module = methods.get(name)
@@ -276,8 +274,7 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
         table = checked(read_recipe(Path(init) / RECIPE))
         measured = ("precision", "compile", "threads")  # on that run's machine; measured again on this one
         table["train"] = {key: value for key, value in table.get("train", {}).items() if key not in measured}
-        family = str(table["encoder"]["name"]).partition("-")[0]
-        table = as_method(table, family if family in ("thin", "cifar") else "imagenet", method)
+        table = as_method(table, _family(table.get("encoder", {}).get("name")), method)
     elif recipe is not None or data is None:
         table = preset(recipe or "demo", method)
     if {"epochs", "budget"} & asked.get("train", {}).keys():  # each replaces the other in a recipe
@@ -306,11 +303,16 @@ def as_method(table: Table, recipe: str, method: str | None) -> Table:
     if method is None or method == table.get("method", {}).get("name", method):
         return table
     kept = ("epochs", "budget", "batch_size", "cosine")
-    own = methods.get(method).DEFAULTS.get("thin" if recipe == "demo" else recipe)
-    table, train = {**table, "method": {"name": method}}, table.get("train", {})
-    if own is None and recipe in recipes.names() and (theirs := recipes.get(recipe))["method"]["name"] == method:
+    name = "thin" if recipe == "demo" else recipe
+    own = methods.get(method).DEFAULTS.get(name)
+    plain = recipes.get(recipe) if recipe in recipes.names() else {}
+    former = methods.get(table["method"]["name"]).DEFAULTS.get(name, {}).get("views", {})  # go with their method
+    views = {key: value for key, value in table.get("views", {}).items() if key not in former}
+    views |= {key: value for key, value in plain.get("views", {}).items() if key in former}
+    table, train = {**table, "method": {"name": method}, "views": views}, table.get("train", {})
+    if own is None and plain and plain["method"]["name"] == method:
         # back to the recipe's own method, from a run with another
-        own = {"method": theirs["method"], "train": {k: v for k, v in theirs["train"].items() if k not in kept}}
+        own = {"method": plain["method"], "train": {k: v for k, v in plain["train"].items() if k not in kept}}
     if own is None:
         return table
     return merge({**table, "train": {key: value for key, value in train.items() if key in kept}}, own)
@@ -397,7 +399,7 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
         table = merge(_defaults(table, facts, why), table)
     table = {**{key: {} for key in _TABLES}, "seed": 0, **table}
     sizes = _sizes(table, facts, asked_size, why)
-    train = {"batch_size": 256, **table["train"]}
+    train = {"batch_size": TrainSettings.batch_size, **table["train"]}
     most = largest_batch(facts.images)
     if train["batch_size"] > most:
         train["batch_size"] = min(train["batch_size"], 2 ** int(math.log2(max(2, most))))
@@ -475,11 +477,16 @@ def largest_batch(images: int) -> int:
     return images // 4
 
 
+def _family(encoder: Any) -> str:
+    """Return the built-in recipe for encoders of this one's family."""
+    family = str(encoder).partition("-")[0]
+    return family if family in ("thin", "cifar") else "imagenet"
+
+
 def _base(encoder: Any, facts: Facts) -> tuple[str, str]:
     """Return the built-in recipe for open settings, and why: that of the encoder's family, if one is requested."""
     if encoder is not None:
-        family = str(encoder).partition("-")[0]
-        return family if family in ("thin", "cifar") else "imagenet", f"the encoder is {encoder}"
+        return _family(encoder), f"the encoder is {encoder}"
     if facts.device != "cuda":
         return "thin", "no GPU"
     return "cifar" if facts.small else "imagenet", f"a GPU, and {facts.sides}"

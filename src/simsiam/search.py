@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simsiam.compute import pick_device, set_threads
+from simsiam.compute import draw, pick_device, set_threads
 from simsiam.config import UserError, coerce
 from simsiam.console import Listener
 from simsiam.embeddings import Embeddings, read_embeddings
@@ -216,8 +216,7 @@ def make_index(vectors: Vectors) -> tuple[Any, dict[str, Any]]:
 
 def _widen(index: Any, vectors: Vectors) -> tuple[int, float]:
     """The smallest search width, by doubling up to `_WIDEST`, that reaches `RECALL`, and its recall."""
-    rows = np.random.default_rng(0).permutation(len(vectors))[:_PROBES]
-    probes = unit_rows(vectors[np.sort(rows)]).numpy()
+    probes = unit_rows(vectors[draw(np.arange(len(vectors)), _PROBES)]).numpy()
     k = min(10, len(vectors))
     truth = top_k(probes, vectors, k)[1].numpy()
     expansion = 64

@@ -50,8 +50,6 @@ class Session:
     compute: Compute
     monitor: Monitor
     listener: Listener
-    fingerprint: str
-    """Hash of the data: a run can be resumed on the same images only."""
     pace: Pace | None = None
     """None if the number of threads is fixed (`Probed.pace`) or the device is not a CPU."""
     step: int = 0
@@ -84,7 +82,7 @@ class Session:
         found = self.checkpoints.load() if resume else None
         if found is not None:
             tensors, state = found
-            if state["fingerprint"] != self.fingerprint:
+            if state["fingerprint"] != self.loader.cache.fingerprint:  # other images
                 raise images_changed(self.recipe.data, self.run)
             self.step, self.seconds, self.latest = state["step"], state["seconds"], state["latest"]
             self.training_seconds = state["training_seconds"]
@@ -95,7 +93,7 @@ class Session:
         if not ranks.is_main():
             return
         # At step 0 no metrics are kept: the initial state is evaluated again.
-        self.metrics = Metrics(self.run, (self.step or -1) if found else None)
+        self.metrics = Metrics(self.run, self.step or None)
         if self.recipe.train.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -237,7 +235,7 @@ class Session:
             "step": self.step,
             "seconds": self.seconds,
             "training_seconds": self.training_seconds,
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.loader.cache.fingerprint,
             "latest": {key: value for key, value in self.latest.items() if finite(value)},
             "verdicts": [asdict(guard.verdict) for guard in self.guards],
         }

@@ -154,7 +154,8 @@ def clusters(console: Console, found: dict[str, Any]) -> None:
 def check(console: Console, found: dict[str, Any]) -> None:
     sizes, splits = found["sizes"], found["splits"]
     labels = found["labels"]
-    extra = sum(len(group) - 1 for group in found["duplicates"])
+    extra, groups = sum(len(group) - 1 for group in found["duplicates"]), found["duplicates_across_splits"]
+    across = f" ({groups:,} groups span the training and test splits)" if groups else ""
     split = (
         f"{splits['train']:,} to train on, {splits['test']:,} in the test split"
         if splits["test"]
@@ -164,7 +165,7 @@ def check(console: Console, found: dict[str, Any]) -> None:
         ["images", f"{found['images']:,} ({split})"],
         ["on disk", show_bytes(found["bytes"])],
         ["bad files", f"{len(found['bad_files']):,}"],
-        ["byte-identical copies", f"{extra:,}" + _across(found)],
+        ["byte-identical copies", f"{extra:,}{across}"],
         ["modes", _counts(found["modes"])],
         ["formats", _counts(found["formats"])],
     ]
@@ -184,7 +185,7 @@ def check(console: Console, found: dict[str, Any]) -> None:
         console.say(f"... and {hidden:,} more: --json lists all.")
 
 
-def experiment(console: Console, result: dict[str, Any], seeds: int) -> None:
+def experiment(console: Console, result: dict[str, Any]) -> None:
     from simsiam.reproduce import figure
 
     rows = [
@@ -200,7 +201,7 @@ def experiment(console: Console, result: dict[str, Any], seeds: int) -> None:
     ]
     columns = ["variant", "published", "linear", "kNN", "std", "rank", "verdicts"]
     console.say("")
-    console.results(f"{result['title']} ({result['source']}), n = {seeds}", columns, rows)
+    console.results(f"{result['title']} ({result['source']}), n = {result['seeds']}", columns, rows)
     console.say(
         "Order of variants published at least 1 point apart: "
         + ", ".join(f"{len(pairs)} pairs {kind}" for kind, pairs in result["pairs"].items())
@@ -216,11 +217,6 @@ def _comparison(console: Console, title: str, results: dict[str, Any]) -> None:
     kinds = ("pixels", "untrained", "trained")
     rows = [[name, *(_number(figures[kind]) for kind in kinds)] for name, figures in results.items()]
     console.results(title, ["", "raw pixels", "untrained encoder", "trained"], rows)
-
-
-def _across(found: dict[str, Any]) -> str:
-    groups = found["duplicates_across_splits"]
-    return f" ({groups:,} groups span the training and test splits)" if groups else ""
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -19,7 +19,17 @@ from torch import Tensor
 
 from simsiam import evaluate, kernels, methods, ranks
 from simsiam.assess import Rows, Subject, keep_samples, side_by_side
-from simsiam.compute import Compute, describe, enough_memory, generator, pick_device, repeatable, seed_of, set_threads
+from simsiam.compute import (
+    Compute,
+    describe,
+    draw,
+    enough_memory,
+    generator,
+    pick_device,
+    repeatable,
+    seed_of,
+    set_threads,
+)
 from simsiam.config import Interrupted, Table, UserError, counted, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache, open_cache
@@ -27,10 +37,10 @@ from simsiam.data.imageset import ImageSet
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.data.views import random_views
-from simsiam.encoders import Encoder, build
+from simsiam.encoders import Encoder, build, check_sizes
 from simsiam.features import BN_IMAGES, untrained
 from simsiam.heads import Siamese
-from simsiam.monitor import Monitor, draw
+from simsiam.monitor import Monitor
 from simsiam.optim import LARS
 from simsiam.probe import probe, settle
 from simsiam.recipe import Facts, Reasons, Recipe, check_settings, gather, look_at, read, resolve
@@ -248,7 +258,6 @@ def _session(job: _Job, where: torch.device, workers: int | None, listener: List
         compute=compute,
         monitor=Monitor(cache, rows, job.held_out, plan.views, plan.prepare, compute, listener.decoding),
         listener=listener,
-        fingerprint=cache.fingerprint,
         pace=probed.pace(plan),
     )
     return session, probed.step_seconds
@@ -352,8 +361,10 @@ def build_method(recipe: Recipe, images: int, encoder: Encoder | None = None) ->
 
     images: number of training images, for methods with per-image memory.
     encoder: None for one with fresh weights.
+    Raises UserError if the encoder cannot be built or cannot take the recipe's views.
     """
     encoder = encoder or build(recipe.encoder, recipe.seed)
+    check_sizes(encoder, {each.size for each in recipe.views.each()} - {recipe.encoder.size})
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed + 1)
         method: Siamese = methods.get(recipe.method).Method(encoder, recipe.method_settings)
@@ -486,7 +497,7 @@ def _finish(s: Session, before: Encoder, held_out: Rows) -> dict[str, Any]:
     about = {
         "method": plan.method,
         "data": plan.data,
-        "fingerprint": s.fingerprint,
+        "fingerprint": s.loader.cache.fingerprint,
         "step": step,
         "verdict": verdict.name,
     }
@@ -498,7 +509,7 @@ def _finish(s: Session, before: Encoder, held_out: Rows) -> dict[str, Any]:
     keep_samples(s.run, subject, plan.views, rows, shown)
     knn = None
     if cache.labels is not None and verdict.name != "diverged":
-        bank, queries = draw(rows, _BANK), draw(held_out, _QUERIES)
+        bank, queries = draw(cache.labelled(rows), _BANK), draw(held_out, _QUERIES)
         kinds = side_by_side(subject, bank, queries)
         knn = evaluate.compare(["knn"], kinds, seed=plan.seed)["knn"]
     images = s.step * plan.train.batch_size

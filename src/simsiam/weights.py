@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from simsiam.compute import Compute, computes_bf16, probe_encoder
-from simsiam.config import UserError, fill, read_recipe
-from simsiam.encoders import Encoder, EncoderSpec, build, to_table
+from simsiam.config import UserError, fill, read_recipe, table_of
+from simsiam.encoders import Encoder, EncoderSpec, build
 from simsiam.features import Preprocessing
 from simsiam.runs import ENCODER, ENVIRONMENT, RECIPE, read_json, read_kept, read_tensors, write_json, write_tensors
 
@@ -23,7 +23,7 @@ def save_encoder(run: Path, encoder: Encoder, prepare: Preprocessing, seed: int,
     write_tensors(weights, encoder.backbone.state_dict())
     meta = {
         "format": 1,
-        "encoder": to_table(encoder.spec),
+        "encoder": table_of(encoder.spec),
         "seed": seed,
         "dim": encoder.dim,
         "preprocessing": asdict(prepare),

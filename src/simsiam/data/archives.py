@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
 import json
 import lzma
@@ -120,7 +121,7 @@ def _tar_members(file: File) -> dict[str, Callable[[], bytes]]:
 
     members: dict[str, Callable[[], bytes]] = {}
     links: dict[str, str] = {}
-    with tarfile.open(path, "r:") as tar:
+    with tarfile.open(path, "r:", errors="backslashreplace") as tar:
         while (member := tar.next()) is not None:
             inner = member.name.removeprefix("./")
             if junk(inner):
@@ -161,6 +162,16 @@ class _Unpacked:
             ) from None
 
 
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """The member's path. Info-ZIP writes UTF-8 without the flag that says so, which zipfile reads as code page 437, and
+    some Windows programs separate by \\, against the format (APPNOTE 4.4.17)."""
+    name = info.filename
+    if not info.flag_bits & 0x800:
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return name.replace("\\", "/")
+
+
 def _zip_members(file: File) -> dict[str, Callable[[], bytes]]:
     path = file.path
     lock = threading.Lock()
@@ -178,8 +189,8 @@ def _zip_members(file: File) -> dict[str, Callable[[], bytes]]:
         return read
 
     with zipfile.ZipFile(path) as archive:
-        for info in archive.infolist():  # some Windows programs separate by \, against the format (APPNOTE 4.4.17)
-            info.filename = info.filename.replace("\\", "/")
+        for info in archive.infolist():
+            info.filename = _zip_name(info)
         infos = [info for info in archive.infolist() if not info.is_dir() and not junk(info.filename)]
     if any(info.flag_bits & 1 for info in infos):
         raise UserError(f"{path} is password-protected: unpack it and name the folder instead.")

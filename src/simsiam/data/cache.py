@@ -123,6 +123,11 @@ class Cache:
         """The subset of the rows, int64 [B], that has been decoded."""
         return rows[self.heights[rows] > 0]
 
+    def labelled(self, rows: np.ndarray) -> np.ndarray:
+        """The subset of the rows, int64 [B], whose label is known; all of them if none is."""
+        known = rows[:0] if self.labels is None else rows[self.labels[rows] >= 0]
+        return known if len(known) else rows
+
     def uniform(self, rows: np.ndarray) -> tuple[int, int] | None:
         """(H, W) if none of the rows is missing and all good ones have the same size, else None."""
         there = self.decoded(rows)

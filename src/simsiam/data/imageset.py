@@ -190,9 +190,8 @@ def encode(
 
 
 def _unknown(value: Any) -> bool:
-    infinite = isinstance(value, float) and math.isinf(value)
-    negative = isinstance(value, int) and value < 0
-    return value is None or value in ("", "-1") or bool(value != value) or infinite or negative
+    number = isinstance(value, int | float)
+    return value is None or value in ("", "-1") or (number and not 0 <= value < math.inf)  # NaN too
 
 
 def _whole(value: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import itertools
 import os
@@ -62,13 +63,18 @@ def open_images(data: str | Path | None = None) -> ImageSet:
         if path.exists():
             warnings.warn("demo is the bundled set; write ./demo for the folder of that name.", stacklevel=2)
         return demo_images()
-    if path.is_dir():
+    if os.path.isdir(text):
         return _from_files(path.resolve().name, str(path.resolve()), _walk(path), str(data))
-    if path.is_file():
+    if os.path.isfile(text):
         return _from_files(path.name.split(".")[0], str(path.resolve()), [_file(path.name, path)], str(data))
     if _MAGIC.search(text):
         return _from_files(*_matching(text), str(data))
     return open_torchvision(text)
+
+
+def exists(data: str) -> bool:
+    """Whether a path or a pattern, as in `absolute`, names a file or folder."""
+    return os.path.exists(data) or any(glob.glob(one, recursive=True) for one in _braces(data))
 
 
 def absolute(data: str | Path) -> str:
@@ -93,12 +99,14 @@ def _file(id: str, path: str | Path) -> File:
 
 
 def _walk(root: Path) -> list[File]:
-    """All files below `root`, sorted by id, without hidden ones and __MACOSX. Links are followed, except to a folder
-    that is already included or contains `root`: its images would be in the set twice, in training and held out.
+    """All files below `root`, sorted by id, without hidden ones and __MACOSX. Links are followed, except to a file or
+    folder that is already included, or to one that contains `root`: its images would be in the set twice, in training
+    and held out, and a link would be taken for a copy of its file.
 
     Warns about what cannot be read; raises UserError if that is `root` itself.
     """
     files: list[File] = []
+    linked: list[File] = []
     unread: list[str] = []
     seen = {_identity(folder) for folder in root.resolve().parents}
 
@@ -118,7 +126,7 @@ def _walk(root: Path) -> list[File]:
                     elif entry.is_dir():
                         enter(entry.path, f"{prefix}{entry.name}/")
                     elif entry.is_file():
-                        files.append(_file(prefix + entry.name, entry.path))
+                        (linked if entry.is_symlink() else files).append(_file(prefix + entry.name, entry.path))
                     elif entry.is_symlink():  # as git-annex leaves if the content was not fetched
                         unread.append(f"{prefix}{entry.name} (broken link)")
                 except OSError as error:
@@ -139,7 +147,30 @@ def _walk(root: Path) -> list[File]:
     if unread:
         more = f" and {len(unread) - 3:,} more" if len(unread) > 3 else ""
         warnings.warn(f"{root}: cannot read {', '.join(unread[:3])}{more}: left out.", stacklevel=3)
-    return sorted(files, key=lambda file: file.id)
+    return sorted(files + _new(linked, files, root), key=lambda file: file.id)
+
+
+def _new(linked: list[File], files: list[File], root: Path) -> list[File]:
+    """The links without those to one of the files, which are warned about. Those that give a file its extension, as in
+    Hugging Face's cache, are kept."""
+    if not linked:
+        return []
+    folder = functools.cache(os.path.realpath)
+    real = {os.path.join(folder(os.path.dirname(file.path)), os.path.basename(file.path)) for file in files}
+
+    def again(link: File) -> bool:
+        target = os.path.realpath(link.path)
+        return target in real and _ending(target) == _ending(link.id)
+
+    kept = [link for link in linked if not again(link)]
+    if len(kept) < len(linked):
+        told = counted(len(linked) - len(kept), "link")
+        warnings.warn(f"{root}: {told} to files that are in this folder anyway: left out.", stacklevel=4)
+    return kept
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
@@ -217,7 +248,7 @@ def _unnamed(files: list[File], chosen: list[File]) -> list[File]:
 
 def _begins_like_an_image(file: File) -> bool:
     """Whether a file without an extension, as in caches and backups, begins like an image."""
-    if os.path.splitext(file.id)[1] or not file.size:
+    if _ending(file.id) or not file.size:
         return False
     try:
         with open(file.path, "rb") as opened:
@@ -235,7 +266,7 @@ def _hint(files: list[File]) -> str:
 
 
 def _count(files: list[File]) -> str:
-    endings = Counter(os.path.splitext(file.id)[1].lower() or "(no ending)" for file in files)
+    endings = Counter(_ending(file.id) or "(no ending)" for file in files)
     rest = len(files) - sum(count for _, count in endings.most_common(5))
     first = [f"{ending} {count}" for ending, count in endings.most_common(5)]
     return ", ".join([*first, *([f"others {rest}"] if rest else [])])

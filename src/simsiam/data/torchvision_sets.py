@@ -25,13 +25,13 @@ _NAME = re.compile(r"[A-Za-z]\w+")
 def placed(text: str) -> str | None:
     """`Name` or `Name:root` as `Name:/absolute/root`; None if torchvision has no set of that name."""
     name, _, root = text.partition(":")
-    if not _NAME.fullmatch(name) or name not in _kinds():
+    if not _NAME.fullmatch(name) or name not in kinds():
         return None
     return f"{name}:{os.path.abspath(os.path.expanduser(root or os.environ.get('SIMSIAM_DATA') or 'data'))}"
 
 
 @functools.cache
-def _kinds() -> dict[str, Any]:
+def kinds() -> dict[str, Any]:
     from torchvision import datasets  # here, because it takes seconds
 
     return {
@@ -51,7 +51,7 @@ def open_torchvision(text: str) -> ImageSet:
         raise UserError(
             f"There is no {text}. Name a folder of images, a Parquet, tar or zip file, or a torchvision data set."
         )
-    known, place = _kinds(), placed(text)
+    known, place = kinds(), placed(text)
     if place is None:
         by_case = next((key for key in known if key.lower() == name.lower()), None)
         hint = f" Did you mean {by_case!r}?" if by_case else did_you_mean(name, known)

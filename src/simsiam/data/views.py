@@ -116,30 +116,23 @@ def random_views(
     views: dict[int, Tensor] = {}
     for each in dict.fromkeys(settings):
         places = [place for place, other in enumerate(settings) if other == each]
-        drawn = _drawn(images, each, generator, sizes, len(places)).chunk(len(places))
+        drawn = random_view(images, each, generator, sizes, len(places)).chunk(len(places))
         views |= dict(zip(places, drawn, strict=True))
     return tuple(views[place] for place in range(len(settings)))
 
 
 def random_view(
-    images: Images, settings: ViewSettings, generator: torch.Generator, sizes: Tensor | None = None
+    images: Images, settings: ViewSettings, generator: torch.Generator, sizes: Tensor | None = None, count: int = 1
 ) -> Tensor:
-    """One random view of every image.
+    """`count` random views of every image: the first of each, then the second of each, ...
 
     Args:
         images: uint8 or float32 [B,3,H,W] with values 0..255, on the device, in channels_last for speed; padded at the
             bottom and right if `sizes` is given. Or `Packed`.
         sizes: int [B,2], each image's own (height, width); None if all fill the batch, or are packed.
     Returns:
-        float32 [B,3,size,size] in channels_last, normalised by mean and std.
+        float32 [count B,3,size,size] in channels_last, normalised by mean and std.
     """
-    return _drawn(images, settings, generator, sizes, 1)
-
-
-def _drawn(
-    images: Images, settings: ViewSettings, generator: torch.Generator, sizes: Tensor | None, count: int
-) -> Tensor:
-    """`count` views of every image, float32 [count B,3,size,size]: the first of each, then the second of each, ..."""
     sizes = (_sides(images) if sizes is None else sizes).repeat(count, 1)
     box, flip, sigma = draw_geometry(sizes, settings, generator)
     top, left, height, width = box

@@ -5,14 +5,14 @@ features and not on the settings), and
 
     score(features, *, seed=0, **settings) -> dict     "value", the figure to compare, and the settings used
 
-which tests/test_evaluate.py checks for every module. Accuracies are in percent.
+whose features are `Labelled` if it needs labels; tests/test_evaluate.py checks this for every module. Accuracies are in
+percent.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -46,17 +46,25 @@ class Features:
             assert labels is None or (labels.shape == rows.shape[:1] and bool((labels < self.classes).all()))
             check_finite(rows)
 
-    def labelled(self) -> Features | None:
+    def labelled(self) -> Labelled | None:
         """Return the rows with known labels; None without test rows or with fewer than two classes to train on."""
         if self.train_labels is None or self.test_labels is None:
             return None
         train, test = self.train_labels >= 0, self.test_labels >= 0
         if not test.any() or len(self.train_labels[train].unique()) < 2:
             return None
-        if train.all() and test.all():
-            return self
+        if train.all() and test.all():  # without a copy
+            return Labelled(self.train, self.train_labels, self.test, self.test_labels, self.classes)
         kept = self.train[train], self.train_labels[train], self.test[test], self.test_labels[test]
-        return Features(*kept, self.classes)
+        return Labelled(*kept, self.classes)
+
+
+@dataclass(frozen=True)
+class Labelled(Features):
+    """Features whose labels are all known, with test rows and at least two classes to train on."""
+
+    train_labels: Tensor
+    test_labels: Tensor
 
 
 def labelled_rows(
@@ -107,14 +115,9 @@ def compare(
 
     Returns, ready for JSON, {name: {kind: value, ..., setting: value, ...}}; a figure in a module's `BY_KIND` is itself
     a table by kind. None for an evaluation that needs labels if there are too few.
-    Raises UserError for an unknown evaluation or setting, and for features that are not finite.
+    Raises UserError for an unknown evaluation, and for features that are not finite.
     """
     asked = {name: (get(name), dict((settings or {}).get(name, {}))) for name in names}
-    for name, (module, given) in asked.items():
-        known = inspect.signature(module.score).parameters.keys() - {"features", "seed"}
-        for key in given:
-            if key not in known:
-                raise UserError(f"Unknown setting {key!r} of {name}.{did_you_mean(key, known)}")
     scores: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in asked}
 
     def judge(kind: str, features: Features) -> None:

@@ -10,24 +10,22 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 
 from simsiam.clusters import k_means
-from simsiam.evaluate import Features
+from simsiam.evaluate import Labelled
 from simsiam.neighbours import unit_rows
 
 NEEDS_LABELS = True
 BY_KIND = ("nmi", "ari")
 
 
-def score(features: Features, *, seed: int = 0) -> dict[str, Any]:
+def score(features: Labelled, *, seed: int = 0) -> dict[str, Any]:
     """Cluster the test rows and compare with the classes.
 
     Returns the accuracy in percent under the best one-to-one matching ("value"), normalised mutual information and
     adjusted Rand index, both at most 1.
     """
-    data = features.labelled()
-    assert data is not None and data.test_labels is not None
-    labels = data.test_labels.cpu().numpy()
+    labels = features.test_labels.cpu().numpy()
     count = len(np.unique(labels))
-    found = k_means(unit_rows(data.test.cpu()), count, seed)
+    found = k_means(unit_rows(features.test.cpu()), count, seed)
     table = contingency_matrix(labels, found)
     right = table[linear_sum_assignment(table, maximize=True)].sum()
     return {

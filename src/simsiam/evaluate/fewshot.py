@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from simsiam.compute import generator
-from simsiam.evaluate import Features, sample_rows
+from simsiam.evaluate import Labelled, sample_rows
 from simsiam.evaluate.linear import accuracy, fit, standardise
 
 NEEDS_LABELS = True
@@ -22,7 +22,7 @@ _AT_ONCE = 1 << 24
 
 
 def score(
-    features: Features,
+    features: Labelled,
     *,
     seed: int = 0,
     labels_per_class: Sequence[int] = (1, 5, 10),
@@ -41,18 +41,17 @@ def score(
             the accuracy varies by about a point between 1 and 30.
         most_test: maximum number of test rows; a random sample if there are more.
     """
-    data = features.labelled()
-    assert data is not None and data.train_labels is not None and data.test_labels is not None and draws > 0
-    labels, smallest = data.train_labels, int(data.train_labels.unique(return_counts=True)[1].min())
-    train, test = standardise(data.train, data.test)
+    assert draws > 0
+    labels, smallest = features.train_labels, int(features.train_labels.unique(return_counts=True)[1].min())
+    train, test = standardise(features.train, features.test)
     rows = sample_rows(len(test), most_test, generator(torch.device("cpu"), seed, 0)).to(test.device)
-    test, test_labels = test[rows], data.test_labels[rows]
+    test, test_labels = test[rows], features.test_labels[rows]
     by_labels = {}
     for count in sorted(n for n in labels_per_class if n <= smallest):
         chosen = choose(labels.cpu(), count, draws, seed).to(train.device)
         together = max(1, _AT_ONCE // (chosen.shape[1] * train.shape[1]))
         values = torch.cat(
-            [accuracy(fit(train[c], labels[c], data.classes, C), test, test_labels) for c in chosen.split(together)]
+            [accuracy(fit(train[c], labels[c], features.classes, C), test, test_labels) for c in chosen.split(together)]
         )
         std = values.std(correction=min(1, draws - 1))
         by_labels[count] = {"mean": round(float(values.mean()), 2), "std": round(float(std), 2)}

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simsiam.evaluate import Features
+from simsiam.evaluate import Labelled
 from simsiam.neighbours import top_k
 
 NEEDS_LABELS = True
@@ -30,17 +30,17 @@ def usual_k(train_labels: Tensor) -> int:
     return _K if len(counts) and float(counts[counts > 0].double().median()) >= _MANY else _SMALL_K
 
 
-def score(features: Features, *, seed: int = 0, k: int | None = None, T: float = 0.1) -> dict[str, Any]:
+def score(features: Labelled, *, seed: int = 0, k: int | None = None, T: float = 0.1) -> dict[str, Any]:
     """Return the top-1 accuracy; k = None means `usual_k`. Nothing is random, so the seed is not used."""
-    data = features.labelled()
-    assert data is not None and data.train_labels is not None and data.test_labels is not None
     if k is None:
-        k = usual_k(data.train_labels)
-    elif k > len(data.train):
-        warnings.warn(f"k is {k}, but there are {len(data.train):,} labelled training images: all vote.", stacklevel=2)
-    value = accuracy(data.train, data.train_labels, data.test, data.test_labels, k, T)
-    rows = {"train": len(data.train), "test": len(data.test)}
-    return {"value": round(value, 2), "k": min(k, len(data.train)), "T": T, **rows}
+        k = usual_k(features.train_labels)
+    elif k > len(features.train):
+        warnings.warn(
+            f"k is {k}, but there are {len(features.train):,} labelled training images: all vote.", stacklevel=2
+        )
+    value = accuracy(features.train, features.train_labels, features.test, features.test_labels, k, T)
+    rows = {"train": len(features.train), "test": len(features.test)}
+    return {"value": round(value, 2), "k": min(k, len(features.train)), "T": T, **rows}
 
 
 def accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int, T: float = 0.1) -> float:

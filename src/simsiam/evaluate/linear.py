@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simsiam.compute import generator
-from simsiam.evaluate import Features, check_finite, sample_rows
+from simsiam.evaluate import Labelled, check_finite, sample_rows
 from simsiam.optim import LARS, learning_rate
 
 NEEDS_LABELS = True
@@ -24,20 +24,18 @@ _PART = 1 << 22
 """Values, one per row and class, that `fit` holds at a time: all of them can take more memory than the features."""
 
 
-def score(features: Features, *, seed: int = 0, C: float | None = None, tune_rows: int = 10_000) -> dict[str, Any]:
+def score(features: Labelled, *, seed: int = 0, C: float | None = None, tune_rows: int = 10_000) -> dict[str, Any]:
     """Return the top-1 accuracy of logistic regression on standardised features.
 
     C, the inverse strength of the L2 penalty as in scikit-learn, is the best of `STRENGTHS` on a random 80/20 split of
     at most `tune_rows` training rows; the test rows are not used. The final fit uses all training rows.
     """
-    data = features.labelled()
-    assert data is not None and data.train_labels is not None and data.test_labels is not None
-    train, test = standardise(data.train, data.test)
-    labels = data.train_labels
+    train, test = standardise(features.train, features.test)
+    labels = features.train_labels
     if C is None:
         chosen = sample_rows(len(train), tune_rows, generator(torch.device("cpu"), seed, 0)).to(train.device)
-        C = _choose(train[chosen], labels[chosen], data.classes, seed)
-    value = accuracy(fit(train, labels, data.classes, C), test, data.test_labels)
+        C = _choose(train[chosen], labels[chosen], features.classes, seed)
+    value = accuracy(fit(train, labels, features.classes, C), test, features.test_labels)
     return {"value": round(float(value), 2), "C": C, "train": len(train), "test": len(test)}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from simsiam.collapse import spread
+from simsiam.config import require_above_0, require_not_negative
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, at_least_float32, in_float32, mlp, project
 from simsiam.methods import byol
@@ -64,10 +65,8 @@ class Settings:
     times less than here."""
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.projector_hidden < 1:
-            raise ValueError("dim and projector_hidden must be at least 1.")
-        if self.weight < 0 or self.scale <= 0:
-            raise ValueError("weight must not be negative and scale must be above 0.")
+        require_above_0(self, "dim", "projector_hidden", "scale")
+        require_not_negative(self, "weight")
 
 
 @in_float32

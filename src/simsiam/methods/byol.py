@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from simsiam.collapse import spread
+from simsiam.config import require_above_0
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, encoder_and_predictor, follow, mlp, project, twin, unit
 
@@ -69,12 +70,9 @@ class Settings:
     """The predictor's learning rate as a multiple of the online network's."""
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.hidden < 1:
-            raise ValueError("dim and hidden must be at least 1.")
-        if self.predictor_lr <= 0:
-            raise ValueError("predictor_lr must be above 0.")
+        require_above_0(self, "dim", "hidden", "predictor_lr")
         if not 0 <= self.momentum <= 1:
-            raise ValueError("momentum must lie between 0 and 1.")
+            raise ValueError(f"momentum is {self.momentum:g}: it must lie between 0 and 1.")
 
 
 def regression(q: Tensor, z: Tensor) -> Tensor:

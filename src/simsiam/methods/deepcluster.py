@@ -12,6 +12,7 @@ from torch import Tensor
 
 from simsiam.collapse import spread
 from simsiam.compute import generator
+from simsiam.config import require_above_0
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, at_least_float32, mlp, project, similarities, unit
 from simsiam.methods import swav
@@ -54,10 +55,7 @@ class Settings:
     """k-means iterations before each epoch."""
 
     def __post_init__(self) -> None:
-        if min(self.dim, self.projector_hidden, self.prototypes, self.heads, self.iterations) < 1:
-            raise ValueError("dim, projector_hidden, prototypes, heads and iterations must be at least 1.")
-        if self.temperature <= 0:
-            raise ValueError("temperature must be above 0.")
+        require_above_0(self, "dim", "projector_hidden", "prototypes", "heads", "iterations", "temperature")
 
 
 def spherical_kmeans(x: Tensor, k: int, iterations: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:

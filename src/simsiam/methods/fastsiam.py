@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from simsiam.collapse import spread
+from simsiam.config import require_above_0
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, at_least_float32, encoder_and_predictor, project
 from simsiam.methods.simsiam import negative_cosine, prediction_mlp, projection_mlp
@@ -63,10 +64,7 @@ class Settings:
     """The predictor's learning rate as a multiple of the encoder's."""
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.projector_layers < 1:
-            raise ValueError("dim and projector_layers must be at least 1.")
-        if self.predictor_lr <= 0:
-            raise ValueError("predictor_lr must be above 0.")
+        require_above_0(self, "dim", "projector_layers", "projector_hidden", "predictor_hidden", "predictor_lr")
 
 
 def averaged_target_loss(p: list[Tensor], z: list[Tensor]) -> Tensor:

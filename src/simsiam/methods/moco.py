@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam.collapse import spread
+from simsiam.config import require_above_0
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, follow, in_float32, mlp, project, twin, unit
 from simsiam.ranks import all_gather, world_size
@@ -64,10 +65,9 @@ class Settings:
     """Parts of a batch with separate BN statistics, emulating the paper's 8 GPUs. Fewer if the batch is small."""
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.queue < 1 or self.bn_groups < 1:
-            raise ValueError("dim, queue and bn_groups must be at least 1.")
-        if not 0 <= self.momentum < 1 or self.temperature <= 0:
-            raise ValueError("momentum must be at least 0 and below 1, and temperature must be above 0.")
+        require_above_0(self, "dim", "projector_hidden", "queue", "bn_groups", "temperature")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum:g}: it must be at least 0 and below 1.")
 
 
 @in_float32

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam.collapse import spread
+from simsiam.config import require_above_0
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, in_float32, mlp, project, unit
 from simsiam.ranks import all_gather, rank
@@ -65,8 +66,7 @@ class Settings:
     """No gradient through the other side (SimSiam paper, section 6.2)."""
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.projector_layers < 1 or self.temperature <= 0:
-            raise ValueError("dim and projector_layers must be at least 1, and temperature must be above 0.")
+        require_above_0(self, "dim", "projector_layers", "projector_hidden", "temperature")
 
 
 @in_float32

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam.collapse import spread
+from simsiam.config import require_above_0, require_not_negative
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, at_least_float32, encoder_and_predictor, mlp, project, twin
 from simsiam.ranks import all_gather
@@ -62,12 +63,8 @@ class Settings:
     None: z itself is the target."""
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.projector_layers < 1:
-            raise ValueError("dim and projector_layers must be at least 1.")
-        if self.predictor_lr <= 0:
-            raise ValueError("predictor_lr must be above 0.")
-        if self.target_steps < 0:
-            raise ValueError("target_steps must be at least 1, or 0 for an epoch.")
+        require_above_0(self, "dim", "projector_layers", "projector_hidden", "predictor_hidden", "predictor_lr")
+        require_not_negative(self, "target_steps")
         if self.target_momentum is not None and not 0 <= self.target_momentum < 1:
             raise ValueError("target_momentum must be at least 0 and below 1.")
         if self.target_momentum is not None and self.target_steps != 1:
@@ -107,7 +104,7 @@ class Method(Siamese):
     target_age: Tensor
     memory: Tensor
     remembered: Tensor
-    _age: int | None
+    _age: int
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__(encoder, settings)
@@ -124,8 +121,8 @@ class Method(Siamese):
 
     @staticmethod
     def _in_host(method: Any, *_: Any) -> None:
-        """Reset `_age`, a host copy of `target_age` that saves device synchronisation; None: not read yet."""
-        method._age = None
+        """Take `_age`, a host copy of `target_age` that saves device synchronisation."""
+        method._age = int(method.target_age)
 
     def allocate(self, images: int) -> None:
         if self.settings.target_momentum is not None:
@@ -176,7 +173,7 @@ class Method(Siamese):
     def after_step(self, progress: float) -> None:
         if self.settings.target_steps > 1:
             self.target_age += 1
-            self._age = int(self.target_age) if self._age is None else self._age + 1
+            self._age += 1
             if self._age >= self.settings.target_steps:
                 self._refresh()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from simsiam import ranks
 from simsiam.collapse import spread
+from simsiam.config import require_above_0, require_not_negative
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, at_least_float32, in_float32, mlp, project, similarities, unit
 
@@ -88,11 +89,9 @@ class Settings:
     paper, section 6.2)."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "projector_layers", "projector_hidden", "prototypes", "sinkhorn_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1.")
-        if min(self.queue, self.queue_epoch, self.freeze_steps) < 0 or self.temperature <= 0:
-            raise ValueError("queue, queue_epoch and freeze_steps must not be negative; temperature must be above 0.")
+        require_above_0(self, "dim", "projector_layers", "projector_hidden", "prototypes", "sinkhorn_iterations")
+        require_above_0(self, "temperature")
+        require_not_negative(self, "queue", "queue_epoch", "freeze_steps")
         if self.epsilon < 0.025:
             raise ValueError(f"epsilon is {self.epsilon:g}: it must be at least 0.025.")
 
@@ -142,7 +141,7 @@ class Method(Siamese):
     steps: Tensor
     epoch: Tensor
     _queue_ready: bool
-    _epoch: int | None
+    _epoch: int
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__(encoder, settings)
@@ -162,8 +161,8 @@ class Method(Siamese):
 
     @staticmethod
     def _in_host(method: Any, *_: Any) -> None:
-        """Reset the host copies of buffer values, which save device synchronisation; None: not read yet."""
-        method._queue_ready, method._epoch = False, None
+        """Take host copies of buffer values, which save device synchronisation."""
+        method._queue_ready, method._epoch = False, int(method.epoch)
 
     @property
     def fixed(self) -> bool:  # type: ignore[override]
@@ -200,16 +199,14 @@ class Method(Siamese):
         ]
 
     def _use_queue(self) -> bool:
-        if self.settings.queue and not self._queue_ready:
-            self._epoch = int(self.epoch) if self._epoch is None else self._epoch
-            if self._epoch >= self.settings.queue_epoch:
-                self._queue_ready = bool(self.queue[:, -1].any())  # rows have unit length, unset ones are 0
+        if self.settings.queue and not self._queue_ready and self._epoch >= self.settings.queue_epoch:
+            self._queue_ready = bool(self.queue[0, -1].any())  # rows have unit length, unset ones are 0
         return self._queue_ready
 
     def _enqueue(self, z: list[Tensor]) -> None:
         if self.settings.queue:
-            fresh = [torch.cat([ranks.all_gather(each), old]) for each, old in zip(z, self.queue, strict=True)]
-            self.queue.copy_(torch.stack(fresh)[:, : self.settings.queue])
+            for each, queue in zip(z, self.queue, strict=False):  # a single full-size view fills one of the two
+                queue.copy_(torch.cat([ranks.all_gather(each), queue])[: self.settings.queue])
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:

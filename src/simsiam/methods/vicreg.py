@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simsiam.collapse import spread
+from simsiam.config import require_above_0, require_not_negative
 from simsiam.encoders import Encoder
 from simsiam.heads import Siamese, at_least_float32, in_float32, mlp, project
 from simsiam.methods import barlow
@@ -52,10 +53,8 @@ class Settings:
     """nu, the weight of the covariance term."""
 
     def __post_init__(self) -> None:
-        if self.dim < 1 or self.projector_hidden < 1:
-            raise ValueError("dim and projector_hidden must be at least 1.")
-        if min(self.invariance, self.variance, self.covariance) < 0:
-            raise ValueError("invariance, variance and covariance must not be negative.")
+        require_above_0(self, "dim", "projector_hidden")
+        require_not_negative(self, "invariance", "variance", "covariance")
 
 
 def variance_term(z: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from simsiam.compute import draw
 from simsiam.config import UserError, read_recipe, show_bytes, show_duration
 from simsiam.runs import (
     ENCODER,
@@ -40,7 +41,7 @@ Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
 
 NEIGHBOURS, QUERIES, VIEWS = 8, 8, 8
-MAP_ITEMS, SEARCH_ITEMS = 1500, 4000
+MAP_ITEMS = 1500
 
 _VERDICTS = {
     "healthy": ("good", "Healthy"),
@@ -62,7 +63,7 @@ _FILES = {
     f"{ENCODER}.json": "what is needed to use the weights: architecture, size, mean and std",
     RECIPE: "every setting of this run; pass it to --recipe to run again",
     SUMMARY: "the final figures",
-    EVALUATION: "kNN, linear and few-shot results",
+    EVALUATION: "what simsiam evaluate measured",
     METRICS: "the curves, one JSON object per line",
     ENVIRONMENT: "versions and hardware",
     "samples/embedding/vectors.npy": "embeddings of the images shown on this page",
@@ -197,21 +198,21 @@ def _facts(
         last |= {key: value for key, value in line.items() if value is not None}
     collapse = evaluation.get("collapse") or {}
     told = ("std", "effective_rank", "verdict", "images_per_second")
-    facts = {key: summary.get(key, last.get(key)) for key in told}
+    # The summary first: an evaluation on other images judges the features, not z.
+    facts = {key: next((of[key] for of in (summary, collapse, last) if of.get(key) is not None), None) for key in told}
     facts |= {key: summary.get(key) for key in ("images", "epochs")}
-    facts |= {key: collapse[key] for key in told if collapse.get(key) is not None}
     facts["steps"] = summary.get("steps", last.get("step"))
     facts["seconds"] = summary.get("seconds", last.get("seconds"))
     facts["retrieval"] = last.get("retrieval")
     method, encoder = config.get("method", {}), config.get("encoder", {})
     facts["method"] = summary.get("method") or method.get("name")
     facts["encoder"] = summary.get("encoder") or encoder.get("name")
-    facts["dim"] = collapse.get("dim") or summary.get("dim") or method.get("dim")
-    facts["most_rank"] = collapse.get("most_rank") or summary.get("most_rank") or facts["dim"]
+    facts["dim"] = summary.get("dim") or collapse.get("dim") or method.get("dim")
+    facts["most_rank"] = summary.get("most_rank") or collapse.get("most_rank") or facts["dim"]
     facts["data"] = summary.get("data") or config.get("data")
     facts["labelled"] = sample is not None and sample.labels is not None
     facts["classes"] = len(sample.classes) if sample and sample.classes else None
-    facts["finished"] = bool(summary)
+    facts["finished"], facts["imported"] = bool(summary), "imported" in summary
     facts["bad_files"] = len(summary.get("bad_files", ()))
     return facts
 
@@ -229,11 +230,11 @@ def _sentences(facts: Table, knn: Mapping[str, Any]) -> list[str]:
         "stop-gradient and the predictor are on, or lower the learning rate.",
         "diverged": "the loss became infinite or NaN. The last healthy state was kept; lower the learning rate.",
     }.get(facts["verdict"] or "")
-    if first is None or (facts["verdict"] == "healthy" and not facts["finished"]):
+    if facts["imported"]:
+        first = f"the weights of a released checkpoint, after {facts['steps']:,} steps. Nothing was trained here."
+    elif first is None or (facts["verdict"] == "healthy" and not facts["finished"]):
         steps = f"{facts['steps']:,} steps so far" if facts["steps"] else "no step has been recorded yet"
         first = f"{steps}{time}. `simsiam train --resume` continues it."
-        if facts["finished"]:
-            first = f"the weights of a released checkpoint, after {facts['steps']:,} steps. Nothing was trained here."
     trained, untrained, pixels = (knn.get(key) for key in ("trained", "untrained", "pixels"))
     if facts["verdict"] in ("collapsed", "diverged"):
         return [first]
@@ -357,7 +358,7 @@ def _read_sample(run: Path) -> Sample | None:
 
     def array(path: Path) -> NDArray[Any]:
         with _readable(path):
-            return np.load(path, allow_pickle=False, mmap_mode="r")
+            return np.load(path, allow_pickle=False)
 
     with _readable(folder / "items.parquet"):
         items = pq.read_table(folder / "items.parquet").to_pydict()
@@ -372,7 +373,7 @@ def _read_sample(run: Path) -> Sample | None:
     meta = _json(folder / "meta.json")
     labels = known if (known >= 0).any() else None
     sample = Sample(vectors, untrained, [str(i) for i in items["id"]], labels, meta.get("classes"), thumbnails)
-    return sample.rows(_draw(count, SEARCH_ITEMS))
+    return sample
 
 
 @contextlib.contextmanager
@@ -382,11 +383,6 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"Cannot read {path}: {' '.join(str(error).split())}. Delete it to do without.") from None
-
-
-def _draw(count: int, most: int) -> NDArray[np.int64]:
-    """Draw up to `most` of `count` rows at random, in ascending order, the same ones every time."""
-    return np.sort(np.random.default_rng(0).permutation(count)[:most])
 
 
 def _neighbours(sample: Sample) -> Table:
@@ -449,7 +445,7 @@ def _nearest(vectors: Floats, k: int) -> tuple[Floats, NDArray[np.int64]]:
 
 
 def _map(sample: Sample) -> Table:
-    sample = sample.rows(_draw(len(sample.ids), MAP_ITEMS))
+    sample = sample.rows(draw(np.arange(len(sample.ids)), MAP_ITEMS))
     place, how = layout(sample.vectors)
     pictures = [_data_uri(_shrink(picture, 40), quality=62) for picture in sample.thumbnails]
     rows = []

@@ -25,7 +25,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from simsiam.clusters import Clusters, find_clusters, stored_settings, summary, write_clusters
-from simsiam.compute import set_threads
+from simsiam.compute import draw, set_threads
 from simsiam.config import UserError
 from simsiam.data.cache import Cache
 from simsiam.data.decode import DecodeError, decode
@@ -81,8 +81,7 @@ class Viewer:
             self.pictures = self.stored.images()
         except UserError as error:
             self.why_none = str(error)
-        rows = np.random.default_rng(0).permutation(len(self.stored))[:ON_MAP]
-        self.on_map: NDArray[np.int64] = np.sort(rows)
+        self.on_map = draw(np.arange(len(self.stored)), ON_MAP)
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._made: dict[str, Any] = {}
 
@@ -98,19 +97,16 @@ class Viewer:
     def about(self) -> dict[str, Any]:
         return {
             "state": self.state,
-            "folder": str(self.stored.folder),
             "data": self.stored.meta["data"],
-            "run": self.stored.meta["run"],
             "images": len(self.stored),
-            "dim": self.stored.meta["dim"],
             "classes": self.names,
             "no_pictures": self.why_none,
         }
 
     # --- pictures ---
 
-    def thumbnail(self, row: int, side: int = THUMBNAIL) -> Image.Image:
-        """The image as the encoder receives it, before cropping, at most `side` pixels high and wide."""
+    def thumbnail(self, row: int) -> Image.Image:
+        """The image as the encoder receives it, before cropping, at most `THUMBNAIL` pixels high and wide."""
         if self.pictures is None:
             raise HTTPException(404, self.why_none)
         cache, cached = self.pictures
@@ -118,7 +114,7 @@ class Viewer:
             raise HTTPException(404, "The image can no longer be read.")
         pixels, _ = cache.batch(cached[[row]])
         image = Image.fromarray(pixels[0].permute(1, 2, 0).numpy())
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
         return image
 
     def original(self, row: int) -> Image.Image:

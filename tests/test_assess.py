@@ -125,7 +125,7 @@ def test_images_without_a_label_are_not_embedded_for_nothing(
 ) -> None:
     images = open_images(photos)
     assert images.labels is not None
-    train, test = images.split()
+    train, _ = images.split()
     unknown = images.labels.copy()
     unknown[train[::2]] = -1
     monkeypatch.setattr("simsiam.assess.open_images", lambda _: replace(images, labels=unknown))

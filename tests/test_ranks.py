@@ -252,13 +252,13 @@ def test_a_batch_that_cannot_be_shared_is_refused(photos: Path, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_is_told_once(tmp_path: Path) -> None:
-    """The others wait while rank 0 decodes the images."""
+def test_a_mistake_is_a_line_and_no_traceback_of_either_process(tmp_path: Path) -> None:
+    """The second waits while the first decodes the images; torchrun may end it before it can say the same."""
     for i in range(20):
         (tmp_path / f"{i}.jpg").write_bytes(b"no image")
     refused = run(torchrun("train", tmp_path, "-o", tmp_path / "run", "--epochs", 1, *TINY))
-    ours = refused.stderr.partition("torch.distributed.elastic")[0]
-    assert refused.returncode != 0 and ours.count("None of the 20 images") == 1 and "Traceback" not in ours
+    assert refused.returncode != 0 and "typer" not in refused.stderr
+    assert "Error: None of the 20 images" in refused.stderr
 
 
 def test_processes_that_read_other_images_do_not_train(

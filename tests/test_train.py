@@ -1160,7 +1160,7 @@ def test_another_method_takes_the_optimiser_where_it_belongs(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", ["thin", "cifar", "imagenet"])
-@pytest.mark.parametrize(("former", "method"), itertools.permutations(methods.names(), 2))
+@pytest.mark.parametrize(("former", "method"), list(itertools.permutations(methods.names(), 2)))
 def test_views_go_with_the_method_that_they_belong_to(tmp_path: Path, family: str, former: str, method: str) -> None:
     facts = Facts(50_000, 100, "cuda")
     before = resolve(gather("x", family, [], {"method": former}), facts)[0]

@@ -145,7 +145,9 @@ def _decoded(images: Iterable[tuple[int, Any]], short_side: int) -> list[NDArray
     for number, image in images:
         if isinstance(image, str | os.PathLike):
             files[len(pixels)] = image
-        pixels.append(None if isinstance(image, str | os.PathLike) else _pixels(number, image, short_side))
+            pixels.append(None)
+        else:
+            pixels.append(_pixels(number, image, short_side))
     paths = list(files.values())
     found = in_order(lambda i: _read(paths[i], short_side), len(paths))
     for place, each in zip(files, found, strict=True):

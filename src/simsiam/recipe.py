@@ -420,7 +420,10 @@ def _defaults(table: Table, facts: Facts, why: Reasons) -> Table:
     named = table.get("encoder", {}).get("name")
     base, reason = _base(named, facts)
     why.append(("recipe", base, reason))
-    defaults = preset(base, table.get("method", {}).get("name"))
+    method = table.get("method", {}).get("name")
+    if method is None and base == "thin":
+        why.append(("method", "simsiam", "the default; in runs of minutes simclr often learns faster"))
+    defaults = preset(base, method)
     defaults["train"].pop("epochs", None)
     defaults["views"].pop("size", None)
 

@@ -910,6 +910,8 @@ def test_defaults_are_those_that_the_docs_tell(
     few_photographs = encoder.startswith("thin-") and facts[0] < 20_000 and facts[1] > 48
     assert (recipe.views.jitter[3] < 0.1) == few_photographs == any(name == "views.jitter" for name, *_ in reasons)
     assert (recipe.views.gray_p < 0.2) == few_photographs
+    if encoder.startswith("thin-"):
+        assert recipe.method_settings.predictor_lr == (30 if few_photographs else 10)
     found = recipe.encoder.name, (recipe.views.size, recipe.eval.size), recipe.train.batch_size
     assert found == (encoder, sizes, batch_size)
 

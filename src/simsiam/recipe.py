@@ -438,9 +438,9 @@ def _defaults(table: Table, facts: Facts, why: Reasons) -> Table:
     if named is None and base == "imagenet" and facts.images < 200_000:
         defaults["encoder"] = {"name": "resnet18"}
         why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))
-    most = 512 if facts.device == "cuda" else 256
+    most, module = 512 if facts.device == "cuda" else 256, methods.get(defaults["method"]["name"])
     if defaults["train"].get("batch_size", 0) > most:  # from a paper that used a hundred devices
-        own = getattr(methods.get(defaults["method"]["name"]), "ONE_DEVICE", {})
+        own = getattr(module, "ONE_DEVICE", {})
         derive(merge(own, {"train": {"batch_size": most}}), "one device")
     if base == "thin" and facts.images < 20_000:
         few = {"weight_decay": 1e-4, "batch_size": 64}
@@ -448,6 +448,9 @@ def _defaults(table: Table, facts: Facts, why: Reasons) -> Table:
         if not facts.small:
             softer = {"jitter": [0.4, 0.4, 0.2, 0.03], "gray_p": 0.05}
             derive({"views": softer}, f"colours help to tell {facts.images:,} photographs apart")
+            derive(
+                getattr(module, "FEW_PHOTOGRAPHS", {}), f"measured to help with few photographs; {facts.images:,} here"
+            )
     return defaults
 
 

@@ -8,6 +8,7 @@ Each module defines a class `Method(Siamese)` (heads.py) and a dataclass `Settin
     DEFAULTS                 {recipe: table}: overrides for the recipes "imagenet", "cifar" and "thin", at least the
                              learning rate and weight decay; a recipe without an entry is used unchanged
     ONE_DEVICE               optional overrides for when the multi-device batch in DEFAULTS is reduced to one device's
+    FEW_PHOTOGRAPHS          optional overrides of the recipe "thin" for fewer than 20,000 photographs
     Settings                 frozen dataclass with the paper's values as defaults; one field is `dim`, the width of z,
                              which raises ValueError if it is below 1
 

@@ -22,6 +22,7 @@ PUBLISHED = {
 }
 VIEWS = (2, 4, 6, 8)
 DEFAULTS: dict[str, dict[str, Any]] = {}  # the recipes already are SimSiam's
+FEW_PHOTOGRAPHS = {"method": {"predictor_lr": 30.0}}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Settings:
     predictor_lr: float = 1.0
     """The predictor's learning rate as a multiple of the encoder's. Above 1 the predictor stays closer to its optimum,
     and more directions of z survive the first steps (Y. Tian et al., arXiv 2102.06810): 10 helps in short runs of thin
-    networks (docs/log.md)."""
+    networks, and 30 with few photographs (docs/log.md)."""
     stop_gradient: bool = True
     """False: gradient flows through both sides (figure 2); the network collapses."""
     bn: Literal["none", "hidden", "default", "all"] = "default"

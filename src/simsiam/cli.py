@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from simsiam import tables
-from simsiam.compute import launched
+from simsiam.compute import Precision, launched
 from simsiam.config import MOST_SEED, Interrupted, UserError, counted
 
 if TYPE_CHECKING:
@@ -71,9 +71,7 @@ def train(
     on_collapse: Annotated[
         Literal["stop", "continue"] | None, typer.Option(help="What to do on collapse. Default: stop.")
     ] = None,
-    precision: Annotated[
-        Literal["auto", "bf16", "fp32"] | None, typer.Option(help="Default: whichever is measured to be faster.")
-    ] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Default: whichever is measured to be faster.")] = None,
     device: Device = "auto",
     seed: Annotated[
         int | None, typer.Option(min=0, max=MOST_SEED, help="The same seed gives the same weights.")

@@ -53,10 +53,9 @@ def near_duplicates(
     found, for images that the thresholds were not measured on; `copies` is the number of images that could be removed.
     A group is a list of {"id", "score", "identical"}: first the image with the most links to others, then the rest by
     descending score, the similarity to the most similar linked image (1 if another image has the same pixels).
-    `identical` tells whether an image has the same pixels as the first of its group. The
-    largest groups come first. Every image is compared with its 20 nearest neighbours. Without `threshold`, nearly flat
-    pictures (sky, blank pages), of which nothing is left without their mean colour, match only if their pixels are
-    identical.
+    `identical` tells whether an image has the same pixels as the first of its group. The largest groups come first.
+    Every image is compared with its 20 nearest neighbours. Without `threshold`, nearly flat pictures (sky, blank
+    pages), of which nothing is left without their mean colour, match only if their pixels are identical.
     Raises UserError if `threshold` is not given and the run or the images are missing or have changed.
     """
     set_threads()

@@ -15,7 +15,7 @@ from torch import Tensor
 from simsiam import kernels, ranks
 from simsiam.config import UserError, counted
 from simsiam.data.cache import Cache
-from simsiam.kernels import Images
+from simsiam.kernels import Images, Packed
 
 _RESIDENT_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 _AHEAD = 3
@@ -137,9 +137,9 @@ class Loader:
     def _load(self, chunk: np.ndarray) -> Batch:
         rows, index = self.rows[chunk], torch.from_numpy(chunk)
         packed, sizes = self.cache.packed(rows)
-        if self.device.type == "cpu" and kernels.usable(packed):
-            return Batch(packed, sizes, index)
-        images = packed.padded()
+        images = packed.to(self.device) if self.device.type == "cpu" else packed.padded()
+        if isinstance(images, Packed):
+            return Batch(images, sizes, index)
         uniform = bool((sizes == torch.tensor(images.shape[-2:], dtype=sizes.dtype)).all())
         return Batch(self._sent(images), None if uniform else self._sent(sizes), self._sent(index))
 

@@ -147,14 +147,15 @@ def _walk(root: Path) -> list[File]:
     if unread:
         more = f" and {len(unread) - 3:,} more" if len(unread) > 3 else ""
         warnings.warn(f"{root}: cannot read {', '.join(unread[:3])}{more}: left out.", stacklevel=3)
-    return sorted(files + _new(linked, files, root), key=lambda file: file.id)
+    return sorted(files + _further_links(linked, files, root), key=lambda file: file.id)
 
 
-def _new(linked: list[File], files: list[File], root: Path) -> list[File]:
+def _further_links(linked: list[File], files: list[File], root: Path) -> list[File]:
     """The links without those to one of the files, which are warned about. Those that give a file its extension, as in
     Hugging Face's cache, are kept."""
-    if not linked:
-        return []
+    endings = {_ending(link.id) for link in linked}
+    if not endings or endings.isdisjoint(_ending(file.id) for file in files):  # without a million lookups of targets
+        return linked
     folder = functools.cache(os.path.realpath)
     real = {os.path.join(folder(os.path.dirname(file.path)), os.path.basename(file.path)) for file in files}
 

@@ -372,8 +372,7 @@ def _read_sample(run: Path) -> Sample | None:
     known = np.array([-1 if label is None else label for label in items.get("label", [None] * count)], np.int64)
     meta = _json(folder / "meta.json")
     labels = known if (known >= 0).any() else None
-    sample = Sample(vectors, untrained, [str(i) for i in items["id"]], labels, meta.get("classes"), thumbnails)
-    return sample
+    return Sample(vectors, untrained, [str(i) for i in items["id"]], labels, meta.get("classes"), thumbnails)
 
 
 @contextlib.contextmanager

@@ -6,9 +6,12 @@ import io
 import itertools
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from subprocess import check_output
 
 import pytest
 import torch
@@ -195,3 +198,51 @@ def test_the_faster_precision_is_picked(monkeypatch: pytest.MonkeyPatch, faster:
 def test_the_description_is_json() -> None:
     found = json.loads(json.dumps(describe()))
     assert found["torch"] == torch.__version__ and 1 <= found["cores"] <= (os.cpu_count() or 1) and found["cpu"]
+
+
+_MEMORY = """
+import resource, torch
+from pathlib import Path
+from simsiam.compute import set_threads
+
+def told(file, key):
+    return next(int(line.split()[1]) for line in Path(file).read_text().splitlines() if line.startswith(key))
+
+limit = {limit}
+if limit:
+    resource.setrlimit(resource.RLIMIT_AS, (limit << 20, limit << 20))
+before = told("/proc/self/status", "VmSize")
+set_threads()
+reserved = told("/proc/self/status", "VmSize") - before
+faults = []
+for _ in range(2):  # an activation each; all are freed together
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    kept = [torch.ones(2 << 20) for _ in range(25)]
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start)
+    huge = told("/proc/self/smaps_rollup", "AnonHugePages")
+    del kept
+print(reserved // 1024, huge // 1024, *faults)
+"""
+
+
+def _memory(limit: int = 0) -> list[int]:
+    """MB that `set_threads` reserves, MB in huge pages of 200 that are then allocated, page faults the first and the
+    second time. limit: of the address space, in MB."""
+    return [int(each) for each in check_output([sys.executable, "-c", _MEMORY.format(limit=limit)], text=True).split()]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_freed_memory_is_kept() -> None:
+    """The next step finds it again, instead of 200 MB in 50,000 pages that the system clears first."""
+    *_, again = _memory()
+    assert again < 15_000
+
+
+def test_memory_is_in_huge_pages() -> None:
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not pages.exists() or "[madvise]" not in pages.read_text(encoding="ascii"):
+        pytest.skip("this system gives huge pages to all programs, or to none")
+    reserved, huge, first, _ = _memory()
+    assert reserved > 500 and huge > 150 and first < 10_000
+    reserved, huge, *_ = _memory(limit=20_000)  # somebody counts the address space
+    assert reserved < 100 and huge < 50

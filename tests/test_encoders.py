@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -262,6 +263,24 @@ def test_views_in_one_pass_are_views_one_by_one(spec: EncoderSpec, monkeypatch: 
         torch.testing.assert_close(one.grad, other.grad)
     for one, other in zip(one_by_one.buffers(), together.buffers(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(kernels.compiled() is None, reason="there are no kernels here")
+@pytest.mark.parametrize("spec", [EncoderSpec("thin-resnet18", 16, width=8), EncoderSpec("resnet50", 40)], ids=str)
+def test_kernels_take_all_views_in_one_pass(spec: EncoderSpec) -> None:
+    """But with statistics of their own: torch's operations, view by view, give the same features and gradients."""
+    views = [images(spec.size, batch=3) for _ in range(2)]
+    found, passes = [], []
+    for kernels_are_used in (True, False):
+        encoder = build(spec, 0).to(memory_format=torch.channels_last)
+        encoder.backbone.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+        with contextlib.nullcontext() if kernels_are_used else kernels.off():
+            h = encoder.each(views)
+            sum((each.square() * (i + 1)).sum() for i, each in enumerate(h)).backward()  # type: ignore[union-attr]
+        found.append([*h, *(each.grad for each in encoder.parameters()), *encoder.buffers()])
+    assert passes == [6, 3, 3]
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() <= 1e-3 * other.abs().max()
 
 
 # --- in use -----------------------------------------------------------------------------------------------------------

@@ -112,6 +112,40 @@ def test_neither_threads_nor_the_memorys_order_change_a_bit() -> None:
     assert all(torch.equal(one, other) for result in results[1:] for one, other in zip(results[0], result, strict=True))
 
 
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_concatenated_views_are_normalised_one_by_one(
+    training: bool, adds: bool, dtype: torch.dtype, calls: list[str]
+) -> None:
+    """Also where the rows of a view cannot be merged by eight, and the running statistics are those of all views."""
+    views = 3
+    x, added, gradient = torch.randn(3, views * 5, 16, 5, 3).to(dtype).unbind()
+    results = []
+    for joined in (True, False):
+        torch.manual_seed(0)
+        bn = batch_norm(16).train(training)
+        leaves = [x.clone().requires_grad_(training), added.clone().requires_grad_(training)]
+        given = (leaves[0], leaves[1] if adds else None)
+        with torch.set_grad_enabled(training):
+            if joined:
+                y = kernels.norm(bn, *given, views=views)
+            else:
+                parts = zip(leaves[0].chunk(views), leaves[1].chunk(views), strict=True)
+                y = torch.cat([kernels.norm(bn, own, more if adds else None) for own, more in parts])
+        if training:
+            y.backward(gradient)
+        results.append([y.detach(), *(each.grad for each in leaves), bn.running_mean, bn.running_var])
+        results[-1].append(bn.num_batches_tracked)
+        weights = [bn.weight.grad, bn.bias.grad]
+        if joined:
+            assert calls == (["norm_forward", "norm_backward"] if training else ["norm_in_use"])
+            summed = weights
+    assert all(one is other or torch.equal(one, other) for one, other in zip(*results, strict=True))
+    if training:
+        torch.testing.assert_close(summed, weights)  # added in another order
+
+
 def test_a_gradient_that_is_one_value_for_many_is_taken() -> None:
     """Such as the expanded gradient of a mean."""
     x = torch.randn(4, 8, 5, 5, requires_grad=True)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from simsiam.compute import Compute, computes_bf16
 from simsiam.config import UserError, did_you_mean
 from simsiam.convolutions import Folded, on_matrix_units, taught
-from simsiam.kernels import norm
+from simsiam.kernels import norm, norms_views
 
 _BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
 _TOGETHER = 4
-"""Most views that go through a compiled network in one pass: each adds its BN to the code to compile."""
+"""Most views that go through a network in one pass: each adds its BN to the code if it is compiled, and memory."""
 OURS = [f"{family}-{depth}" for family in ("thin", "cifar") for depth in _BLOCKS]
 
 
@@ -69,9 +69,12 @@ class Encoder(nn.Module):
         return [h for run in runs for h in self.together(run)]
 
     def together(self, views: list[Tensor]) -> Sequence[Tensor]:
-        """`each` for views of one size. If compiled, they go through a `ResNet` in one pass: fewer, larger kernels."""
-        if torch.compiler.is_compiling() and isinstance(self.backbone, ResNet):
-            return self.backbone(torch.cat(views), len(views)).chunk(len(views))
+        """`each` for views of one size. A `ResNet` that is compiled, or has kernels, takes them in one pass: fewer,
+        larger operations."""
+        net = self.backbone
+        if isinstance(net, ResNet) and (torch.compiler.is_compiling() or norms_views(net.bn1, views[0])):
+            features: Tensor = net(torch.cat(views), len(views))
+            return features.chunk(len(views))
         return [self(x) for x in views]
 
 

@@ -574,41 +574,52 @@ static const double *total(const Norm *n, long which) {
     return to;
 }
 
-/* y = norm(x) [+ added], [ReLU]. `saved` [4][channels] holds mean, scale, shift and 1 / std for the gradient.
-   Returns 1 if out of memory. */
-int norm_forward(Parallel parallel, long threads, long as_float, long rows, long channels, long relu, const void *x,
-                 const void *added, void *y, const float *weight, const float *bias, float *running_mean,
-                 float *running_var, double momentum, double eps, float *saved) {
-    Norm n = {.as_float = as_float, .rows = rows, .channels = channels, .relu = relu, .threads = threads,
-              .parallel = parallel, .x = x, .added = added, .to = y};
-    if (begin(&n)) {
-        for (long c = 0; c < channels; c++)
-            n.of[MEAN][c] = get(x, c, as_float);
-        repeat(&n, MEAN);
-        run(&n, sum_up);
-        const double *sum = total(&n, 0), *square = total(&n, 1);
-        float *mean = saved, *scale = saved + channels, *shift = scale + channels, *inverse = shift + channels;
-        for (long c = 0; c < channels; c++) {
-            double off = sum[c] / rows, variance = square[c] / rows - off * off;
-            variance = variance < 0 ? 0 : variance; /* NaN stays NaN */
-            double middle = off + n.of[MEAN][c], one = 1 / sqrt(variance + eps);
-            mean[c] = (float)middle, inverse[c] = (float)one;
-            scale[c] = (float)(weight[c] * one), shift[c] = (float)(bias[c] - weight[c] * one * middle);
-            running_mean[c] += (float)(momentum * (middle - running_mean[c]));
-            running_var[c] += (float)(momentum * (variance * rows / (rows - 1) - running_var[c]));
+/* One of several concatenated batches, `bytes` each; NULL stays NULL. */
+static void *batch(const void *first, long number, long bytes) {
+    return first ? (char *)first + number * bytes : NULL;
+}
+
+/* y = norm(x) [+ added], [ReLU]; x concatenates batches of `rows` that have statistics of their own. `saved`
+   [batches][4][channels] holds mean, scale, shift and 1 / std for the gradient. Returns 1 if out of memory. */
+int norm_forward(Parallel parallel, long threads, long as_float, long batches, long rows, long channels, long relu,
+                 const void *x, const void *added, void *y, const float *weight, const float *bias,
+                 float *running_mean, float *running_var, double momentum, double eps, float *saved) {
+    long bytes = rows * channels * (as_float ? sizeof(float) : sizeof(uint16_t));
+    int failed = 0;
+    for (long b = 0; b < batches && !failed; b++, saved += 4 * channels) {
+        Norm n = {.as_float = as_float, .rows = rows, .channels = channels, .relu = relu, .threads = threads,
+                  .parallel = parallel, .x = batch(x, b, bytes), .added = batch(added, b, bytes),
+                  .to = batch(y, b, bytes)};
+        if (begin(&n)) {
+            for (long c = 0; c < channels; c++)
+                n.of[MEAN][c] = get(n.x, c, as_float);
+            repeat(&n, MEAN);
+            run(&n, sum_up);
+            const double *sum = total(&n, 0), *square = total(&n, 1);
+            float *mean = saved, *scale = saved + channels, *shift = scale + channels, *inverse = shift + channels;
+            for (long c = 0; c < channels; c++) {
+                double off = sum[c] / rows, variance = square[c] / rows - off * off;
+                variance = variance < 0 ? 0 : variance; /* NaN stays NaN */
+                double middle = off + n.of[MEAN][c], one = 1 / sqrt(variance + eps);
+                mean[c] = (float)middle, inverse[c] = (float)one;
+                scale[c] = (float)(weight[c] * one), shift[c] = (float)(bias[c] - weight[c] * one * middle);
+                running_mean[c] += (float)(momentum * (middle - running_mean[c]));
+                running_var[c] += (float)(momentum * (variance * rows / (rows - 1) - running_var[c]));
+            }
+            fill(&n, scale, SCALE);
+            fill(&n, shift, SHIFT);
+            run(&n, apply);
         }
-        fill(&n, scale, SCALE);
-        fill(&n, shift, SHIFT);
-        run(&n, apply);
+        failed = end(&n);
     }
-    return end(&n);
+    return failed;
 }
 
 /* The same with the running statistics. */
-int norm_in_use(Parallel parallel, long threads, long as_float, long rows, long channels, long relu, const void *x,
-                const void *added, void *y, const float *weight, const float *bias, const float *mean,
+int norm_in_use(Parallel parallel, long threads, long as_float, long batches, long rows, long channels, long relu,
+                const void *x, const void *added, void *y, const float *weight, const float *bias, const float *mean,
                 const float *variance, double eps) {
-    Norm n = {.as_float = as_float, .rows = rows, .channels = channels, .relu = relu, .threads = threads,
+    Norm n = {.as_float = as_float, .rows = batches * rows, .channels = channels, .relu = relu, .threads = threads,
               .parallel = parallel, .x = x, .added = added, .to = y};
     if (begin(&n)) {
         for (long c = 0; c < channels; c++) {
@@ -623,29 +634,37 @@ int norm_in_use(Parallel parallel, long threads, long as_float, long rows, long 
 }
 
 /* The gradients of x, of what was added (NULL if nothing was), and of weight and bias. */
-int norm_backward(Parallel parallel, long threads, long as_float, long rows, long channels, long relu, const void *x,
-                  const void *y, const void *y_gradient, const float *saved, void *x_gradient,
+int norm_backward(Parallel parallel, long threads, long as_float, long batches, long rows, long channels, long relu,
+                  const void *x, const void *y, const void *y_gradient, const float *saved, void *x_gradient,
                   void *added_gradient, float *weight_gradient, float *bias_gradient) {
-    Norm n = {.as_float = as_float, .rows = rows, .channels = channels, .relu = relu, .threads = threads,
-              .parallel = parallel, .x = x, .added = added_gradient, .y = y, .y_gradient = y_gradient, .to = x_gradient,
-              .to_added = added_gradient};
-    if (begin(&n)) {
-        const float *scale = saved + channels, *inverse = saved + 3 * channels;
-        for (long vector = MEAN; vector <= SHIFT; vector++)
-            fill(&n, saved + vector * channels, vector);
-        run(&n, sum_gradients);
-        const double *sum = total(&n, 0), *product = total(&n, 1);
-        for (long c = 0; c < channels; c++) {
-            weight_gradient[c] = (float)(product[c] * inverse[c]);
-            bias_gradient[c] = (float)sum[c];
-            n.of[SLOPE][c] = (float)(-scale[c] * inverse[c] * inverse[c] * product[c] / rows);
-            n.of[BASE][c] = (float)(-scale[c] * sum[c] / rows);
+    long bytes = rows * channels * (as_float ? sizeof(float) : sizeof(uint16_t));
+    int failed = 0;
+    memset(weight_gradient, 0, channels * sizeof *weight_gradient);
+    memset(bias_gradient, 0, channels * sizeof *bias_gradient);
+    for (long b = 0; b < batches && !failed; b++, saved += 4 * channels) {
+        void *to_added = batch(added_gradient, b, bytes);
+        Norm n = {.as_float = as_float, .rows = rows, .channels = channels, .relu = relu, .threads = threads,
+                  .parallel = parallel, .x = batch(x, b, bytes), .added = to_added, .y = batch(y, b, bytes),
+                  .y_gradient = batch(y_gradient, b, bytes), .to = batch(x_gradient, b, bytes), .to_added = to_added};
+        if (begin(&n)) {
+            const float *scale = saved + channels, *inverse = saved + 3 * channels;
+            for (long vector = MEAN; vector <= SHIFT; vector++)
+                fill(&n, saved + vector * channels, vector);
+            run(&n, sum_gradients);
+            const double *sum = total(&n, 0), *product = total(&n, 1);
+            for (long c = 0; c < channels; c++) {
+                weight_gradient[c] += (float)(product[c] * inverse[c]);
+                bias_gradient[c] += (float)sum[c];
+                n.of[SLOPE][c] = (float)(-scale[c] * inverse[c] * inverse[c] * product[c] / rows);
+                n.of[BASE][c] = (float)(-scale[c] * sum[c] / rows);
+            }
+            repeat(&n, SLOPE);
+            repeat(&n, BASE);
+            run(&n, differentiate);
         }
-        repeat(&n, SLOPE);
-        repeat(&n, BASE);
-        run(&n, differentiate);
+        failed = end(&n);
     }
-    return end(&n);
+    return failed;
 }
 
 /* --- the largest values of each row ------------------------------------------------------------------------------- */

@@ -143,10 +143,10 @@ def norm(bn: nn.Module, x: Tensor, added: Tensor | None = None, relu: bool = Tru
     x, added: float [B,C,h,w].
     views: number of batches that x concatenates, each normalised by its own statistics.
     """
-    if views > 1:
-        more = [None] * views if added is None else added.chunk(views)
-        return torch.cat([norm(bn, *each, relu) for each in zip(x.chunk(views), more, strict=True)])
-    if torch.compiler.is_compiling() or type(bn) is not nn.BatchNorm2d or not _normalises(bn, x, added):
+    if torch.compiler.is_compiling() or type(bn) is not nn.BatchNorm2d or not _normalises(bn, x, added, views):
+        if views > 1:
+            more = [None] * views if added is None else added.chunk(views)
+            return torch.cat([norm(bn, *each, relu) for each in zip(x.chunk(views), more, strict=True)])
         y: Tensor = bn(x) if added is None else bn(x) + added
         return F.relu(y, inplace=True) if relu else y
     x = x.contiguous(memory_format=torch.channels_last)
@@ -154,16 +154,21 @@ def norm(bn: nn.Module, x: Tensor, added: Tensor | None = None, relu: bool = Tru
     parts = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
     if not bn.training:
         in_use = torch.empty_like(x)
-        _call("norm_in_use", *_kind(x), relu, *_places(x, added, in_use, *parts), bn.eps)
+        _call("norm_in_use", *_kind(x, views), relu, *_places(x, added, in_use, *parts), bn.eps)
         return in_use
     assert bn.num_batches_tracked is not None
-    bn.num_batches_tracked.add_(1)
+    bn.num_batches_tracked.add_(views)
     momentum = 1 / int(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-    normed: Tensor = _Norm.apply(x, added, *parts, momentum, bn.eps, relu)
+    normed: Tensor = _Norm.apply(x, added, *parts, momentum, bn.eps, relu, views)
     return normed
 
 
-def _normalises(bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None) -> bool:
+def norms_views(bn: nn.Module, x: Tensor) -> bool:
+    """Whether `norm` takes several concatenated views as fast as one by one: it has a kernel for them."""
+    return type(bn) is nn.BatchNorm2d and bn.momentum is not None and x.dtype != torch.float64 and usable(x)
+
+
+def _normalises(bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None, views: int) -> bool:
     return (
         (bn.training or not torch.is_grad_enabled())
         and type(x) is Tensor  # not a stand-in, as during export
@@ -174,7 +179,8 @@ def _normalises(bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None) -> bool:
         and bn.affine
         and bn.weight.dtype == torch.float32
         and bn.track_running_stats
-        and x.numel() > bn.training * x.shape[1]  # else torch raises: one value has no variance
+        and x.numel() > views * bn.training * x.shape[1]  # else torch raises: one value has no variance
+        and (views == 1 or bn.momentum is not None)  # else the weight of each view's statistics differs
     )
 
 
@@ -191,11 +197,12 @@ class _Norm(torch.autograd.Function):
         momentum: float,
         eps: float,
         relu: bool,
+        views: int,
     ) -> Tensor:
-        y, saved = torch.empty_like(x), weight.new_empty(4, len(weight))
+        y, saved = torch.empty_like(x), weight.new_empty(views, 4, len(weight))
         places = _places(x, added, y, weight, bias, running_mean, running_var)
-        _call("norm_forward", *_kind(x), relu, *places, momentum, eps, saved.data_ptr())
-        ctx.relu, ctx.adds = relu, added is not None
+        _call("norm_forward", *_kind(x, views), relu, *places, momentum, eps, saved.data_ptr())
+        ctx.relu, ctx.adds, ctx.views = relu, added is not None, views
         # If nothing was added, the backward pass can tell from x what passed the ReLU.
         ctx.save_for_backward(x, y if relu and ctx.adds else None, saved)
         return y
@@ -207,10 +214,10 @@ class _Norm(torch.autograd.Function):
         gradient = gradients[0].contiguous(memory_format=torch.channels_last)
         assert gradient.dtype == x.dtype
         of_x, of_added = torch.empty_like(x), torch.empty_like(x) if ctx.adds else None
-        of_weight, of_bias = torch.empty_like(saved[:2]).unbind()
+        of_weight, of_bias = torch.empty_like(saved[0, :2]).unbind()
         places = _places(x, y, gradient, saved, of_x, of_added, of_weight, of_bias)
-        _call("norm_backward", *_kind(x), ctx.relu, *places)
-        return of_x, of_added, of_weight, of_bias, None, None, None, None, None
+        _call("norm_backward", *_kind(x, ctx.views), ctx.relu, *places)
+        return of_x, of_added, of_weight, of_bias, None, None, None, None, None, None
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -226,8 +233,8 @@ def _places(*tensors: Tensor | None) -> list[int | None]:
     return [None if each is None else each.data_ptr() for each in tensors]
 
 
-def _kind(x: Tensor) -> tuple[bool, int, int]:
-    return x.dtype == torch.float32, x.numel() // x.shape[1], x.shape[1]
+def _kind(x: Tensor, views: int) -> tuple[bool, int, int, int]:
+    return x.dtype == torch.float32, views, x.numel() // views // x.shape[1], x.shape[1]
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -296,9 +303,9 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
     number, address, real = ctypes.c_long, ctypes.c_void_p, ctypes.c_double
     library.views.argtypes = [address, number, address, *[number] * 7, *[address] * 6]
     library.reduced.argtypes = [address, *[number] * 2, *[real] * 4, *[number] * 2, address]
-    library.norm_forward.argtypes = [address, *[number] * 5, *[address] * 7, real, real, address]
-    library.norm_in_use.argtypes = [address, *[number] * 5, *[address] * 7, real]
-    library.norm_backward.argtypes = [address, *[number] * 5, *[address] * 8]
+    library.norm_forward.argtypes = [address, *[number] * 6, *[address] * 7, real, real, address]
+    library.norm_in_use.argtypes = [address, *[number] * 6, *[address] * 7, real]
+    library.norm_backward.argtypes = [address, *[number] * 6, *[address] * 8]
     library.largest.argtypes = [address, number, address, *[number] * 3, address, address]
     library.largest.restype = None
     return library, ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -12,22 +11,19 @@ from torch.autograd.function import once_differentiable
 
 from simsiam import kernels
 
-_DEEP = 128
-"""Input channels from which a 1x1 convolution's weight gradient is faster as a matrix product at any image size."""
-
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d that computes gradients on a CPU as matrix products where oneDNN takes several times as long."""
+    """nn.Conv2d that computes gradients on a CPU in other ways where oneDNN takes several times as long."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not _trains(self, x):
             return super().forward(x)
         casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype("cpu") if casts else x.dtype
-        by_product = _of_image_by_product(self), _of_weight_by_product(self, x, dtype)
-        if not any(by_product):
+        ours = _image_is_strided(self), dtype == torch.bfloat16 and kernels.multiplies()
+        if not any(ours):
             return super().forward(x)
-        y: Tensor = _Convolution.apply(x.to(dtype), self.weight.to(dtype), self.stride[0], self.padding[0], by_product)
+        y: Tensor = _Convolution.apply(x.to(dtype), self.weight, dtype, self.stride[0], self.padding[0], ours)
         return y
 
 
@@ -58,73 +54,44 @@ def _trains(conv: nn.Conv2d, x: Tensor) -> bool:
     )
 
 
-# Measured on a processor with AMX (docs/log.md). Fixed rules, not a measurement at start-up, because a resumed run has
-# to compute the same sums.
-
-
-def _of_image_by_product(conv: nn.Conv2d) -> bool:
-    """Whether x's gradient is a matrix product: oneDNN takes 2 to 4 times as long for strided 1x1 kernels, fp32 too."""
+def _image_is_strided(conv: nn.Conv2d) -> bool:
+    """Whether most of x's gradient is zero: oneDNN takes 2 to 4 times as long as the product of what is not."""
     return conv.kernel_size[0] == 1 and conv.stride[0] > 1 and conv.padding[0] == 0
 
 
-def _of_weight_by_product(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the weight's gradient is a matrix product: in bf16 oneDNN takes 2 to 10 times as long.
-
-    The smaller the image and the more channels, the larger the factor.
-    """
-    k, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
-    height, width = ((side + 2 * padding - k) // stride + 1 for side in x.shape[2:])
-    small = height * width <= conv.out_channels or (k == 1 and conv.in_channels >= _DEEP)
-    return small and dtype == torch.bfloat16 and _has_amx()
-
-
 class _Convolution(torch.autograd.Function):
-    """conv(x). by_product: whether the gradients of x and of the weight are computed by matrix product."""
+    """conv(x) in `dtype`, which x has. ours: whether the gradients of x and of the weight are computed here."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, by_product: tuple[bool, bool]
+        ctx: Any, x: Tensor, weight: Tensor, dtype: torch.dtype, stride: int, padding: int, ours: tuple[bool, bool]
     ) -> Tensor:
+        ctx.dtype, weight = weight.dtype, weight.to(dtype)
         ctx.save_for_backward(x, weight)
-        ctx.given = stride, padding, by_product
+        ctx.given = stride, padding, ours
         return F.conv2d(x, weight, None, stride, padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), (stride, padding, by_product) = ctx.saved_tensors, ctx.given
+        (x, weight), (stride, padding, ours) = ctx.saved_tensors, ctx.given
         y = gradients[0].contiguous(memory_format=torch.channels_last)
         outer, inner, k, _ = weight.shape
         wanted = ctx.needs_input_grad[:2]
         of_x = of_weight = None
-        left = [want and not product for want, product in zip(wanted, by_product, strict=True)]
+        left = [want and not own for want, own in zip(wanted, ours, strict=True)]
         if any(left):
             shape = (None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1)
             of_x, of_weight, _ = torch.ops.aten.convolution_backward(y, x, weight, *shape, [*left, False])
-        rows = y.permute(0, 2, 3, 1).reshape(-1, outer)
-        if wanted[0] and by_product[0]:
+        if wanted[0] and ours[0]:
             of_x = torch.zeros_like(x)
-            values = (rows @ weight.view(outer, inner)).view(len(x), *y.shape[2:], inner)
+            values = (y.permute(0, 2, 3, 1).reshape(-1, outer) @ weight.view(outer, inner)).view(
+                len(x), *y.shape[2:], inner
+            )
             of_x[:, :, ::stride, ::stride] = values.permute(0, 3, 1, 2)
-        if wanted[1] and by_product[1]:
-            of_weight = (rows.mT @ patches(x, k, stride, padding)).view(outer, k, k, inner).permute(0, 3, 1, 2)
-        return of_x, of_weight, None, None, None
-
-
-def patches(x: Tensor, k: int, stride: int, padding: int) -> Tensor:
-    """A convolution's inputs at each output position (im2col): [B,C,H,W], fast in channels_last -> [B h w, k k C]."""
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding)).contiguous()
-    batch, height, width, channels = x.shape
-    rows, columns = ((side - k) // stride + 1 for side in (height, width))
-    image, row, pixel, channel = x.stride()
-    cut = x.as_strided((batch, rows, columns, k, k * channels), (image, stride * row, stride * pixel, row, channel))
-    return cut.reshape(-1, k * k * channels)
-
-
-@functools.cache
-def _has_amx() -> bool:
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # an internal name of torch
-    return supported is not None and bool(supported())
+        if wanted[1] and ours[1]:
+            of_weight = kernels.weight_gradient(x, y, k, stride, padding)
+        return of_x, None if of_weight is None else of_weight.to(ctx.dtype), None, None, None, None
 
 
 def on_matrix_units(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -729,3 +729,323 @@ void largest(Parallel parallel, long threads, const float *values, long rows, lo
     Largest l = {values, rows, columns, k, best, which, 0};
     parallel(find_largest, &l, (unsigned)(threads < rows ? threads : rows), 0);
 }
+
+/* --- a convolution's weight gradient ------------------------------------------------------------------------------
+
+   Only for processors with AMX. oneDNN takes two to six times as long as for the convolution itself.
+
+   The gradient of weight (ky, kx) is the product of y's gradient, transposed, with x moved by (ky, kx). Both are copied
+   into the form that the matrix units read, a few images at a time so that they stay in the cache. There, positions are
+   numbered over all images in padded rows, so that a move is an offset; where y has no position its gradient is 0. */
+
+#ifdef __AMX_BF16__
+#include <immintrin.h>
+
+#define TILE 16      /* rows of a tile, and its columns of float or of pairs of bfloat16 */
+#define WORDS 256    /* in a tile */
+#define PAIRED 32    /* positions in a tile */
+#define AHEAD 16     /* positions that are sent for in advance */
+#define IN_CACHE (1 << 20) /* bytes of copies */
+#define PARTS 16     /* of the batch, at most: each has sums of its own, so the result does not depend on threads */
+#define OF_SUMS (1 << 21)  /* bytes of those, about */
+
+typedef struct {
+    long batch, height, width, inner, outer, k, stride, padding, rows, columns; /* rows, columns: of y */
+    const uint16_t *x, *y;
+    long reach;      /* largest move, in rows or columns of one phase: x[stride i + phase] */
+    long high, wide; /* rows and columns of a padded image of one phase */
+    long parts, groups, channels; /* `channels` of x in each group */
+    long outer_tiles, inner_width;
+    float *sums;     /* [parts][outer_tiles TILE][k k][inner_width] */
+    long next, failed;
+} Gradient;
+
+typedef struct {
+    const uint16_t **rows, *zeros; /* of x or y, at each position */
+    uint32_t *left;  /* [positions / PAIRED][outer_tiles][TILE channels][TILE pairs] */
+    uint32_t *right; /* [stride stride phases][2][pairs][channels]: from even positions on, from odd ones on */
+    long pairs;      /* in `right` */
+} Copies;
+
+typedef struct {
+    const uint32_t *from; /* a channel tile of x, moved */
+    float *to;            /* its sums */
+} Column;
+
+ALWAYS __m512i paired(const uint16_t *first, const uint16_t *second) {
+    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)first));
+    __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)second));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+/* Sends for values that are read soon, in an order that the processor does not foresee. */
+ALWAYS void fetch(const uint16_t *values, long n) {
+    for (long i = 0; i < n; i += 32)
+        _mm_prefetch((const char *)(values + i), _MM_HINT_T0);
+}
+
+ALWAYS void interleave(const uint16_t *first, const uint16_t *second, uint32_t *to, long n) {
+    long i = 0;
+    for (; i + TILE <= n; i += TILE)
+        _mm512_storeu_si512(to + i, paired(first + i, second + i));
+    for (; i < n; i++)
+        to[i] = first[i] | (uint32_t)second[i] << 16;
+}
+
+/* Writes the rows as columns: first within the four quarters of a vector, then the quarters. */
+ALWAYS void transpose(const __m512i row[TILE], uint32_t *to) {
+    __m512i two[TILE], four[TILE];
+    for (long i = 0; i < TILE; i += 2) {
+        two[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
+        two[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
+    }
+    for (long i = 0; i < TILE; i += 4)
+        for (long j = 0; j < 2; j++) {
+            four[i + 2 * j] = _mm512_unpacklo_epi64(two[i + j], two[i + j + 2]);
+            four[i + 2 * j + 1] = _mm512_unpackhi_epi64(two[i + j], two[i + j + 2]);
+        }
+    for (long j = 0; j < 4; j++) { /* quarter q of four[i + j] is column 4 q + j of the rows i to i + 3 */
+        __m512i even = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x88), odd = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xdd);
+        __m512i even2 = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0x88);
+        __m512i odd2 = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0xdd);
+        _mm512_storeu_si512(to + j * TILE, _mm512_shuffle_i32x4(even, even2, 0x88));
+        _mm512_storeu_si512(to + (4 + j) * TILE, _mm512_shuffle_i32x4(odd, odd2, 0x88));
+        _mm512_storeu_si512(to + (8 + j) * TILE, _mm512_shuffle_i32x4(even, even2, 0xdd));
+        _mm512_storeu_si512(to + (12 + j) * TILE, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
+    }
+}
+
+/* The rows of x (or y) at `count` positions from image `first` on; zeros outside. Position (i, j) is pixel
+   (i step + from_row, j step + from_column). */
+static void locate(const Gradient *g, const uint16_t *images, long height, long width, long channels, long first,
+                   long last, long step, long from_row, long from_column, Copies *to, long count) {
+    const uint16_t **at = to->rows, **end = at + count;
+    for (long image = first; image < last; image++)
+        for (long i = 0; i < g->high; i++) {
+            long row = i * step + from_row, column = from_column;
+            const uint16_t *pixel = images + ((image * height + row) * width + column) * channels;
+            int inside = row >= 0 && row < height;
+            for (long j = 0; j < g->wide; j++, column += step, pixel += step * channels)
+                *at++ = inside && column >= 0 && column < width ? pixel : to->zeros;
+        }
+    while (at < end)
+        *at++ = to->zeros;
+}
+
+static void copy_left(const Gradient *g, Copies *to, long blocks) {
+    uint32_t some[TILE][TILE] = {0};
+    uint32_t *tile = to->left;
+    for (long block = 0; block < blocks; block++) {
+        const uint16_t **rows = to->rows + block * PAIRED;
+        for (long r = PAIRED; r < 2 * PAIRED && block + 1 < blocks; r++)
+            fetch(rows[r], g->outer);
+        for (long start = 0; start < g->outer; start += TILE, tile += WORDS) {
+            __m512i pairs[TILE];
+            for (long r = 0; r < TILE; r++)
+                if (start + TILE <= g->outer)
+                    pairs[r] = paired(rows[2 * r] + start, rows[2 * r + 1] + start);
+                else {
+                    interleave(rows[2 * r] + start, rows[2 * r + 1] + start, some[r], g->outer - start);
+                    pairs[r] = _mm512_loadu_si512(some[r]);
+                }
+            transpose(pairs, tile);
+        }
+    }
+}
+
+/* m of y's channel tiles times c of x's, added up over all blocks of positions. (m, c) is (1, up to 4) or (2, up to 2). */
+ALWAYS void multiply(long m, long c, const uint32_t *left, long blocks, long left_step, const Column *columns,
+                     long channels, long sums_step, long below, long fresh) {
+    long bytes = sums_step * sizeof(float), right_step = TILE * channels, right_bytes = channels * sizeof(uint32_t);
+    if (fresh) {
+        _tile_zero(0);
+        if (c > 1) _tile_zero(1);
+        if (c > 2 || m > 1) _tile_zero(2);
+        if (c > 3 || (m > 1 && c > 1)) _tile_zero(3);
+    } else {
+        _tile_loadd(0, columns[0].to, bytes);
+        if (c > 1) _tile_loadd(1, columns[1].to, bytes);
+        if (m > 1) {
+            _tile_loadd(2, columns[0].to + below, bytes);
+            if (c > 1) _tile_loadd(3, columns[1].to + below, bytes);
+        } else {
+            if (c > 2) _tile_loadd(2, columns[2].to, bytes);
+            if (c > 3) _tile_loadd(3, columns[3].to, bytes);
+        }
+    }
+    for (long block = 0; block < blocks; block++, left += left_step) {
+        long at = block * right_step;
+        _tile_loadd(4, left, TILE * sizeof *left);
+        _tile_loadd(6, columns[0].from + at, right_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        if (m > 1) {
+            _tile_loadd(5, left + WORDS, TILE * sizeof *left);
+            _tile_dpbf16ps(2, 5, 6);
+            if (c > 1) {
+                _tile_loadd(7, columns[1].from + at, right_bytes);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+        } else {
+            if (c > 1) {
+                _tile_loadd(7, columns[1].from + at, right_bytes);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if (c > 2) {
+                _tile_loadd(5, columns[2].from + at, right_bytes);
+                _tile_dpbf16ps(2, 4, 5);
+            }
+            if (c > 3) {
+                _tile_loadd(6, columns[3].from + at, right_bytes);
+                _tile_dpbf16ps(3, 4, 6);
+            }
+        }
+    }
+    _tile_stored(0, columns[0].to, bytes);
+    if (c > 1) _tile_stored(1, columns[1].to, bytes);
+    if (m > 1) {
+        _tile_stored(2, columns[0].to + below, bytes);
+        if (c > 1) _tile_stored(3, columns[1].to + below, bytes);
+    } else {
+        if (c > 2) _tile_stored(2, columns[2].to, bytes);
+        if (c > 3) _tile_stored(3, columns[3].to, bytes);
+    }
+}
+
+/* Adds the products of some images to the sums. `columns` [k k][channel tiles]: where they are; without .from. */
+static void add_products(const Gradient *g, const Copies *from, long blocks, Column *columns, long count, long channels,
+                         long fresh) {
+    long step = g->k * g->k * g->inner_width, below = TILE * step;
+    for (long t = 0; t < g->outer_tiles;) {
+        long m = t + 1 < g->outer_tiles ? 2 : 1, left_step = g->outer_tiles * WORDS;
+        const uint32_t *left = from->left + t * WORDS;
+        for (long c = 0; c < count;) {
+            const Column *at = columns + c;
+            long rest = count - c;
+#define MULTIPLY(m, c) multiply(m, c, left, blocks, left_step, at, channels, step, below, fresh)
+            if (m == 2) {
+                if (rest > 1) MULTIPLY(2, 2); else MULTIPLY(2, 1);
+                c += 2;
+            } else {
+                if (rest > 3) MULTIPLY(1, 4); else if (rest == 3) MULTIPLY(1, 3); else if (rest == 2) MULTIPLY(1, 2);
+                else MULTIPLY(1, 1);
+                c += 4;
+            }
+        }
+        for (long c = 0; c < count; c++)
+            columns[c].to += m * below;
+        t += m;
+    }
+    for (long c = 0; c < count; c++)
+        columns[c].to -= g->outer_tiles * below;
+}
+
+static int gradient_part(const Gradient *g, long part, long group) {
+    long first = part * g->batch / g->parts, last = (part + 1) * g->batch / g->parts;
+    long start = group * g->channels, real = g->inner - start < g->channels ? g->inner - start : g->channels;
+    long channels = (real + TILE - 1) / TILE * TILE, tiles = channels / TILE;
+    long area = g->high * g->wide, phases = g->stride * g->stride, moves = g->k * g->k, reach = g->reach * (g->wide + 1);
+    long bytes = area * (g->outer_tiles * TILE * 2 + channels * 4 * phases);
+    long images = IN_CACHE / bytes < 1 ? 1 : IN_CACHE / bytes < last - first ? IN_CACHE / bytes : last - first;
+    long blocks = (images * area + PAIRED - 1) / PAIRED, positions = blocks * PAIRED + reach + 2;
+    Copies to = {.pairs = positions / 2};
+    to.rows = malloc(positions * sizeof *to.rows);
+    to.left = aligned_alloc(64, blocks * g->outer_tiles * WORDS * sizeof *to.left);
+    size_t words = phases * 2 * to.pairs * channels;
+    to.right = aligned_alloc(64, words * sizeof *to.right);
+    uint16_t *zeros = calloc(g->outer > g->inner ? g->outer : g->inner, sizeof *zeros);
+    Column *columns = malloc(moves * tiles * sizeof *columns);
+    int failed = !to.rows || !to.left || !to.right || !zeros || !columns;
+    if (!failed) {
+        to.zeros = zeros;
+        if (channels != real)
+            memset(to.right, 0, words * sizeof *to.right);
+        float *sums = g->sums + part * g->outer_tiles * TILE * moves * g->inner_width + start;
+        for (long move = 0; move < moves; move++) {
+            long ky = move / g->k, kx = move % g->k, offset = ky / g->stride * g->wide + kx / g->stride;
+            long phase = ky % g->stride * g->stride + kx % g->stride;
+            for (long t = 0; t < tiles; t++)
+                columns[move * tiles + t] = (Column){
+                    to.right + ((2 * phase + offset % 2) * to.pairs + offset / 2) * channels + t * TILE,
+                    sums + move * g->inner_width + t * TILE};
+        }
+        for (long image = first; image < last; image += images) {
+            long end = image + images < last ? image + images : last;
+            blocks = ((end - image) * area + PAIRED - 1) / PAIRED, positions = blocks * PAIRED + reach + 2;
+            locate(g, g->y, g->rows, g->columns, g->outer, image, end, 1, 0, 0, &to, blocks * PAIRED);
+            copy_left(g, &to, blocks);
+            for (long phase = 0; phase < phases; phase++) {
+                long row = phase / g->stride, column = phase % g->stride;
+                if (row >= g->k || column >= g->k)
+                    continue; /* not read */
+                locate(g, g->x, g->height, g->width, g->inner, image, end, g->stride, row - g->padding,
+                       column - g->padding, &to, positions);
+                for (long odd = 0; odd < (g->reach ? 2 : 1); odd++) {
+                    uint32_t *right = to.right + (2 * phase + odd) * to.pairs * channels;
+                    for (long at = odd; at + 1 < positions; at += 2, right += channels) {
+                        if (at + AHEAD + 1 < positions)
+                            fetch(to.rows[at + AHEAD] + start, real), fetch(to.rows[at + AHEAD + 1] + start, real);
+                        interleave(to.rows[at] + start, to.rows[at + 1] + start, right, real);
+                    }
+                }
+            }
+            add_products(g, &to, blocks, columns, moves * tiles, channels, image == first);
+        }
+    }
+    free(to.rows), free(to.left), free(to.right), free(zeros), free(columns);
+    return failed;
+}
+
+static void gradient_parts(void *given) {
+    Gradient *g = given;
+    struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {.palette = 1};
+    for (long t = 0; t < 8; t++)
+        tiles.bytes[t] = 64, tiles.rows[t] = TILE;
+    _tile_loadconfig(&tiles);
+    for (long i; (i = __atomic_fetch_add(&g->next, 1, __ATOMIC_RELAXED)) < g->parts * g->groups;)
+        if (gradient_part(g, i % g->parts, i / g->parts))
+            __atomic_store_n(&g->failed, 1, __ATOMIC_RELAXED);
+    _tile_release();
+}
+
+
+/* x [batch][height][width][inner] and y's gradient [batch][rows][columns][outer] in bfloat16 -> the gradient of the
+   weight, float [outer][k][k][inner]. Returns 1 if out of memory. */
+int weight_gradient(Parallel parallel, long threads, long batch, long height, long width, long inner, long outer,
+                    long k, long stride, long padding, long rows, long columns, const void *x, const void *y,
+                    float *weight) {
+    long reach = (k - 1) / stride;
+    /* One column of zeros between two rows serves both, if as many are needed before a row as after it. */
+    long shared = stride == 1 && 2 * padding == k - 1 ? padding : reach;
+    Gradient g = {.batch = batch, .height = height, .width = width, .inner = inner, .outer = outer, .k = k,
+                  .stride = stride, .padding = padding, .rows = rows, .columns = columns, .x = x, .y = y,
+                  .reach = reach, .high = rows + shared, .wide = columns + shared};
+    g.outer_tiles = (outer + TILE - 1) / TILE, g.inner_width = (inner + TILE - 1) / TILE * TILE;
+    long size = g.outer_tiles * TILE * k * k * g.inner_width, exact = outer * k * k * inner;
+    long parts = OF_SUMS / (size * (long)sizeof(float));
+    g.parts = parts < 1 ? 1 : parts > PARTS ? PARTS : parts;
+    g.parts = g.parts > batch ? batch : g.parts;
+    long groups = (2 * threads + g.parts - 1) / g.parts, most = (inner + 2 * TILE - 1) / (2 * TILE);
+    groups = groups > most ? most : groups;
+    g.channels = (g.inner_width / TILE + groups - 1) / groups * TILE, g.groups = (inner + g.channels - 1) / g.channels;
+    int direct = g.parts == 1 && size == exact;
+    g.sums = direct ? weight : aligned_alloc(64, g.parts * size * sizeof *g.sums);
+    if (!g.sums)
+        return 1;
+    long tasks = g.parts * g.groups;
+    parallel(gradient_parts, &g, (unsigned)(threads < tasks ? threads : tasks), 0);
+    if (!direct) {
+        for (long o = 0; o < outer; o++)
+            for (long move = 0; move < k * k; move++) {
+                float *restrict to = weight + (o * k * k + move) * inner;
+                const float *restrict from = g.sums + (o * k * k + move) * g.inner_width;
+                memcpy(to, from, inner * sizeof *to);
+                for (long part = 1; part < g.parts; part++)
+                    for (long c = 0; c < inner; c++)
+                        to[c] += from[part * size + c];
+            }
+        free(g.sums);
+    }
+    return (int)g.failed;
+}
+#endif

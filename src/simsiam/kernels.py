@@ -220,6 +220,36 @@ class _Norm(torch.autograd.Function):
         return of_x, of_added, of_weight, of_bias, None, None, None, None, None, None
 
 
+def weight_gradient(x: Tensor, gradient: Tensor, k: int, stride: int, padding: int) -> Tensor:
+    """The gradient of the weight [outer,inner,k,k] of y = conv(x), float32 in channels_last, if `multiplies()`.
+
+    Args:
+        x: bfloat16 [B,inner,H,W] on the CPU.
+        gradient: of y, bfloat16 [B,outer,h,w].
+    """
+    assert x.dtype == gradient.dtype == torch.bfloat16
+    x, gradient = (each.contiguous(memory_format=torch.channels_last) for each in (x, gradient))
+    batch, inner, height, width = x.shape
+    outer, *sides = gradient.shape[1:]
+    made = torch.empty(outer, k, k, inner)
+    given = (batch, height, width, inner, outer, k, stride, padding, *sides)
+    _call("weight_gradient", *given, *_places(x, gradient, made))
+    return made.permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _has_matrix_units() -> bool:
+    """Whether the processor has AMX and the system lets this process use it, for which torch asks."""
+    ask = getattr(torch.cpu, "_init_amx", None)  # an internal name of torch
+    return ask is not None and bool(ask())
+
+
+def multiplies() -> bool:
+    """Whether there is a kernel for `weight_gradient`."""
+    library = compiled()
+    return library is not None and hasattr(library, "weight_gradient") and _has_matrix_units()
+
+
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`values.topk(k, dim=1)` of float32 [Q,N] on the CPU, 0 < k <= N, in one pass: sorted values, int64 columns."""
     assert values.dtype == torch.float32 and values.is_contiguous() and 0 < k <= values.shape[1]
@@ -308,6 +338,8 @@ def _found() -> tuple[ctypes.CDLL | None, str]:
     library.norm_backward.argtypes = [address, *[number] * 6, *[address] * 8]
     library.largest.argtypes = [address, number, address, *[number] * 3, address, address]
     library.largest.restype = None
+    if hasattr(library, "weight_gradient"):
+        library.weight_gradient.argtypes = [address, *[number] * 11, *[address] * 3]
     return library, ""
 
 

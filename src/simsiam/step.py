@@ -47,6 +47,7 @@ class Step:
     ) -> None:
         self.method, self.optimizer, self.compute = method, optimizer, compute
         self._forward, self._settings = ranks.data_parallel(method, method.sync_bn), views
+        self._parameters = list(method.parameters())
         self._draws = torch.Generator(compute.device)
         self.encoders = [module for module in method.modules() if isinstance(module, Encoder)]
         self._fused: dict[Encoder, Callable[[list[Tensor]], Sequence[Tensor]]] = {}
@@ -84,7 +85,8 @@ class Step:
 
     def _differentiate(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         *views, index = inputs
-        self._forward.zero_grad(set_to_none=True)
+        for parameter in self._parameters:  # zero_grad() looks for them each time: 1 % of a step on a CPU
+            parameter.grad = None
         with self.compute.autocast(), self._compiled():
             loss, stats = self._forward(views, index)
         loss.backward()

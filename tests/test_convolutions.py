@@ -151,6 +151,7 @@ def drawn(
         (200, 16, 32, (32, 32), 3, 1, 1),  # several rounds of copies
         (6, 256, 256, (3, 4), 3, 1, 1),  # one part
         (6, 250, 260, (3, 4), 3, 1, 1),
+        (50, 256, 256, (6, 6), 3, 1, 1),  # the number of threads decides how many channels are copied together
     ],
 )
 def test_the_weight_gradient_is_exact(

@@ -1,4 +1,4 @@
-/* CPU kernels for the slow operations besides convolutions and decoding, each in one pass where torch takes a dozen.
+/* CPU kernels for what is slow besides decoding and forward convolutions, each in one pass where torch takes a dozen.
 
    kernels.py compiles this file with the machine's own compiler and calls it; the callers document what it computes.
    Needs GCC or Clang. All arrays are row-major; an image's row is [W][3]. */
@@ -746,6 +746,7 @@ void largest(Parallel parallel, long threads, const float *values, long rows, lo
 #define PAIRED 32    /* positions in a tile */
 #define AHEAD 16     /* positions that are sent for in advance */
 #define IN_CACHE (1 << 20) /* bytes of copies */
+#define GROUP 128    /* channels of x that are copied together, about */
 #define PARTS 16     /* of the batch, at most: each has sums of its own, so the result does not depend on threads */
 #define OF_SUMS (1 << 21)  /* bytes of those, about */
 
@@ -756,7 +757,9 @@ typedef struct {
     long high, wide; /* rows and columns of a padded image of one phase */
     long parts, groups, channels; /* `channels` of x in each group */
     long outer_tiles, inner_width;
+    long size;       /* of the sums of a part */
     float *sums;     /* [parts][outer_tiles TILE][k k][inner_width] */
+    float *weight;   /* [outer][k k][inner], the result */
     long next, failed;
 } Gradient;
 
@@ -805,13 +808,15 @@ ALWAYS void transpose(const __m512i row[TILE], uint32_t *to) {
             four[i + 2 * j + 1] = _mm512_unpackhi_epi64(two[i + j], two[i + j + 2]);
         }
     for (long j = 0; j < 4; j++) { /* quarter q of four[i + j] is column 4 q + j of the rows i to i + 3 */
-        __m512i even = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x88), odd = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xdd);
-        __m512i even2 = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0x88);
-        __m512i odd2 = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0xdd);
-        _mm512_storeu_si512(to + j * TILE, _mm512_shuffle_i32x4(even, even2, 0x88));
-        _mm512_storeu_si512(to + (4 + j) * TILE, _mm512_shuffle_i32x4(odd, odd2, 0x88));
-        _mm512_storeu_si512(to + (8 + j) * TILE, _mm512_shuffle_i32x4(even, even2, 0xdd));
-        _mm512_storeu_si512(to + (12 + j) * TILE, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
+        __m512i even[2], odd[2];
+        for (long half = 0; half < 2; half++) {
+            even[half] = _mm512_shuffle_i32x4(four[8 * half + j], four[8 * half + 4 + j], 0x88);
+            odd[half] = _mm512_shuffle_i32x4(four[8 * half + j], four[8 * half + 4 + j], 0xdd);
+        }
+        _mm512_storeu_si512(to + j * TILE, _mm512_shuffle_i32x4(even[0], even[1], 0x88));
+        _mm512_storeu_si512(to + (4 + j) * TILE, _mm512_shuffle_i32x4(odd[0], odd[1], 0x88));
+        _mm512_storeu_si512(to + (8 + j) * TILE, _mm512_shuffle_i32x4(even[0], even[1], 0xdd));
+        _mm512_storeu_si512(to + (12 + j) * TILE, _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd));
     }
 }
 
@@ -853,91 +858,69 @@ static void copy_left(const Gradient *g, Copies *to, long blocks) {
     }
 }
 
-/* m of y's channel tiles times c of x's, added up over all blocks of positions. (m, c) is (1, up to 4) or (2, up to 2). */
-ALWAYS void multiply(long m, long c, const uint32_t *left, long blocks, long left_step, const Column *columns,
-                     long channels, long sums_step, long below, long fresh) {
-    long bytes = sums_step * sizeof(float), right_step = TILE * channels, right_bytes = channels * sizeof(uint32_t);
+/* One or two of y's channel tiles times one or two of x's, added up over all blocks of positions. */
+ALWAYS void multiply(const Gradient *g, long two_left, long two_right, const uint32_t *left, const Column *right,
+                     long blocks, long channels, long fresh) {
+    long step = g->k * g->k * g->inner_width, below = TILE * step, bytes = step * sizeof(float);
     if (fresh) {
         _tile_zero(0);
-        if (c > 1) _tile_zero(1);
-        if (c > 2 || m > 1) _tile_zero(2);
-        if (c > 3 || (m > 1 && c > 1)) _tile_zero(3);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
     } else {
-        _tile_loadd(0, columns[0].to, bytes);
-        if (c > 1) _tile_loadd(1, columns[1].to, bytes);
-        if (m > 1) {
-            _tile_loadd(2, columns[0].to + below, bytes);
-            if (c > 1) _tile_loadd(3, columns[1].to + below, bytes);
-        } else {
-            if (c > 2) _tile_loadd(2, columns[2].to, bytes);
-            if (c > 3) _tile_loadd(3, columns[3].to, bytes);
-        }
+        _tile_loadd(0, right[0].to, bytes);
+        if (two_right) _tile_loadd(1, right[1].to, bytes);
+        if (two_left) _tile_loadd(2, right[0].to + below, bytes);
+        if (two_left && two_right) _tile_loadd(3, right[1].to + below, bytes);
     }
-    for (long block = 0; block < blocks; block++, left += left_step) {
-        long at = block * right_step;
+    for (long at = 0; at < blocks * TILE * channels; at += TILE * channels, left += g->outer_tiles * WORDS) {
         _tile_loadd(4, left, TILE * sizeof *left);
-        _tile_loadd(6, columns[0].from + at, right_bytes);
+        _tile_loadd(6, right[0].from + at, channels * sizeof *left);
         _tile_dpbf16ps(0, 4, 6);
-        if (m > 1) {
+        if (two_right) {
+            _tile_loadd(7, right[1].from + at, channels * sizeof *left);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (two_left) {
             _tile_loadd(5, left + WORDS, TILE * sizeof *left);
             _tile_dpbf16ps(2, 5, 6);
-            if (c > 1) {
-                _tile_loadd(7, columns[1].from + at, right_bytes);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        } else {
-            if (c > 1) {
-                _tile_loadd(7, columns[1].from + at, right_bytes);
-                _tile_dpbf16ps(1, 4, 7);
-            }
-            if (c > 2) {
-                _tile_loadd(5, columns[2].from + at, right_bytes);
-                _tile_dpbf16ps(2, 4, 5);
-            }
-            if (c > 3) {
-                _tile_loadd(6, columns[3].from + at, right_bytes);
-                _tile_dpbf16ps(3, 4, 6);
-            }
+            if (two_right) _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, columns[0].to, bytes);
-    if (c > 1) _tile_stored(1, columns[1].to, bytes);
-    if (m > 1) {
-        _tile_stored(2, columns[0].to + below, bytes);
-        if (c > 1) _tile_stored(3, columns[1].to + below, bytes);
-    } else {
-        if (c > 2) _tile_stored(2, columns[2].to, bytes);
-        if (c > 3) _tile_stored(3, columns[3].to, bytes);
-    }
+    _tile_stored(0, right[0].to, bytes);
+    if (two_right) _tile_stored(1, right[1].to, bytes);
+    if (two_left) _tile_stored(2, right[0].to + below, bytes);
+    if (two_left && two_right) _tile_stored(3, right[1].to + below, bytes);
 }
 
-/* Adds the products of some images to the sums. `columns` [k k][channel tiles]: where they are; without .from. */
-static void add_products(const Gradient *g, const Copies *from, long blocks, Column *columns, long count, long channels,
+/* Adds the products of some images to the sums. `right` [count]: all moves of x's channel tiles. */
+static void add_products(const Gradient *g, const uint32_t *left, Column *right, long count, long blocks, long channels,
                          long fresh) {
-    long step = g->k * g->k * g->inner_width, below = TILE * step;
-    for (long t = 0; t < g->outer_tiles;) {
-        long m = t + 1 < g->outer_tiles ? 2 : 1, left_step = g->outer_tiles * WORDS;
-        const uint32_t *left = from->left + t * WORDS;
-        for (long c = 0; c < count;) {
-            const Column *at = columns + c;
-            long rest = count - c;
-#define MULTIPLY(m, c) multiply(m, c, left, blocks, left_step, at, channels, step, below, fresh)
-            if (m == 2) {
-                if (rest > 1) MULTIPLY(2, 2); else MULTIPLY(2, 1);
-                c += 2;
+    long below = TILE * g->k * g->k * g->inner_width;
+    for (long t = 0; t < g->outer_tiles; t += 2) {
+        long two_left = t + 1 < g->outer_tiles;
+        for (long c = 0; c < count; c += 2) {
+            long two_right = c + 1 < count;
+#define MULTIPLY(two_left, two_right)                                                                                  \
+    multiply(g, two_left, two_right, left + t * WORDS, right + c, blocks, channels, fresh)
+            if (two_left) {
+                if (two_right) MULTIPLY(1, 1); else MULTIPLY(1, 0);
             } else {
-                if (rest > 3) MULTIPLY(1, 4); else if (rest == 3) MULTIPLY(1, 3); else if (rest == 2) MULTIPLY(1, 2);
-                else MULTIPLY(1, 1);
-                c += 4;
+                if (two_right) MULTIPLY(0, 1); else MULTIPLY(0, 0);
             }
         }
         for (long c = 0; c < count; c++)
-            columns[c].to += m * below;
-        t += m;
+            right[c].to += 2 * below;
     }
     for (long c = 0; c < count; c++)
-        columns[c].to -= g->outer_tiles * below;
+        right[c].to -= (g->outer_tiles + 1) / 2 * 2 * below;
+}
+
+/* Does not depend on `groups`, and so not on the number of threads: it decides in which order values are added. */
+static long images_at_once(const Gradient *g) {
+    long channels = g->inner_width < GROUP ? g->inner_width : GROUP;
+    long bytes = g->high * g->wide * (g->outer_tiles * TILE * 2 + channels * 4 * g->stride * g->stride);
+    return bytes < IN_CACHE ? IN_CACHE / bytes : 1;
 }
 
 static int gradient_part(const Gradient *g, long part, long group) {
@@ -945,8 +928,8 @@ static int gradient_part(const Gradient *g, long part, long group) {
     long start = group * g->channels, real = g->inner - start < g->channels ? g->inner - start : g->channels;
     long channels = (real + TILE - 1) / TILE * TILE, tiles = channels / TILE;
     long area = g->high * g->wide, phases = g->stride * g->stride, moves = g->k * g->k, reach = g->reach * (g->wide + 1);
-    long bytes = area * (g->outer_tiles * TILE * 2 + channels * 4 * phases);
-    long images = IN_CACHE / bytes < 1 ? 1 : IN_CACHE / bytes < last - first ? IN_CACHE / bytes : last - first;
+    long images = images_at_once(g);
+    images = images > last - first ? last - first : images;
     long blocks = (images * area + PAIRED - 1) / PAIRED, positions = blocks * PAIRED + reach + 2;
     Copies to = {.pairs = positions / 2};
     to.rows = malloc(positions * sizeof *to.rows);
@@ -960,7 +943,7 @@ static int gradient_part(const Gradient *g, long part, long group) {
         to.zeros = zeros;
         if (channels != real)
             memset(to.right, 0, words * sizeof *to.right);
-        float *sums = g->sums + part * g->outer_tiles * TILE * moves * g->inner_width + start;
+        float *sums = g->sums + part * g->size + start;
         for (long move = 0; move < moves; move++) {
             long ky = move / g->k, kx = move % g->k, offset = ky / g->stride * g->wide + kx / g->stride;
             long phase = ky % g->stride * g->stride + kx % g->stride;
@@ -989,7 +972,7 @@ static int gradient_part(const Gradient *g, long part, long group) {
                     }
                 }
             }
-            add_products(g, &to, blocks, columns, moves * tiles, channels, image == first);
+            add_products(g, to.left, columns, moves * tiles, blocks, channels, image == first);
         }
     }
     free(to.rows), free(to.left), free(to.right), free(zeros), free(columns);
@@ -1008,6 +991,18 @@ static void gradient_parts(void *given) {
     _tile_release();
 }
 
+static void add_parts(void *given) {
+    Gradient *g = given;
+    for (long i; (i = __atomic_fetch_add(&g->next, 1, __ATOMIC_RELAXED)) < g->outer;)
+        for (long row = i * g->k * g->k; row < (i + 1) * g->k * g->k; row++) {
+            float *restrict to = g->weight + row * g->inner;
+            const float *restrict from = g->sums + row * g->inner_width;
+            memcpy(to, from, g->inner * sizeof *to);
+            for (long part = 1; part < g->parts; part++)
+                for (long c = 0; c < g->inner; c++)
+                    to[c] += from[part * g->size + c];
+        }
+}
 
 /* x [batch][height][width][inner] and y's gradient [batch][rows][columns][outer] in bfloat16 -> the gradient of the
    weight, float [outer][k][k][inner]. Returns 1 if out of memory. */
@@ -1019,31 +1014,24 @@ int weight_gradient(Parallel parallel, long threads, long batch, long height, lo
     long shared = stride == 1 && 2 * padding == k - 1 ? padding : reach;
     Gradient g = {.batch = batch, .height = height, .width = width, .inner = inner, .outer = outer, .k = k,
                   .stride = stride, .padding = padding, .rows = rows, .columns = columns, .x = x, .y = y,
-                  .reach = reach, .high = rows + shared, .wide = columns + shared};
+                  .weight = weight, .reach = reach, .high = rows + shared, .wide = columns + shared};
     g.outer_tiles = (outer + TILE - 1) / TILE, g.inner_width = (inner + TILE - 1) / TILE * TILE;
-    long size = g.outer_tiles * TILE * k * k * g.inner_width, exact = outer * k * k * inner;
-    long parts = OF_SUMS / (size * (long)sizeof(float));
+    g.size = g.outer_tiles * TILE * k * k * g.inner_width;
+    long parts = OF_SUMS / (g.size * (long)sizeof *g.sums);
     g.parts = parts < 1 ? 1 : parts > PARTS ? PARTS : parts;
     g.parts = g.parts > batch ? batch : g.parts;
     long groups = (2 * threads + g.parts - 1) / g.parts, most = (inner + 2 * TILE - 1) / (2 * TILE);
     groups = groups > most ? most : groups;
     g.channels = (g.inner_width / TILE + groups - 1) / groups * TILE, g.groups = (inner + g.channels - 1) / g.channels;
-    int direct = g.parts == 1 && size == exact;
-    g.sums = direct ? weight : aligned_alloc(64, g.parts * size * sizeof *g.sums);
+    int direct = g.parts == 1 && g.size == outer * k * k * inner;
+    g.sums = direct ? weight : aligned_alloc(64, g.parts * g.size * sizeof *g.sums);
     if (!g.sums)
         return 1;
     long tasks = g.parts * g.groups;
     parallel(gradient_parts, &g, (unsigned)(threads < tasks ? threads : tasks), 0);
     if (!direct) {
-        for (long o = 0; o < outer; o++)
-            for (long move = 0; move < k * k; move++) {
-                float *restrict to = weight + (o * k * k + move) * inner;
-                const float *restrict from = g.sums + (o * k * k + move) * g.inner_width;
-                memcpy(to, from, inner * sizeof *to);
-                for (long part = 1; part < g.parts; part++)
-                    for (long c = 0; c < inner; c++)
-                        to[c] += from[part * size + c];
-            }
+        g.next = 0;
+        parallel(add_parts, &g, (unsigned)threads, 0);
         free(g.sums);
     }
     return (int)g.failed;

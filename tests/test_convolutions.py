@@ -160,11 +160,18 @@ def test_the_weight_gradient_is_exact(
     """The sums are in float32; with other numbers of threads they are the same to the last bit."""
     x, y, exact = drawn(batch, inner, outer, sides, k, stride, padding)
     found = []
-    for threads in (1, 2, 5):
+    for threads in (1, 2, 5, 40):
         torch.set_num_threads(threads)
         found.append(kernels.weight_gradient(x, y, k, stride, padding))
     torch.set_num_threads(1)
     assert off(found[0], exact) < 1e-6 and all(torch.equal(each, found[0]) for each in found)
+
+
+@pytest.mark.skipif(not computes_bf16(CPU), reason="this processor would have to emulate bf16")
+def test_an_empty_batch_has_no_gradient() -> None:
+    conv = taught(nn.Conv2d(16, 16, 3, 1, 1, bias=False))
+    _, of_x, of_weight = gradients(conv, torch.randn(0, 16, 8, 8), "bf16")
+    assert of_x.shape == (0, 16, 8, 8) and of_weight.shape == (16, 16, 3, 3) and not of_weight.any()
 
 
 @needs_matrix_units

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from simsiam.config import UserError
 
 if TYPE_CHECKING:
-    import ctypes
-
     import numpy as np
     import torch
     from numpy.typing import NDArray
@@ -217,7 +215,6 @@ class Pace:
         torch.set_num_threads(threads)
 
 
-@functools.cache
 def _keep_memory() -> None:
     """Make glibc keep freed memory for the next step, in huge pages where Linux gives them to those who ask.
 
@@ -225,44 +222,54 @@ def _keep_memory() -> None:
     that took up to a sixth of a step and a third of the views. Looking up pages of 4 kB takes up to a fifth.
     """
     import ctypes
+    import threading
 
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
         libc = ctypes.CDLL(None)
         trim_threshold, mmap_threshold = -1, -3
         # Older versions of glibc refuse more than 32 MiB. If both sizes are refused, the other threshold must stay too:
         # setting either one stops glibc from adapting them, and every block above 128 kB would be paged in again.
-        if libc.mallopt(mmap_threshold, 1 << 30) or libc.mallopt(mmap_threshold, 32 << 20):
-            libc.mallopt(trim_threshold, -1)  # never
-            if _may_reserve():
-                _ask_for_huge_pages(libc)
+        most = next((size for size in (1 << 30, 32 << 20) if libc.mallopt(mmap_threshold, size)), None)
+        if most is not None:
+            libc.mallopt(trim_threshold, (1 << 31) - 1)
+            if _may_reserve() and threading.current_thread() is threading.main_thread():  # others have small heaps
+                _reserve_huge_pages(most)
 
 
 def _may_reserve() -> bool:
     """Whether huge pages must be asked for, and address space that is not used costs nothing."""
     import resource
 
-    limits = [resource.getrlimit(each)[0] for each in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    limits = {resource.getrlimit(each)[0] for each in (resource.RLIMIT_AS, resource.RLIMIT_DATA)}
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
     overcommit = Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii")
-    return "[madvise]" in pages and overcommit.strip() != "2" and set(limits) == {resource.RLIM_INFINITY}
+    # Another allocator, or one that writes to what it frees: whoever sets these has plans for the memory.
+    chosen = {"LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_PERTURB_"} & os.environ.keys()
+    return "[madvise]" in pages and overcommit.strip() != "2" and limits == {resource.RLIM_INFINITY} and not chosen
 
 
-def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
+@functools.cache
+def _reserve_huge_pages(most: int) -> None:
     """Grow the heap by a quarter of the machine's memory, which stays untouched until it is used, in huge pages then.
 
-    Advice for a block that is already in use, as torch's THP_MEM_ALLOC_ENABLE gives it, comes too late: its small pages
-    stay.
+    Advice for single blocks, as torch's THP_MEM_ALLOC_ENABLE gives it, gained nothing (docs/log.md). A disadvantage:
+    calloc, and so np.zeros, clears memory that comes from there.
+
+    most: larger blocks may not come from the heap.
     """
     import ctypes
 
-    address, size = ctypes.c_void_p, ctypes.c_size_t
+    libc, address, size = ctypes.CDLL(None), ctypes.c_void_p, ctypes.c_size_t
     libc.malloc.restype, libc.malloc.argtypes = address, [size]
     libc.free.restype, libc.free.argtypes = None, [address]
     libc.sbrk.restype, libc.sbrk.argtypes = address, [ctypes.c_ssize_t]
     libc.madvise.argtypes = [address, size, ctypes.c_int]
-    page, block, huge_pages = os.sysconf("SC_PAGE_SIZE"), 31 << 20, 14  # a larger block may not come from the heap
+    page, trim_threshold, huge_pages = os.sysconf("SC_PAGE_SIZE"), -1, 14
+    reserve = min(os.sysconf("SC_PHYS_PAGES") * page // 4, 32 << 30)
+    block = min(most - (1 << 20), reserve)
+    libc.mallopt(trim_threshold, -1)  # never: the heap's unused end is larger than any other value
     start = libc.sbrk(0)
-    blocks = [libc.malloc(block) for _ in range(os.sysconf("SC_PHYS_PAGES") * page // 4 // block)]
+    blocks = [libc.malloc(block) for _ in range(reserve // block)]
     end = libc.sbrk(0)
     for each in blocks:
         libc.free(each)

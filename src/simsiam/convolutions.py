@@ -79,16 +79,14 @@ class _Convolution(torch.autograd.Function):
         outer, inner, k, _ = weight.shape
         wanted = ctx.needs_input_grad[:2]
         of_x = of_weight = None
-        left = [want and not own for want, own in zip(wanted, ours, strict=True)]
+        left = [want and not our for want, our in zip(wanted, ours, strict=True)]
         if any(left):
             shape = (None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1)
             of_x, of_weight, _ = torch.ops.aten.convolution_backward(y, x, weight, *shape, [*left, False])
         if wanted[0] and ours[0]:
+            values = y.permute(0, 2, 3, 1).reshape(-1, outer) @ weight.view(outer, inner)
             of_x = torch.zeros_like(x)
-            values = (y.permute(0, 2, 3, 1).reshape(-1, outer) @ weight.view(outer, inner)).view(
-                len(x), *y.shape[2:], inner
-            )
-            of_x[:, :, ::stride, ::stride] = values.permute(0, 3, 1, 2)
+            of_x[:, :, ::stride, ::stride] = values.view(len(x), *y.shape[2:], inner).permute(0, 3, 1, 2)
         if wanted[1] and ours[1]:
             of_weight = kernels.weight_gradient(x, y, k, stride, padding)
         return of_x, None if of_weight is None else of_weight.to(ctx.dtype), None, None, None, None

@@ -70,7 +70,7 @@ class Encoder(nn.Module):
 
     def together(self, views: list[Tensor]) -> Sequence[Tensor]:
         """`each` for views of one size. A `ResNet` that is compiled, or has kernels, takes them in one pass: fewer,
-        larger operations."""
+        larger operations. Its first BN stands for all; `norm` takes what has no kernel view by view."""
         net = self.backbone
         if isinstance(net, ResNet) and (torch.compiler.is_compiling() or norms_views(net.bn1, views[0])):
             features: Tensor = net(torch.cat(views), len(views))

@@ -736,18 +736,22 @@ void largest(Parallel parallel, long threads, const float *values, long rows, lo
 
    The gradient of weight (ky, kx) is the product of y's gradient, transposed, with x moved by (ky, kx). Both are copied
    into the form that the matrix units read, a few images at a time so that they stay in the cache. There, positions are
-   numbered over all images in padded rows, so that a move is an offset; where y has no position its gradient is 0. */
+   numbered over all images in padded rows, so that a move is an offset; where y has no position its gradient is 0. (So
+   a value of x that is not finite may reach the gradient of one more weight than in torch.)
 
-#ifdef __AMX_BF16__
+   GCC does not know what memory the tile instructions read: SETTLE keeps it from moving what was written before. */
+
+#if defined(__AMX_BF16__) && defined(__AVX512F__)
 #include <immintrin.h>
 
+#define SETTLE(address) __asm__ volatile("" : : "r"(address) : "memory")
 #define TILE 16      /* rows of a tile, and its columns of float or of pairs of bfloat16 */
 #define WORDS 256    /* in a tile */
 #define PAIRED 32    /* positions in a tile */
 #define AHEAD 16     /* positions that are sent for in advance */
 #define IN_CACHE (1 << 20) /* bytes of copies */
 #define GROUP 128    /* channels of x that are copied together, about */
-#define PARTS 16     /* of the batch, at most: each has sums of its own, so the result does not depend on threads */
+#define PARTS 16     /* of the batch, at most, whatever the number of threads: each has sums of its own */
 #define OF_SUMS (1 << 21)  /* bytes of those, about */
 
 typedef struct {
@@ -755,8 +759,9 @@ typedef struct {
     const uint16_t *x, *y;
     long reach;      /* largest move, in rows or columns of one phase: x[stride i + phase] */
     long high, wide; /* rows and columns of a padded image of one phase */
-    long parts, groups, channels; /* `channels` of x in each group */
     long outer_tiles, inner_width;
+    long parts, y_groups, x_groups; /* the tasks: a part of the batch, some channels of y, some of x */
+    long tiles, channels; /* channel tiles in a group of y's, channels in one of x's */
     long size;       /* of the sums of a part */
     float *sums;     /* [parts][outer_tiles TILE][k k][inner_width] */
     float *weight;   /* [outer][k k][inner], the result */
@@ -765,7 +770,7 @@ typedef struct {
 
 typedef struct {
     const uint16_t **rows, *zeros; /* of x or y, at each position */
-    uint32_t *left;  /* [positions / PAIRED][outer_tiles][TILE channels][TILE pairs] */
+    uint32_t *left;  /* [positions / PAIRED][tiles of the group][TILE channels][TILE pairs] */
     uint32_t *right; /* [stride stride phases][2][pairs][channels]: from even positions on, from odd ones on */
     long pairs;      /* in `right` */
 } Copies;
@@ -774,6 +779,9 @@ typedef struct {
     const uint32_t *from; /* a channel tile of x, moved */
     float *to;            /* its sums */
 } Column;
+
+/* Rounded up. */
+static long divided(long number, long by) { return (number + by - 1) / by; }
 
 ALWAYS __m512i paired(const uint16_t *first, const uint16_t *second) {
     __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)first));
@@ -837,20 +845,20 @@ static void locate(const Gradient *g, const uint16_t *images, long height, long 
         *at++ = to->zeros;
 }
 
-static void copy_left(const Gradient *g, Copies *to, long blocks) {
+static void copy_left(Copies *to, long from, long end, long blocks) {
     uint32_t some[TILE][TILE] = {0};
     uint32_t *tile = to->left;
     for (long block = 0; block < blocks; block++) {
         const uint16_t **rows = to->rows + block * PAIRED;
         for (long r = PAIRED; r < 2 * PAIRED && block + 1 < blocks; r++)
-            fetch(rows[r], g->outer);
-        for (long start = 0; start < g->outer; start += TILE, tile += WORDS) {
+            fetch(rows[r] + from, end - from);
+        for (long start = from; start < end; start += TILE, tile += WORDS) {
             __m512i pairs[TILE];
             for (long r = 0; r < TILE; r++)
-                if (start + TILE <= g->outer)
+                if (start + TILE <= end)
                     pairs[r] = paired(rows[2 * r] + start, rows[2 * r + 1] + start);
                 else {
-                    interleave(rows[2 * r] + start, rows[2 * r + 1] + start, some[r], g->outer - start);
+                    interleave(rows[2 * r] + start, rows[2 * r + 1] + start, some[r], end - start);
                     pairs[r] = _mm512_loadu_si512(some[r]);
                 }
             transpose(pairs, tile);
@@ -859,8 +867,8 @@ static void copy_left(const Gradient *g, Copies *to, long blocks) {
 }
 
 /* One or two of y's channel tiles times one or two of x's, added up over all blocks of positions. */
-ALWAYS void multiply(const Gradient *g, long two_left, long two_right, const uint32_t *left, const Column *right,
-                     long blocks, long channels, long fresh) {
+ALWAYS void multiply(const Gradient *g, long two_left, long two_right, const uint32_t *left, long tiles,
+                     const Column *right, long channels, long blocks, long fresh) {
     long step = g->k * g->k * g->inner_width, below = TILE * step, bytes = step * sizeof(float);
     if (fresh) {
         _tile_zero(0);
@@ -873,7 +881,7 @@ ALWAYS void multiply(const Gradient *g, long two_left, long two_right, const uin
         if (two_left) _tile_loadd(2, right[0].to + below, bytes);
         if (two_left && two_right) _tile_loadd(3, right[1].to + below, bytes);
     }
-    for (long at = 0; at < blocks * TILE * channels; at += TILE * channels, left += g->outer_tiles * WORDS) {
+    for (long at = 0; at < blocks * TILE * channels; at += TILE * channels, left += tiles * WORDS) {
         _tile_loadd(4, left, TILE * sizeof *left);
         _tile_loadd(6, right[0].from + at, channels * sizeof *left);
         _tile_dpbf16ps(0, 4, 6);
@@ -894,15 +902,16 @@ ALWAYS void multiply(const Gradient *g, long two_left, long two_right, const uin
 }
 
 /* Adds the products of some images to the sums. `right` [count]: all moves of x's channel tiles. */
-static void add_products(const Gradient *g, const uint32_t *left, Column *right, long count, long blocks, long channels,
-                         long fresh) {
+static void add_products(const Gradient *g, const uint32_t *left, long tiles, Column *right, long count, long channels,
+                         long blocks, long fresh) {
     long below = TILE * g->k * g->k * g->inner_width;
-    for (long t = 0; t < g->outer_tiles; t += 2) {
-        long two_left = t + 1 < g->outer_tiles;
+    SETTLE(left);
+    for (long t = 0; t < tiles; t += 2) {
+        long two_left = t + 1 < tiles;
         for (long c = 0; c < count; c += 2) {
             long two_right = c + 1 < count;
 #define MULTIPLY(two_left, two_right)                                                                                  \
-    multiply(g, two_left, two_right, left + t * WORDS, right + c, blocks, channels, fresh)
+    multiply(g, two_left, two_right, left + t * WORDS, tiles, right + c, channels, blocks, fresh)
             if (two_left) {
                 if (two_right) MULTIPLY(1, 1); else MULTIPLY(1, 0);
             } else {
@@ -913,55 +922,59 @@ static void add_products(const Gradient *g, const uint32_t *left, Column *right,
             right[c].to += 2 * below;
     }
     for (long c = 0; c < count; c++)
-        right[c].to -= (g->outer_tiles + 1) / 2 * 2 * below;
+        right[c].to -= (tiles + 1) / 2 * 2 * below;
 }
 
-/* Does not depend on `groups`, and so not on the number of threads: it decides in which order values are added. */
+/* Images that are copied together. It decides in which order values are added, so it must not depend on the number of
+   threads, as `channels` and `tiles` of a group do. */
 static long images_at_once(const Gradient *g) {
     long channels = g->inner_width < GROUP ? g->inner_width : GROUP;
     long bytes = g->high * g->wide * (g->outer_tiles * TILE * 2 + channels * 4 * g->stride * g->stride);
     return bytes < IN_CACHE ? IN_CACHE / bytes : 1;
 }
 
-static int gradient_part(const Gradient *g, long part, long group) {
+static int gradient_part(const Gradient *g, long part, long y_group, long x_group) {
     long first = part * g->batch / g->parts, last = (part + 1) * g->batch / g->parts;
-    long start = group * g->channels, real = g->inner - start < g->channels ? g->inner - start : g->channels;
-    long channels = (real + TILE - 1) / TILE * TILE, tiles = channels / TILE;
-    long area = g->high * g->wide, phases = g->stride * g->stride, moves = g->k * g->k, reach = g->reach * (g->wide + 1);
-    long images = images_at_once(g);
+    long from = y_group * g->tiles * TILE, to_end = from + g->tiles * TILE, end = to_end < g->outer ? to_end : g->outer;
+    long tiles = divided(end - from, TILE);
+    long start = x_group * g->channels, real = g->inner - start < g->channels ? g->inner - start : g->channels;
+    long channels = divided(real, TILE) * TILE;
+    long area = g->high * g->wide, phases = g->stride * g->stride, moves = g->k * g->k;
+    long reach = g->reach * (g->wide + 1), images = images_at_once(g);
     images = images > last - first ? last - first : images;
-    long blocks = (images * area + PAIRED - 1) / PAIRED, positions = blocks * PAIRED + reach + 2;
+    long blocks = divided(images * area, PAIRED), positions = blocks * PAIRED + reach + 2;
     Copies to = {.pairs = positions / 2};
     to.rows = malloc(positions * sizeof *to.rows);
-    to.left = aligned_alloc(64, blocks * g->outer_tiles * WORDS * sizeof *to.left);
+    to.left = aligned_alloc(64, blocks * tiles * WORDS * sizeof *to.left);
     size_t words = phases * 2 * to.pairs * channels;
     to.right = aligned_alloc(64, words * sizeof *to.right);
     uint16_t *zeros = calloc(g->outer > g->inner ? g->outer : g->inner, sizeof *zeros);
-    Column *columns = malloc(moves * tiles * sizeof *columns);
+    long count = moves * (channels / TILE);
+    Column *columns = malloc(count * sizeof *columns);
     int failed = !to.rows || !to.left || !to.right || !zeros || !columns;
     if (!failed) {
         to.zeros = zeros;
         if (channels != real)
             memset(to.right, 0, words * sizeof *to.right);
-        float *sums = g->sums + part * g->size + start;
+        float *sums = g->sums + part * g->size + from * moves * g->inner_width + start;
+        Column *column = columns;
         for (long move = 0; move < moves; move++) {
             long ky = move / g->k, kx = move % g->k, offset = ky / g->stride * g->wide + kx / g->stride;
             long phase = ky % g->stride * g->stride + kx % g->stride;
-            for (long t = 0; t < tiles; t++)
-                columns[move * tiles + t] = (Column){
-                    to.right + ((2 * phase + offset % 2) * to.pairs + offset / 2) * channels + t * TILE,
-                    sums + move * g->inner_width + t * TILE};
+            const uint32_t *moved = to.right + ((2 * phase + offset % 2) * to.pairs + offset / 2) * channels;
+            for (long at = 0; at < channels; at += TILE)
+                *column++ = (Column){moved + at, sums + move * g->inner_width + at};
         }
         for (long image = first; image < last; image += images) {
-            long end = image + images < last ? image + images : last;
-            blocks = ((end - image) * area + PAIRED - 1) / PAIRED, positions = blocks * PAIRED + reach + 2;
-            locate(g, g->y, g->rows, g->columns, g->outer, image, end, 1, 0, 0, &to, blocks * PAIRED);
-            copy_left(g, &to, blocks);
+            long past = image + images < last ? image + images : last;
+            blocks = divided((past - image) * area, PAIRED), positions = blocks * PAIRED + reach + 2;
+            locate(g, g->y, g->rows, g->columns, g->outer, image, past, 1, 0, 0, &to, blocks * PAIRED);
+            copy_left(&to, from, end, blocks);
             for (long phase = 0; phase < phases; phase++) {
                 long row = phase / g->stride, column = phase % g->stride;
                 if (row >= g->k || column >= g->k)
                     continue; /* not read */
-                locate(g, g->x, g->height, g->width, g->inner, image, end, g->stride, row - g->padding,
+                locate(g, g->x, g->height, g->width, g->inner, image, past, g->stride, row - g->padding,
                        column - g->padding, &to, positions);
                 for (long odd = 0; odd < (g->reach ? 2 : 1); odd++) {
                     uint32_t *right = to.right + (2 * phase + odd) * to.pairs * channels;
@@ -972,7 +985,7 @@ static int gradient_part(const Gradient *g, long part, long group) {
                     }
                 }
             }
-            add_products(g, to.left, columns, moves * tiles, blocks, channels, image == first);
+            add_products(g, to.left, tiles, columns, count, channels, blocks, image == first);
         }
     }
     free(to.rows), free(to.left), free(to.right), free(zeros), free(columns);
@@ -984,9 +997,10 @@ static void gradient_parts(void *given) {
     struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } tiles = {.palette = 1};
     for (long t = 0; t < 8; t++)
         tiles.bytes[t] = 64, tiles.rows[t] = TILE;
+    SETTLE(&tiles);
     _tile_loadconfig(&tiles);
-    for (long i; (i = __atomic_fetch_add(&g->next, 1, __ATOMIC_RELAXED)) < g->parts * g->groups;)
-        if (gradient_part(g, i % g->parts, i / g->parts))
+    for (long i; (i = __atomic_fetch_add(&g->next, 1, __ATOMIC_RELAXED)) < g->parts * g->y_groups * g->x_groups;)
+        if (gradient_part(g, i % g->parts, i / g->parts % g->y_groups, i / g->parts / g->y_groups))
             __atomic_store_n(&g->failed, 1, __ATOMIC_RELAXED);
     _tile_release();
 }
@@ -1015,19 +1029,22 @@ int weight_gradient(Parallel parallel, long threads, long batch, long height, lo
     Gradient g = {.batch = batch, .height = height, .width = width, .inner = inner, .outer = outer, .k = k,
                   .stride = stride, .padding = padding, .rows = rows, .columns = columns, .x = x, .y = y,
                   .weight = weight, .reach = reach, .high = rows + shared, .wide = columns + shared};
-    g.outer_tiles = (outer + TILE - 1) / TILE, g.inner_width = (inner + TILE - 1) / TILE * TILE;
+    g.outer_tiles = divided(outer, TILE), g.inner_width = divided(inner, TILE) * TILE;
     g.size = g.outer_tiles * TILE * k * k * g.inner_width;
     long parts = OF_SUMS / (g.size * (long)sizeof *g.sums);
     g.parts = parts < 1 ? 1 : parts > PARTS ? PARTS : parts;
     g.parts = g.parts > batch ? batch : g.parts;
-    long groups = (2 * threads + g.parts - 1) / g.parts, most = (inner + 2 * TILE - 1) / (2 * TILE);
-    groups = groups > most ? most : groups;
-    g.channels = (g.inner_width / TILE + groups - 1) / groups * TILE, g.groups = (inner + g.channels - 1) / g.channels;
+    long groups = divided(2 * threads, g.parts), most = divided(inner, 2 * TILE);
+    g.channels = divided(g.inner_width / TILE, groups < most ? groups : most) * TILE;
+    g.x_groups = divided(inner, g.channels);
+    groups = divided(groups, g.x_groups), most = divided(g.outer_tiles, 2);
+    g.tiles = divided(g.outer_tiles, 2 * (groups < most ? groups : most)) * 2;
+    g.y_groups = divided(g.outer_tiles, g.tiles);
     int direct = g.parts == 1 && g.size == outer * k * k * inner;
     g.sums = direct ? weight : aligned_alloc(64, g.parts * g.size * sizeof *g.sums);
     if (!g.sums)
         return 1;
-    long tasks = g.parts * g.groups;
+    long tasks = g.parts * g.y_groups * g.x_groups;
     parallel(gradient_parts, &g, (unsigned)(threads < tasks ? threads : tasks), 0);
     if (!direct) {
         g.next = 0;

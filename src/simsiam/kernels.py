@@ -232,6 +232,8 @@ def weight_gradient(x: Tensor, gradient: Tensor, k: int, stride: int, padding: i
     batch, inner, height, width = x.shape
     outer, *sides = gradient.shape[1:]
     made = torch.empty(outer, k, k, inner)
+    if not gradient.numel():
+        return made.zero_().permute(0, 3, 1, 2)
     given = (batch, height, width, inner, outer, k, stride, padding, *sides)
     _call("weight_gradient", *given, *_places(x, gradient, made))
     return made.permute(0, 3, 1, 2)
@@ -246,8 +248,7 @@ def _has_matrix_units() -> bool:
 
 def multiplies() -> bool:
     """Whether there is a kernel for `weight_gradient`."""
-    library = compiled()
-    return library is not None and hasattr(library, "weight_gradient") and _has_matrix_units()
+    return _has_matrix_units() and hasattr(compiled(), "weight_gradient")
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

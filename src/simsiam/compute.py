@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -222,7 +223,6 @@ def _keep_memory() -> None:
     that took up to a sixth of a step and a third of the views. Looking up pages of 4 kB takes up to a fifth.
     """
     import ctypes
-    import threading
 
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
         libc = ctypes.CDLL(None)

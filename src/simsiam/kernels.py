@@ -165,7 +165,7 @@ def norm(bn: nn.Module, x: Tensor, added: Tensor | None = None, relu: bool = Tru
 
 def norms_views(bn: nn.Module, x: Tensor) -> bool:
     """Whether `norm` takes several concatenated views as fast as one by one: it has a kernel for them."""
-    return type(bn) is nn.BatchNorm2d and bn.momentum is not None and x.dtype != torch.float64 and usable(x)
+    return type(bn) is nn.BatchNorm2d and _normalises(bn, x, None, 2)
 
 
 def _normalises(bn: nn.BatchNorm2d, x: Tensor, added: Tensor | None, views: int) -> bool:

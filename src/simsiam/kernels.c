@@ -743,6 +743,8 @@ void largest(Parallel parallel, long threads, const float *values, long rows, lo
 
 #if defined(__AMX_BF16__) && defined(__AVX512F__)
 #include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define SETTLE(address) __asm__ volatile("" : : "r"(address) : "memory")
 #define TILE 16      /* rows of a tile, and its columns of float or of pairs of bfloat16 */
@@ -997,6 +999,12 @@ static int gradient_part(const Gradient *g, long part, long y_group, long x_grou
     }
     free(to.rows), free(to.left), free(to.right), free(zeros), free(columns);
     return failed;
+}
+
+/* Asks the system to let this process use the tiles. */
+int may_multiply(void) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18 };
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
 }
 
 static void gradient_parts(void *given) {

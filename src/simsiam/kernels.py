@@ -239,16 +239,15 @@ def weight_gradient(x: Tensor, gradient: Tensor, k: int, stride: int, padding: i
     return made.permute(0, 3, 1, 2)
 
 
-@functools.cache
-def _has_matrix_units() -> bool:
-    """Whether the processor has AMX and the system lets this process use it, for which torch asks."""
-    ask = getattr(torch.cpu, "_init_amx", None)  # an internal name of torch
-    return ask is not None and bool(ask())
-
-
 def multiplies() -> bool:
-    """Whether there is a kernel for `weight_gradient`."""
-    return _has_matrix_units() and hasattr(compiled(), "weight_gradient")
+    """Whether there is a kernel for `weight_gradient`, and the system lets this process use it."""
+    return compiled() is not None and _may_multiply()
+
+
+@functools.cache
+def _may_multiply() -> bool:
+    library = _found()[0]
+    return hasattr(library, "weight_gradient") and bool(library.may_multiply())
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -176,6 +176,10 @@ def test_32_bit_and_float_images_are_scaled() -> None:
     with_nan = unit.copy()
     with_nan[0, 0] = np.nan
     assert np.array_equal(decode(encode(with_nan, "TIFF")), decode(encode(unit, "TIFF")))
+    elevations = 1000 + 100 * unit
+    elevations[0, 0] = np.nan
+    assert difference(decode(encode(elevations, "TIFF"))[..., 0].ravel()[1:], np.arange(1, 256)) < 0.6
+    assert decode(encode(np.full((3, 3), np.nan, dtype=np.float32), "TIFF")).max() == 0
     assert decode(encode(np.full((3, 3), -7.0, dtype=np.float32), "TIFF")).max() == 0  # constant: no division by zero
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tarfile
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from simsiam.compute import Compute, computes_bf16
 from simsiam.config import UserError
 from simsiam.console import Listener
 from simsiam.data.cache import build_cache
+from simsiam.data.imageset import ImageSet
 from simsiam.data.sources import open_images
 from simsiam.embed import ImageEncoder
 from simsiam.embeddings import embed_to, read_embeddings, write_embedding
@@ -147,6 +149,36 @@ def test_only_one_process_embeds_into_a_folder(run: Path, copy: Path, tmp_path: 
         embed_to(run, copy, out)
     lock.release()
     assert embed_to(run, copy, out)["new"] == 30 and embed_to(run, copy, out)["new"] == 0
+
+
+def test_what_another_process_has_embedded_meanwhile_is_not_replaced(
+    run: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(copy, tmp_path / "others")
+    opened = open_images
+
+    def slowly(data: str | Path) -> ImageSet:
+        with monkeypatch.context() as patch:
+            patch.setattr("simsiam.embeddings.open_images", opened)
+            embed_to(run, tmp_path / "others", tmp_path / "out")
+        return opened(data)
+
+    monkeypatch.setattr("simsiam.embeddings.open_images", slowly)
+    with pytest.raises(UserError, match=r"out holds embeddings of .*others: choose another -o"):
+        embed_to(run, copy, tmp_path / "out")
+
+
+def test_images_that_were_added_do_not_matter(run: Path, copy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for name in ("b.tar", "a.tar"):
+        with tarfile.open(folder / name, "w") as tar:
+            for path in sorted(copy.glob("*.png"))[:4]:
+                tar.add(path, path.name)
+        if name == "b.tar":
+            embed_to(run, folder, tmp_path / "out")
+    cache, rows = read_embeddings(tmp_path / "out").images()
+    assert len(cache) == 8 and rows.tolist() == [4, 5, 6, 7]
 
 
 def test_clusters_of_images_that_have_changed_are_named(run: Path, copy: Path, tmp_path: Path) -> None:
@@ -345,6 +377,16 @@ def test_an_image_that_is_cut_off_is_named_however_it_is_given(run: Path, tmp_pa
         for image in (path, opened):
             with pytest.raises(UserError, match=r"Cannot read the image .*cut\.jpg: .*truncated"):
                 simsiam.load(run).embed([image])
+
+
+def test_an_image_that_is_damaged_inside_is_named(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "broken.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)).save(path)
+    content = path.read_bytes()
+    later = content.index(b"IDAT", content.index(b"IDAT") + 4)
+    path.write_bytes(content[:later] + bytes(4) + content[later + 4 :])
+    with Image.open(path) as opened, pytest.raises(UserError, match=r"Cannot read the image .*broken\.png"):
+        simsiam.load(run).embed([opened])
 
 
 def test_embed_looks_before_it_works(run: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,30 @@ def test_split_folders(tmp_path: Path, first: str, second: str) -> None:
     assert named(images)[f"{second}/cat/0.png"] == "cat"
 
 
+@pytest.mark.parametrize(("first", "second"), [("train_images", "test_images"), ("train2017", "val2017")])
+def test_split_folders_of_longer_names(tmp_path: Path, first: str, second: str) -> None:
+    names = [f"{split}/{kind}/{i}.png" for split in (first, second) for kind in ("cat", "dog") for i in range(3)]
+    images = open_images(write(tmp_path, *names))
+    assert images.classes == ("cat", "dog") and held_out(images) == [i for i in images.ids if i.startswith(second)]
+    plain = open_images(write(tmp_path / "plain", *(f"{split}/{i}.png" for split in (first, second) for i in range(3))))
+    assert plain.labels is None and len(plain.test) == 3
+
+
+def test_what_is_not_labelled_is_trained_on(tmp_path: Path) -> None:
+    """As STL-10 lies in folders."""
+    names = [f"{split}/{kind}/{i}.png" for split in ("train", "test") for kind in ("cat", "dog") for i in range(3)]
+    images = open_images(write(tmp_path, *names, *(f"unlabeled/{i}.png" for i in range(50))))
+    assert images.classes == ("cat", "dog") and len(images.test) == 6 and len(images.train) == 56
+    assert sum(kind is None for kind in named(images).values()) == 50
+
+
+def test_an_image_above_the_folders_changes_nothing(tmp_path: Path) -> None:
+    names = [f"{split}/{kind}/{i}.png" for split in ("train", "test") for kind in ("cat", "dog") for i in range(20)]
+    images = open_images(write(tmp_path, *(f"deep/set/{name}" for name in names), "deep/cover.png", "logo.png"))
+    assert images.classes == ("cat", "dog") and len(images.test) == 40
+    assert [i for i, kind in named(images).items() if kind is None] == ["deep/cover.png", "logo.png"]
+
+
 def test_split_folders_without_classes(tmp_path: Path) -> None:
     images = open_images(write(tmp_path, "train/1.png", "train/2.png", "valid/1.png", "test/1.png"))
     assert images.labels is None and held_out(images) == ["test/1.png", "valid/1.png"]
@@ -184,6 +208,13 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "real/sub/up").symlink_to(tmp_path / "real")
     (tmp_path / "real/linked").symlink_to(write(tmp_path / "elsewhere", "3.png"))
     assert open_images(tmp_path / "real").ids == ["1.png", "linked/3.png", "sub/2.png"]
+
+
+def test_a_pattern_takes_every_file_once(tmp_path: Path) -> None:
+    write(tmp_path, "a/1.png", "a/b/2.png")
+    (tmp_path / "a" / "circle").symlink_to(tmp_path)
+    (tmp_path / "again").symlink_to(tmp_path / "a")
+    assert open_images(f"{tmp_path}/**/*.png").ids == ["1.png", "b/2.png"]
 
 
 def test_links_to_nothing_are_named(tmp_path: Path) -> None:
@@ -635,6 +666,65 @@ def test_zip_is_thread_safe(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_what_is_hidden_in_an_archive_lies_below_what_all_share(tmp_path: Path, kind: str) -> None:
+    """As `tar cf a.tar ~/.keras/datasets/set` and macOS make them."""
+
+    def packed(*names: str) -> list[str]:
+        path, files = tmp_path / f"a.{kind}", {name: png(i) for i, name in enumerate(names)}
+        if kind == "tar":
+            write_tar(path, files)
+        else:
+            with zipfile.ZipFile(path, "w") as archive:
+                for name, content in files.items():
+                    archive.writestr(name, content)
+        return sorted(open_images(path).ids)
+
+    assert packed("home/.keras/set/1.png", "home/.keras/set/.thumbs/1.png", "__MACOSX/home/.keras/set/._1.png") == [
+        "home/.keras/set/1.png"
+    ]
+    assert packed("./1.png", "./a/2.png", "./.trash/3.png") == ["1.png", "a/2.png"]
+    assert packed("../set/1.png", "../set/2.png") == ["../set/1.png", "../set/2.png"]
+    assert packed(".git/1.png", "2.png") == ["2.png"]
+
+
+def test_images_that_cannot_be_read_are_named_in_archives_too(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"1.png": png(1), "2.dng": b"raw", "3.dng": b"raw", "notes.txt": b""})
+    with pytest.warns(UserWarning, match=r"a\.tar: \.dng 2 left out\.$"):
+        assert open_images(tmp_path / "a.tar").ids == ["1.png"]
+    write_tar(tmp_path / "b.tar", {"2.dng": b"raw"})
+    with pytest.raises(UserError, match=r"^No images in .*b\.tar: \.dng 1 left out\.$"):
+        open_images(tmp_path / "b.tar")
+
+
+def test_a_label_file_that_tells_nothing_leaves_the_classes_of_the_folders(tmp_path: Path) -> None:
+    files = {f"{kind}/{i}.png": png(i) for kind in ("cat", "dog") for i in range(4)}
+    write_tar(tmp_path / "a.tar", {**files, "cat/0.json": b'{"label": "x"}'})
+    assert open_images(tmp_path / "a.tar").classes == ("cat", "dog")
+
+
+def test_ids_stay_when_another_archive_is_added(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"1.png": png(1)})
+    before = open_images(tmp_path)
+    write_tar(tmp_path / "b.tar", {"1.png": png(2)})
+    after = open_images(tmp_path)
+    assert before.ids == ["a.tar/1.png"] and after.ids == ["a.tar/1.png", "b.tar/1.png"]
+    assert after.keys[0] == before.keys[0] and open_images(tmp_path / "a.tar").ids == ["1.png"]
+
+
+def test_a_zip_of_a_method_that_python_lacks_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("1.cls", b"cat")
+        archive.writestr("1.png", png(1))
+    content = bytearray(path.read_bytes())
+    for at in (content.index(b"PK\3\4") + 8, content.index(b"PK\1\2") + 10):
+        content[at] = 9  # Deflate64
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"^Cannot read .*a\.zip \(.*\): copy or download it again\.$"):
+        open_images(path)
 
 
 def test_unpacked_copy_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
-from simsiam.compute import Compute, pick_device, set_threads
+from simsiam.compute import Compute, out_of_memory, pick_device, set_threads
 from simsiam.config import UserError
 from simsiam.data.decode import DecodeError, decode, in_order
 from simsiam.encoders import in_use
@@ -167,7 +167,9 @@ def _pixels(number: int, image: Any, short_side: int) -> NDArray[np.uint8]:
     if isinstance(image, Image.Image):
         try:
             return decode(image.copy(), short_side)  # decoding modifies its input
-        except (OSError, ValueError) as error:  # a file that Pillow has opened but not read, or has closed
+        except Exception as error:  # Pillow raises anything, of a file that it has opened but not read, or has closed
+            if out_of_memory(error):
+                raise
             raise UserError(f"Cannot read the image {getattr(image, 'filename', '') or image}: {error}.") from None
     array = np.asarray(image)
     coloured = array.ndim == 3 and array.shape[2] in (1, 3, 4)

@@ -51,11 +51,12 @@ def embed_to(
     listener = listener or Listener()
     encoder = ImageEncoder(os.fspath(run), device).open()
     out = Path(out)
-    known, before = _known(out, encoder.meta_, absolute(data))
+    _known(out, encoder.meta_, absolute(data))
     images = open_images(data)
     make_writable(out)  # or fail now, not after hours of embedding
     lock = claim(out, "embedding")
     try:
+        known, before = _known(out, encoder.meta_, absolute(data))  # again: another process may have written meanwhile
         cache = build_cache(images, encoder.preprocessing_.short_side, workers=workers, progress=listener.decoding)
         rows = cache.decoded(np.arange(len(cache)))
         hashes = digests(cache, rows)
@@ -185,9 +186,9 @@ class Embeddings:
         from simsiam.data.cache import open_cache
 
         source = open_images(self.meta["data"])
-        there = {id_: row for row, id_ in enumerate(source.ids)}
-        rows = np.array([there.get(id_, -1) for id_ in self.ids], np.int64)
-        changed = int(((rows < 0) | (source.keys[rows] != self.keys)).sum())
+        there = {key: row for row, key in enumerate(source.keys.tolist())}
+        rows = np.array([there.get(key, -1) for key in self.keys.tolist()], np.int64)
+        changed = int((rows < 0).sum())
         if changed:
             raise UserError(
                 f"{changed:,} of the {counted(len(self), 'image')} in {self.folder} have changed or are gone from "

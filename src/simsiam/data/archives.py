@@ -13,6 +13,7 @@ import shutil
 import tarfile
 import tempfile
 import threading
+import warnings
 import weakref
 import zipfile
 import zlib
@@ -28,11 +29,11 @@ from simsiam.data.imageset import (
     File,
     ImageSet,
     encode,
-    junk,
     layout,
     member_keys,
     one_line,
     split_by_name,
+    visible,
 )
 
 _PACKED_TAR: dict[str, Callable[..., Any]] = {
@@ -42,6 +43,16 @@ _PACKED_TAR: dict[str, Callable[..., Any]] = {
     ".tar.xz": lzma.open,
 }
 ENDINGS = (".tar", *_PACKED_TAR, ".zip")
+_DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    EOFError,
+    lzma.LZMAError,
+    zlib.error,
+    NotImplementedError,
+    UnicodeError,
+)
+"""Raised while an archive is opened. NotImplementedError: a method of compression that Python lacks."""
 
 
 def open_archives(name: str, root: str, files: list[File]) -> ImageSet:
@@ -51,24 +62,34 @@ def open_archives(name: str, root: str, files: list[File]) -> ImageSet:
     archive: list[int] = []
     readers: list[Callable[[], bytes]] = []
     raw_labels: list[Any] = []
+    left_out: list[str] = []
+    single = not os.path.isdir(root)  # in a folder, ids stay the same if a second archive is added
     for a, file in enumerate(files):
         try:
-            members = _zip_members(file) if file.id.lower().endswith(".zip") else _tar_members(file)
+            found = _zip_members(file) if file.id.lower().endswith(".zip") else _tar_members(file)
+            members = {path: found[path] for path in visible(found)}
             side = _side_labels(members)
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        except (*_DAMAGED, OSError) as error:
             raise UserError(f"Cannot read {file.path} ({one_line(error)}): copy or download it again.") from None
         for path, reader in members.items():
             if path.lower().endswith(decode.ENDINGS):
-                ids.append(f"{file.id}/{path}" if len(files) > 1 else path)
+                ids.append(path if single else f"{file.id}/{path}")
                 inner.append(path)
                 archive.append(a)
                 readers.append(reader)
                 raw_labels.append(side.get(_key(path)))
+            elif path.lower().endswith(decode.NOT_READ):
+                left_out.append(path)
+    place = f"{files[0].path}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
+    told = f": {decode.count_kinds(left_out)} left out.{decode.hint(left_out)}" if left_out else "."
     if not ids:
-        raise UserError(f"No images in {files[0].path}{f' and {len(files) - 1} more' if len(files) > 1 else ''}.")
+        raise UserError(f"No images in {place}{told}")
+    if left_out:
+        warnings.warn(f"{place}{told}", stacklevel=4)
     labels, classes, test = layout(inner)
-    if any(label is not None for label in raw_labels):
-        labels, classes = encode(raw_labels)
+    given = encode(raw_labels)
+    if given[0] is not None:
+        labels, classes = given
     held_out = split_by_name([file.id for file in files])[archive]
     if held_out.any():
         test = np.flatnonzero(held_out)
@@ -124,9 +145,7 @@ def _tar_members(file: File) -> dict[str, Callable[[], bytes]]:
     with tarfile.open(path, "r:", errors="backslashreplace") as tar:
         while (member := tar.next()) is not None:
             inner = member.name.removeprefix("./")
-            if junk(inner):
-                pass
-            elif member.isfile():
+            if member.isfile():
                 members[inner] = reader(member.offset_data, member.size)  # as with tar, the last member of a name wins
             elif member.islnk() or member.issym():
                 folder = posixpath.dirname(inner) if member.issym() else ""
@@ -190,8 +209,8 @@ def _zip_members(file: File) -> dict[str, Callable[[], bytes]]:
 
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            info.filename = _zip_name(info)
-        infos = [info for info in archive.infolist() if not info.is_dir() and not junk(info.filename)]
+            info.filename = _zip_name(info).removeprefix("./")
+        infos = [info for info in archive.infolist() if not info.is_dir()]
     if any(info.flag_bits & 1 for info in infos):
         raise UserError(f"{path} is password-protected: unpack it and name the folder instead.")
     return {info.filename: reader(info) for info in infos}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -44,6 +45,10 @@ ENDINGS = (
 )
 """Extensions of the files that are treated as images."""
 
+_RAW = (".dng", ".cr2", ".nef", ".arw")
+NOT_READ = (*HEIC, *_RAW, ".avif", ".jp2", ".j2k", ".jxl", ".ico", ".psd", ".svg", ".dcm")
+"""Extensions of images that are named if they are left out. Those in `ENDINGS` are not."""
+
 VERSION = f"Pillow {PIL.__version__}: {' '.join(ENDINGS)}"
 """Identifies what this installation can decode; another one may decode more."""
 
@@ -63,6 +68,20 @@ _UPRIGHT = {  # EXIF tag 0x0112
 
 class DecodeError(ValueError):
     """The image cannot be decoded; the message is the reason, ready for a list of bad files."""
+
+
+def count_kinds(names: Iterable[str]) -> str:
+    """The extensions of files in words, with their numbers."""
+    endings = Counter(os.path.splitext(name)[1].lower() or "(no ending)" for name in names)
+    first = endings.most_common(5)
+    rest = endings.total() - sum(count for _, count in first)
+    return ", ".join([*(f"{ending} {count}" for ending, count in first), *([f"others {rest}"] if rest else [])])
+
+
+def hint(names: Iterable[str]) -> str:
+    """A hint to install the HEIC plug-in, if the files include iPhone photographs and it is missing."""
+    missing = any(name.lower().endswith(HEIC) for name in names) and ".heic" not in ENDINGS
+    return " To read .heic: pip install pillow-heif." if missing else ""
 
 
 def check_length(length: int) -> None:
@@ -210,12 +229,12 @@ def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
     Pillow's own conversion clips at 255. Integers of up to 16 bits are divided by the full scale of the smallest usual
     depth (8, 10, 12, 14, 16 bits) that holds the image's maximum, because 12-bit cameras save 16-bit files that would
     come out black. Floats within 0..1 keep that scale; anything else is stretched from its minimum to its maximum.
+    What is not finite is black.
     """
     values = pixels.astype(np.float64)
     finite = np.isfinite(values)
-    if not finite.all():
-        values = np.where(finite, values, values[finite].min(initial=0.0))
-    low, high = float(values.min()), float(values.max())
+    known = values[finite] if finite.any() else np.zeros(1)
+    low, high = float(known.min()), float(known.max())
     real = pixels.dtype.kind == "f"
     if real and low >= 0 and high <= 1:
         full = 1.0
@@ -223,7 +242,8 @@ def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
         values, full = values - low, high - low
     else:
         full = next(float(2**bits - 1) for bits in (8, 10, 12, 14, 16) if high <= 2**bits - 1)
-    return np.rint(values * (255 / full) if full else values).astype(np.uint8)
+    scaled = values * (255 / full) if full else values
+    return np.rint(np.where(finite, scaled, 0.0)).astype(np.uint8)
 
 
 def reduced_size(height: int, width: int, short_side: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "category")
 _TRAIN = {"train", "training"}
 _TEST = {"test", "testing", "val", "valid", "validation"}
+_FURTHER = {"unlabeled", "unlabelled", "unsup", "extra"}
 _SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(sorted(_TRAIN | _TEST))})(?=[-_./\d]|$)", re.IGNORECASE)
 _JUNK = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|$))")
+_OF_MACOS = re.compile(r"(?:^|/)(?:\._|__MACOSX(?:/|$))")
 _HELD_OUT = 1000
 _ODD = 0x9E3779B97F4A7C15
 _ENOUGH = 0.95
@@ -118,6 +120,14 @@ def junk(path: str) -> bool:
     return _JUNK.search(path) is not None
 
 
+def visible(paths: Collection[str]) -> list[str]:
+    """The paths of an archive that are not `junk` below the folder that all have in common: `.keras/datasets/...` is
+    not hidden if everything lies there."""
+    paths = [path for path in paths if not _OF_MACOS.search(path)]
+    depth = _common({tuple(path.split("/")[:-1]) for path in paths})
+    return [path for path in paths if not junk("/".join(path.split("/")[depth:]))]
+
+
 def one_line(error: BaseException) -> str:
     """The text of an error on one line, for a UserError."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -129,45 +139,67 @@ def one_line(error: BaseException) -> str:
 def layout(paths: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | None, np.ndarray]:
     """Labels, classes and test images according to the folders in `paths`: [split/]class/.../image."""
     names = [path.rpartition("/")[0] for path in paths]
-    images = Counter(names)
     # Millions of images are in few folders, so everything below works per folder.
-    parts = {name: name.split("/") if name else [] for name in images}
-    depth = _shared(parts.values())
-    tops = {name: folder[depth].lower() if len(folder) > depth else "" for name, folder in parts.items()}
-    tests = {name for name, top in tops.items() if top in _TEST}
-    trains = {name for name, top in tops.items() if top in _TRAIN}
-    split = tests and trains and sum(images[name] for name in tests | trains) >= _ENOUGH * len(paths)
+    parts = {name: tuple(name.split("/")) if name else () for name in names}
+    images = Counter(map(parts.__getitem__, names))
+    depth = _shared(images)
+    kinds = {folder: _kind(folder[depth]) if len(folder) > depth else "" for folder in images}
+
+    def count(*wanted: str) -> int:
+        return sum(images[folder] for folder, kind in kinds.items() if kind in wanted)
+
+    split = count("train") and count("test") and count("train", "test", "further") >= _ENOUGH * len(paths)
     if not split:
-        tests = set()
+        kinds = dict.fromkeys(images, "train")
     start = depth + bool(split)
-    inner = {name: folder[start:] for name, folder in parts.items()}
-    training = {name: inner[name] for name in inner if name not in tests}
-    level = _shared(training.values())
-    counts: Counter[str] = Counter()
-    for name, folder in training.items():
+    training = Counter({folder[start:]: images[folder] for folder, kind in kinds.items() if kind == "train"})
+    level = _shared(training)
+    classes_of: Counter[str] = Counter()
+    for folder, number in training.items():
         if len(folder) > level:
-            counts[folder[level]] += images[name]
-    test = np.flatnonzero([name in tests for name in names])
+            classes_of[folder[level]] += number
+    test = np.flatnonzero([kinds[parts[name]] == "test" for name in names])
     # One image per folder is a way to store images, not a class.
-    if len(counts) < 2 or counts.total() < max(_ENOUGH * (len(paths) - len(test)), 2 * len(counts)):
+    if len(classes_of) < 2 or classes_of.total() < max(_ENOUGH * training.total(), 2 * len(classes_of)):
         return None, None, test
-    classes = tuple(sorted(counts))
+    classes = tuple(sorted(classes_of))
     index = {label: i for i, label in enumerate(classes)}
-    label = {name: index.get(folder[level], -1) if len(folder) > level else -1 for name, folder in inner.items()}
-    return np.array([label[name] for name in names], dtype=np.int64), classes, test
+    place = start + level
+    label = {folder: index.get(folder[place], -1) if len(folder) > place else -1 for folder in images}
+    return np.array([label[parts[name]] for name in names], dtype=np.int64), classes, test
 
 
-def _shared(folders: Collection[list[str]]) -> int:
+def _common(folders: Collection[tuple[str, ...]]) -> int:
     """The number of leading folders that all have in common."""
+    if not folders:
+        return 0
     low, high = min(folders), max(folders)
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
+def _shared(images: Mapping[tuple[str, ...], int]) -> int:
+    """The number of leading folders that nearly all images have in common. images: their number in each folder."""
+    left, total = dict(images), sum(images.values())
+    while True:
+        shared, lowest = _common(left), min(left)
+        # A few images above all others, such as a cover picture, do not count.
+        if len(left) == 1 or len(lowest) > shared or sum(left.values()) - left[lowest] < _ENOUGH * total:
+            return shared
+        del left[lowest]
+
+
+def _kind(name: str) -> str:
+    """ "train", "test", "further" (not labelled, to train on) or "": the split that a file's or folder's name gives."""
+    if name.lower() in _FURTHER:
+        return "further"
+    found = _SPLIT.findall(name)
+    return "" if not found else "test" if found[-1].lower() in _TEST else "train"
+
+
 def split_by_name(names: Sequence[str]) -> np.ndarray:
     """bool [N]: which files are test data according to their names; none unless some are training data."""
-    found = [match[-1].lower() if (match := _SPLIT.findall(name)) else "" for name in names]
-    is_test = np.array([split in _TEST for split in found], dtype=bool)
-    return is_test if any(split in _TRAIN for split in found) else np.zeros(len(names), dtype=bool)
+    kinds = list(map(_kind, names))
+    return np.array([kind == "test" and "train" in kinds for kind in kinds], dtype=bool)
 
 
 def encode(

@@ -40,7 +40,7 @@ def open_parquet(name: str, root: str, files: list[File]) -> ImageSet:
                 wanted = [*([label] if label else []), *([f"{image}.path"] if has_path else [])]
                 table = parquet.read(columns=wanted) if wanted else None
                 metadata.append(parquet.metadata)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, UnicodeError, pa.ArrowException) as error:
             raise UserError(
                 f"Cannot read {file.path} as Parquet ({one_line(error)}): copy or download it again."
             ) from None

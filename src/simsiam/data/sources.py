@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import warnings
-from collections import Counter
 from pathlib import Path
 
 from simsiam.config import UserError, counted
@@ -22,19 +21,6 @@ from simsiam.runs import METRICS, RECIPE
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _BRANDS = {b"ftypavif": ".avif", b"ftypheic": ".heic", b"ftypheix": ".heic", b"ftypmif1": ".heic"}
 _MAGIC = re.compile(r"[*?\[{]")
-_RAW = (".dng", ".cr2", ".nef", ".arw")
-_NOT_READ = (
-    *decode.HEIC,
-    *_RAW,
-    ".avif",
-    ".jp2",
-    ".j2k",
-    ".jxl",
-    ".ico",
-    ".psd",
-    ".svg",
-    ".dcm",
-)
 
 
 def open_images(data: str | Path | None = None) -> ImageSet:
@@ -74,7 +60,7 @@ def open_images(data: str | Path | None = None) -> ImageSet:
 
 def exists(data: str) -> bool:
     """Whether a path or a pattern, as in `absolute`, names a file or folder."""
-    return os.path.exists(data) or any(glob.glob(one, recursive=True) for one in _braces(data))
+    return os.path.exists(data) or any(map(_found, _braces(data)))
 
 
 def absolute(data: str | Path) -> str:
@@ -182,7 +168,7 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 def _matching(pattern: str) -> tuple[str, str, list[File]]:
     paths: list[str] = []
     for one in _braces(pattern):
-        found = sorted(glob.glob(one, recursive=True)) if glob.has_magic(one) else [one]
+        found = _found(one) if glob.has_magic(one) else [one]
         paths += [path for path in found if not os.path.isdir(path)]
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
@@ -194,6 +180,17 @@ def _matching(pattern: str) -> tuple[str, str, list[File]]:
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     files = {file.id: file for file in (_file(os.path.relpath(path, root), path) for path in paths)}
     return os.path.basename(root), os.path.realpath(root), list(files.values())
+
+
+def _found(pattern: str) -> list[str]:
+    """What matches a pattern, sorted. As in a shell, ** follows no links: glob would follow them in circles."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return sorted(glob.glob(pattern))
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    place, rest = Path(*parts[:fixed]), Path(*parts[fixed:], *(["*"] if parts[-1] == "**" else []))
+    found = place.glob(str(rest))
+    return sorted(str(path) for path in found if not junk(path.relative_to(place).as_posix()))
 
 
 def _braces(pattern: str) -> list[str]:
@@ -220,12 +217,14 @@ def _from_files(name: str, root: str, files: list[File], data: str) -> ImageSet:
     for endings, open_kind in kinds:
         chosen = [file for file in files if file.id.lower().endswith(endings)]
         if chosen:
-            others = tuple({*itertools.chain.from_iterable(e for e, _ in kinds), *_NOT_READ}.difference(endings))
-            ignored = [file for file in files if file.id.lower().endswith(others)] + _unnamed(files, chosen)
+            others = tuple({*itertools.chain.from_iterable(e for e, _ in kinds), *decode.NOT_READ}.difference(endings))
+            ignored = [file.id for file in files if file.id.lower().endswith(others)]
+            ignored += [file.id for file in _unnamed(files, chosen)]
             if ignored:
                 used = f"{data}: {counted(len(chosen), 'file')} used."
                 warnings.warn(
-                    f"{used} Left out, being of other kinds: {_count(ignored)}.{_hint(ignored)}", stacklevel=3
+                    f"{used} Left out, being of other kinds: {decode.count_kinds(ignored)}.{decode.hint(ignored)}",
+                    stacklevel=3,
                 )
             return open_kind(name, root, chosen)
     # Last: next to files with extensions, these may be the same ones under other names (Hugging Face's blobs).
@@ -234,9 +233,10 @@ def _from_files(name: str, root: str, files: list[File], data: str) -> ImageSet:
         return _from_images(name, root, chosen)
     if not files:
         raise UserError(f"{data} is empty. Name a folder that holds images.")
+    names = [file.id for file in files]
     raise UserError(
-        f"No images in {data}: {counted(len(files), 'file')}, none an image: {_count(files)}. "
-        f"Supported: {' '.join(ending[1:] for ending in decode.ENDINGS)}, and parquet, tar, zip.{_hint(files)}"
+        f"No images in {data}: {counted(len(files), 'file')}, none an image: {decode.count_kinds(names)}. "
+        f"Supported: {' '.join(ending[1:] for ending in decode.ENDINGS)}, and parquet, tar, zip.{decode.hint(names)}"
     )
 
 
@@ -258,19 +258,6 @@ def _begins_like_an_image(file: File) -> bool:
         return False
     webp = first[:4] == b"RIFF" and first[8:] == b"WEBP"
     return first.startswith(_FIRST_BYTES) or webp or _BRANDS.get(first[4:]) in decode.ENDINGS
-
-
-def _hint(files: list[File]) -> str:
-    """A hint to install the HEIC plug-in, if the files include iPhone photographs and it is missing."""
-    missing = any(file.id.lower().endswith(decode.HEIC) for file in files) and ".heic" not in decode.ENDINGS
-    return " To read .heic: pip install pillow-heif." if missing else ""
-
-
-def _count(files: list[File]) -> str:
-    endings = Counter(_ending(file.id) or "(no ending)" for file in files)
-    rest = len(files) - sum(count for _, count in endings.most_common(5))
-    first = [f"{ending} {count}" for ending, count in endings.most_common(5)]
-    return ", ".join([*first, *([f"others {rest}"] if rest else [])])
 
 
 def _from_images(name: str, root: str, files: list[File]) -> ImageSet:

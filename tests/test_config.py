@@ -21,6 +21,7 @@ from simsiam.config import (
     parse_duration,
     parse_override,
     read_recipe,
+    short_name,
     show_bytes,
     show_duration,
     table_of,
@@ -201,3 +202,8 @@ def test_counted() -> None:
 def test_bytes_are_said_in_the_unit_that_fits() -> None:
     shown = {0: "0 bytes", 999: "999 bytes", 1_000: "1 kB", 84_251_000: "84.3 MB", 999_600_000: "1 GB", 335e9: "335 GB"}
     assert {count: show_bytes(count) for count in [*shown]} == shown and show_bytes(12.34e15) == "12,340.0 TB"
+
+
+def test_a_set_of_torchvision_is_called_by_its_kind() -> None:
+    names = {"CIFAR10:/home/me/data": "CIFAR10", "/home/me/photos": "photos", "/a/b:c/d.tar": "d.tar", "demo": "demo"}
+    assert {data: short_name(data) for data in names} == names and short_name("/") == "/"

@@ -322,7 +322,7 @@ def test_mistakes_are_one_clear_line(blobs: Path, tmp_path: Path) -> None:
         near_duplicates(blobs, "0.9")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"count is 3\.5.* a whole number"):
         clusters(blobs, 3.5)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="seed is -1: it must not be negative"):
+    with pytest.raises(UserError, match="seed is -1: it must be a whole number from 0"):
         clusters(blobs, 3, seed=-1)
     with pytest.raises(UserError, match="simsiam embed RUN DATA"):
         clusters(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from simsiam.collapse import alignment, effective_rank, normalised_std, retrieval
 from simsiam.compute import Compute, draw
-from simsiam.data.cache import Cache, build_cache
+from simsiam.data.cache import Cache, build_cache, open_cache
 from simsiam.data.sources import open_images
 from simsiam.data.views import ViewSettings
 from simsiam.features import preprocessing
@@ -146,6 +147,30 @@ def test_few_held_out_images_are_not_watched(
     watch = monitor(cache, train, others)
     assert set(watch.sample) == set(others if watched == "held out" else train)
     assert watch.look(Method())["of"] == watched
+
+
+@pytest.mark.parametrize("readable", [0, 1, 15, 16])
+def test_held_out_files_that_are_bad_do_not_count(photos: Path, tmp_path: Path, readable: int) -> None:
+    paths = sorted(photos.rglob("*.png"))[:76]
+    for i, path in enumerate(paths):
+        shutil.copy(path, tmp_path / f"{i:03d}.png")
+    for i in range(60 + readable, 80):
+        (tmp_path / f"{i:03d}.png").write_bytes(b"a pointer")
+    cache = open_cache(open_images(tmp_path), 16, tmp_path / "cache")
+    watch = monitor(cache, np.arange(60), np.arange(60, 80))
+    found = watch.look(Method())
+    assert found["of"] == ("held out" if readable == 16 else "trained on") and found["std_z"] > 0
+    assert len(watch.sample) == (16 if readable == 16 else 60)
+
+
+def test_where_nearly_all_files_are_bad_the_others_are_found(photos: Path, tmp_path: Path) -> None:
+    for i in range(600):
+        (tmp_path / f"{i:03d}.png").write_bytes(b"a pointer")
+    good = [i for i in range(600) if i not in draw(np.arange(600), 512)][:20]
+    for i, path in zip(good, sorted(photos.rglob("*.png")), strict=False):
+        shutil.copy(path, tmp_path / f"{i:03d}.png")
+    cache = open_cache(open_images(tmp_path), 16, tmp_path / "cache")
+    assert monitor(cache, np.arange(600), np.arange(0)).sample.tolist() == good
 
 
 def test_a_method_that_is_not_finite_has_no_figures(cache: Cache, parts: tuple[np.ndarray, np.ndarray]) -> None:

@@ -105,6 +105,17 @@ def test_what_is_decoded_already_takes_no_time(photos: Path, tmp_path: Path, mon
     assert sorted(tmp_path.rglob("*")) == before, "it writes nothing"
 
 
+def test_a_budget_may_be_a_small_part_of_an_epoch(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
+    open_cache(open_images(photos), 16).usable(np.arange(97))
+    monkeypatch.setattr(sys.modules["simsiam.plan"], "_measure", lambda *_: ("fp32", 3.0, 7.0, {"fixed": 1, "each": 1}))
+    found = plan(photos, seconds=0.2, **{**SMALL, "overrides": [*SMALL["overrides"], "budget=1s"]})
+    assert found["decode_seconds"] == 0 and found["epochs"] == 0.02 and found["seconds"] == 1
+    assert found["shares"] == {"decoding": 0, "views": 0.3, "model": 0.7}
+
+
 def test_what_a_method_remembers_of_each_image_takes_memory(tmp_path: Path) -> None:
     """DeepCluster keeps the projections of the views of all images."""
     sizes, overrides = {}, [text for text in TINY if "predictor" not in text]

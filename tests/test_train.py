@@ -489,6 +489,25 @@ def test_a_signal_ends_the_sweep_before_the_first_step(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_the_sweep_takes_a_tenth_of_a_budget_at_most(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swept = []
+
+    def slowly(*arguments: Any) -> Any:
+        swept.append(True)
+        time.sleep(0.3)
+        return random_views(*arguments)
+
+    monkeypatch.setattr(sys.modules["simsiam.train"], "random_views", slowly)
+    overrides = [text for text in SMALL["overrides"] if "predictor" not in text]
+    settings = {**SMALL, "overrides": [*overrides, "method.prototypes=4"]}
+    found = simsiam.train(photos, tmp_path / "run", method="deepcluster", budget="2s", **settings)
+    assert len(swept) == 1 and found["steps"] > 1  # of 5
+    first = read_metrics(tmp_path / "run")[1]
+    assert first["kind"] == "train" and first["images_per_second"] > 16 / 0.3, "the sweep is no step"
+
+
 def test_the_sweep_of_a_network_with_dropout_depends_on_the_seed_alone(photos: Path, tmp_path: Path) -> None:
     found = []
     for state in (1, 2):
@@ -652,9 +671,9 @@ def test_views_are_made_in_float32_before_training_too(photos: Path, tmp_path: P
     images = open_images(photos)
     cache = build_cache(images, 128, tmp_path)
     loader = Loader(cache, np.arange(len(cache)), 16, torch.device("cpu"), 0)
-    plan, _ = resolve(gather(str(photos), None, (), {}), look_at(images, images.split()[0], "cpu"), 96)
+    plan, _ = resolve(gather(str(photos), None, (), {"size": 96}), look_at(images, images.split()[0], "cpu"))
     compute = Compute(torch.device("cpu"), "bf16")
-    session = types.SimpleNamespace(recipe=plan, loader=loader, compute=compute, agree=lambda stopped: False)
+    session = types.SimpleNamespace(recipe=plan, loader=loader, compute=compute, agree=lambda _: False, swept=list)
     with torch.autocast("cpu", torch.bfloat16):
         views, _ = next(_sweep(session, []))  # type: ignore[arg-type]
     assert all(view.dtype == torch.float32 for view in views)
@@ -821,6 +840,45 @@ def test_a_run_that_collapsed_is_started_again_from_its_healthy_state(photos: Pa
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_a_run_that_was_killed_before_its_first_state_still_starts_from_the_other(photos: Path, tmp_path: Path) -> None:
+    settings = {"init": str(tmp_path / "first"), "epochs": 1, **SMALL}
+    simsiam.train(photos, tmp_path / "first", epochs=2, **SMALL)
+    simsiam.train(photos, tmp_path / "whole", **settings)
+    simsiam.train(photos, tmp_path / "killed", **settings)
+    shutil.rmtree(tmp_path / "killed" / "checkpoints")
+    (tmp_path / "killed" / "summary.json").unlink()
+    listener = Recorder()
+    simsiam.train(out=tmp_path / "killed", resume=True, listener=listener)
+    assert any("Starts from all weights" in line for line in listener.lines)
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_another_run_starts_from_the_newest_state_of_one_that_was_stopped(photos: Path, tmp_path: Path) -> None:
+    """Its last healthy state is that of its last look, which may be long ago."""
+    simsiam.train(photos, tmp_path / "first", epochs=2, **SMALL)
+    checkpoints = Checkpoints(tmp_path / "first")
+    tensors, state = checkpoints.load()
+    moved = {name: value + 1 if value.is_floating_point() else value for name, value in tensors.items()}
+    checkpoints.save(state["step"] + 1, moved, {**state, "step": state["step"] + 1}, healthy=False)
+    config = tomllib.loads((tmp_path / "first" / "config.toml").read_text())
+    config["train"]["init"] = str(tmp_path / "first")
+
+    def starts_from(step: int, tensors: dict[str, torch.Tensor]) -> None:
+        listener = Recorder()
+        ours = _initial(read(config), len(photos.parts), listener).state_dict()
+        assert all(torch.equal(ours[name], value) for name, value in method_tensors(tensors).items())
+        assert any(f"after step {step:,}." in line for line in listener.lines)
+
+    starts_from(state["step"] + 1, moved)
+    bad = {name: value * torch.nan if value.is_floating_point() else value for name, value in tensors.items()}
+    checkpoints.save(state["step"] + 2, bad, {**state, "step": state["step"] + 2}, healthy=False)
+    starts_from(state["step"], tensors)
+    suspect = [{"name": "collapsed", "evidence": "", "advice": ""}] * 2
+    checkpoints.save(state["step"] + 3, moved, {**state, "step": state["step"] + 3, "verdicts": suspect}, healthy=False)
+    starts_from(state["step"], tensors)
+
+
 def test_another_method_starts_from_the_encoder_alone(photos: Path, tmp_path: Path) -> None:
     simsiam.train(photos, tmp_path / "first", epochs=1, **SMALL)
     listener = Recorder()
@@ -952,8 +1010,9 @@ def test_what_the_user_says_stands() -> None:
     assert budget.train.epochs is None and budget.train.seconds == 300
     for lengths, last in ((["epochs=5", "budget=5m"], "budget"), (["budget=5m", "epochs=5"], "epochs")):
         assert {"epochs", "budget"} & gather("x", "cifar", lengths, {})["train"].keys() == {last}
-    sized, _ = resolve(gather("x", None, [], {}), facts, asked_size=96)
-    assert sized.views.size == sized.eval.size == 96
+    for overrides, settings in (([], {"size": 96}), (["size=96"], {}), (["views.size=48", "size=96"], {})):
+        sized, _ = resolve(gather("x", None, overrides, settings), facts)
+        assert sized.views.size == sized.eval.size == 96
 
 
 @pytest.mark.parametrize("method", [None, "byol", "fastsiam"])
@@ -985,12 +1044,14 @@ def test_a_recipe_that_is_asked_for_is_not_mixed_with_another() -> None:
         (["train.init=5"], {}, "path of a run"),
         (["data=elsewhere"], {}, "two data sets"),
         ([], {"epochs": 3.0, "budget": "5m"}, "not both"),
+        ([], {"train": {"epochs": 3.0, "budget": "5m"}}, "epochs and budget cannot both"),
         (["views.size=abc"], {"recipe": "thin"}, "views.size is 'abc': it must be a whole number"),
         (["views.size=[1, 2]"], {}, "views.size is .* whole number"),
         (["train.batch_size=1.5"], {}, "train.batch_size is 1.5: it must be a whole number"),
         (["method=3"], {}, "method.name is 3"),
         (["method.name=byol"], {"method": "simclr"}, "method.name is given twice, as simclr and as byol"),
         (["train.batch_size=32"], {"batch_size": 100_000}, "train.batch_size is given twice"),
+        (["views.size=48"], {"size": 64}, "views.size is given twice"),
         (["train.epochs=2"], {"budget": "5s"}, "not both"),
         (["train.lr=fast"], {}, "must be a number"),
         (["recipe=thin"], {}, "--recipe"),
@@ -1103,6 +1164,14 @@ def test_a_papers_encoder_and_batch_are_cut_to_size_with_a_reason() -> None:
     assert not {"method.queue", "train.lr"} & {setting for setting, *_ in reasons}
     plan, _ = resolve(gather("x", "imagenet", [], {"method": "swav"}), Facts(50_000, 500, "cuda"))
     assert (plan.train.batch_size, plan.train.lr, plan.method_settings.queue) == (4096, 0.3, 0)
+    # The paper's batch has the paper's settings, whoever wants it.
+    for asked, processes in (({"batch_size": 4096}, 1), ({}, 8)):
+        large = Facts(2_000_000, 500, "cuda", processes)
+        plan, reasons = resolve(gather("x", None, [], {"method": "swav", **asked}), large)
+        assert (plan.train.batch_size, plan.train.lr, plan.train.warmup_epochs) == (4096, 0.3, 10)
+        assert plan.method_settings.queue == 0 and not any("device" in reason for *_, reason in reasons)
+    plan, reasons = resolve(gather("x", None, [], {"method": "swav"}), replace(large, processes=2))
+    assert (plan.train.batch_size, plan.train.lr) == (1024, 0.6) and ("train.lr", "0.6", "2 devices") in reasons
     plan, reasons = resolve(gather("x", None, [], {}), facts)
     assert ("encoder", "resnet18") in [(setting, value) for setting, value, _ in reasons]
 

@@ -107,6 +107,8 @@ def wait(device: torch.device) -> None:
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -120,6 +120,14 @@ def typed(cls: type[Any], table: Table, where: str) -> Table:
 _KINDS: dict[Any, str] = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 
+def as_seed(value: Any) -> int:
+    """Return the value as a seed. Raises UserError if it is none."""
+    seed: int = coerce(value, int, "seed")
+    if not 0 <= seed <= MOST_SEED:
+        raise UserError(f"seed is {seed}: it must be a whole number from 0 to {MOST_SEED}.")
+    return seed
+
+
 def coerce(value: Any, hint: Any, name: str) -> Any:
     """Return the value as the type `hint`. Raises UserError, naming it, if it is of another type or not finite."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):  # also numpy's
@@ -164,6 +172,12 @@ def require_not_negative(settings: Any, *names: str) -> None:
     for name in names:
         if getattr(settings, name) < 0:
             raise ValueError(f"{name} is {getattr(settings, name):g}: it must not be negative.")
+
+
+def short_name(data: str) -> str:
+    """Return a short name for the data of a recipe: of a file or folder its own, of a torchvision set that of its kind."""
+    kind, colon, _ = data.partition(":")
+    return kind if colon and kind.isidentifier() else Path(data).name or data
 
 
 def counted(count: float, noun: str) -> str:

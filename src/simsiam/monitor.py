@@ -20,6 +20,7 @@ from simsiam.heads import Siamese
 
 SAMPLE = 512
 """Number of held-out images for the label-free figures."""
+_FEWEST = 16
 _BANK, _QUERIES = 1500, 500
 _K = 20  # 200 neighbours would exceed the size of a class in a bank this small
 _VIEW_BATCH = 256
@@ -44,18 +45,17 @@ class Monitor:
         progress: Progress | None = None,
     ) -> None:
         self.cache, self.views, self.prepare, self.compute = cache, views, prepare, compute
-        # A set too small to hold any out is monitored on its training images: better than nothing.
-        enough = len(held_out) >= 16
-        self.of = "held out" if enough else "trained on"
-        parts = (
-            draw(held_out if enough else train, SAMPLE),
-            draw(cache.labelled(train), _BANK),
-            draw(held_out, _QUERIES),
-        )
+        parts = draw(held_out, SAMPLE), draw(cache.labelled(train), _BANK), draw(held_out, _QUERIES)
         labels = cache.labels
-        asked = parts if labels is not None else parts[:1]
-        cache.usable(np.concatenate(asked), progress)
+        cache.usable(np.concatenate(parts if labels is not None else parts[:1]), progress)
         self.sample, self.bank, self.queries = (cache.decoded(part) for part in parts)
+        self.of = "held out"
+        for most in (SAMPLE, len(train)):  # the latter: nearly all files are bad
+            if len(self.sample) < min(_FEWEST, SAMPLE):
+                # A set too small to hold any out is monitored on its training images: better than nothing.
+                some, self.of = draw(train, most), "trained on"
+                cache.usable(some, progress)
+                self.sample = draw(cache.decoded(some), SAMPLE)
         self.labelled = labels is not None and len(self.queries) > 0 and bool((labels[self.queries] >= 0).any())
 
     def look(self, method: Siamese, knn: bool = True) -> dict[str, Any]:

@@ -34,7 +34,6 @@ def plan(
     *,
     recipe: str | None = None,
     overrides: Sequence[str] = (),
-    size: int | None = None,
     device: str = "auto",
     workers: int | None = None,
     seconds: float = 30.0,
@@ -54,11 +53,11 @@ def plan(
     set_threads()
     where = pick_device(device)
     asked = gather(data, recipe, overrides, settings)
-    check_settings(asked, where.type, size)
+    check_settings(asked, where.type)
     images = open_images(asked["data"])
     rows, _ = images.split()
     facts = look_at(images, rows, where.type)
-    wanted, _ = resolve(asked, facts, size)
+    wanted, _ = resolve(asked, facts)
     set_threads(wanted.train.threads)
     pixels, decode_rate = _decode(images, wanted.short_side, workers, seconds / 3)
     batch, sizes = padded(list(itertools.islice(itertools.cycle(pixels), wanted.train.batch_size)))
@@ -89,7 +88,7 @@ def plan(
     waiting = len(images) if cache is None else len(cache.missing(np.arange(len(images))))
     decode_seconds = waiting / decode_rate
     if wanted.train.seconds is not None:  # the budget includes decoding during the first epoch
-        epochs = round(max(0.0, wanted.train.seconds - decode_seconds) / epoch_seconds, 1)
+        epochs = float(f"{max(0.0, wanted.train.seconds - decode_seconds) / epoch_seconds:.3g}")
     parts = {"decoding": decode_seconds, "views": epochs * per_epoch * views_seconds}
     parts["model"] = epochs * per_epoch * step_seconds
     average = sum(len(image.reshape(-1)) for image in pixels) / len(pixels)

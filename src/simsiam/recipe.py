@@ -15,10 +15,9 @@ import numpy as np
 from simsiam import methods, recipes
 from simsiam.compute import Precision
 from simsiam.config import (
-    MOST_SEED,
     Table,
     UserError,
-    coerce,
+    as_seed,
     counted,
     did_you_mean,
     fill,
@@ -183,9 +182,7 @@ def read(table: Table) -> Recipe:
     for key in ("data", *_TABLES):
         if key not in table or (key == "method" and "name" not in table[key]):
             raise UserError(f"The recipe is not complete: it has no {'method.name' if key in table else key}.")
-    seed = coerce(table.get("seed", 0), int, "seed")
-    if not 0 <= seed <= MOST_SEED:
-        raise UserError(f"seed is {seed}: it must be a whole number from 0 to {MOST_SEED}.")
+    seed = as_seed(table.get("seed", 0))
     method = {**table["method"]}
     name = method.pop("name")
     module = methods.get(name)
@@ -228,8 +225,9 @@ def _laid(overrides: Iterable[Table]) -> Table:
     table: Table = {}
     for override in map(qualify, overrides):
         table = merge(table, override)
+        given = override.get("train", {})
         for length, rival in (("epochs", "budget"), ("budget", "epochs")):
-            if length in override.get("train", {}):
+            if length in given and rival not in given:
                 table["train"] = {key: value for key, value in table["train"].items() if key != rival}
     return table
 
@@ -319,13 +317,16 @@ def as_method(table: Table, recipe: str, method: str | None) -> Table:
 
 
 def qualify(override: Table) -> Table:
-    """`{"lr": 0.1}` -> `{"train": {"lr": 0.1}}`: a setting may be named without its table if only one has it."""
+    """`{"lr": 0.1}` -> `{"train": {"lr": 0.1}}`: a setting may be named without its table if only one has it. A size
+    without a table is that of views and of images at inference."""
     (key, value), *_ = override.items()
     if key in _OPTIONS:
         raise UserError(f"{key} is an option, not a setting: use --{key} on the command line, {key}=... in train().")
     if key in (*_TABLES, "data", "seed"):
         return override if isinstance(value, dict) or key in ("data", "seed") else {key: {"name": value}}
-    owners = {table: owner for table, owner in _OWNERS.items() if table != "eval"}  # --size sets its only one
+    if key == "size":
+        return {"views": override, "eval": override}
+    owners = {table: owner for table, owner in _OWNERS.items() if table != "eval"}  # it has a size only
     homes = [table for table, owner in owners.items() if key in {field.name for field in dataclasses.fields(owner)}]
     homes += [
         "method"
@@ -336,8 +337,7 @@ def qualify(override: Table) -> Table:
         return {homes[0]: override}
     known = [f"{table}.{field.name}" for table, owner in owners.items() for field in dataclasses.fields(owner)]
     if homes:
-        both = ", or use --size for views and inference" if key == "size" else ""
-        raise UserError(f"{key} could be {' or '.join(f'{home}.{key}' for home in homes)}: write one of these{both}.")
+        raise UserError(f"{key} could be {' or '.join(f'{home}.{key}' for home in homes)}: write one of these.")
     raise UserError(f"Unknown setting {key}.{did_you_mean(key, known, (name.split('.')[1] for name in known))}")
 
 
@@ -351,6 +351,8 @@ class Facts:
     """Median over the images, in pixels."""
     device: str
     """cpu, cuda or mps."""
+    processes: int = 1
+    """Each has a device."""
 
     @property
     def sides(self) -> str:
@@ -363,7 +365,7 @@ class Facts:
         return self.short_side <= _SMALL_IMAGE
 
 
-def look_at(images: ImageSet, rows: np.ndarray, device: str, sample: int = 200) -> Facts:
+def look_at(images: ImageSet, rows: np.ndarray, device: str, processes: int = 1, sample: int = 200) -> Facts:
     """Read the headers of up to `sample` images, spread over the set. rows: the training images.
 
     Raises UserError if there are fewer than two training images.
@@ -376,20 +378,17 @@ def look_at(images: ImageSet, rows: np.ndarray, device: str, sample: int = 200) 
             sides.append(min(open_image(images.read(i)).size))
         except Exception:  # archives and plug-ins raise anything; bad files are reported during decoding
             continue
-    return Facts(len(rows), int(np.median(sides)) if sides else 32, device)
+    return Facts(len(rows), int(np.median(sides)) if sides else 32, device, processes)
 
 
-def check_settings(table: Table, device: str, asked_size: int | None = None) -> None:
+def check_settings(table: Table, device: str) -> None:
     """Raise the UserErrors of `resolve` for bad settings before a large set is listed."""
-    resolve(table, Facts(1_000_000, 256, device), asked_size)
+    resolve(table, Facts(1_000_000, 256, device))
 
 
-def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[Recipe, Reasons]:
-    """Fill in what the user left open.
+def resolve(table: Table, facts: Facts) -> tuple[Recipe, Reasons]:
+    """Fill in what the user left open in `table`, the recipe and overrides from `gather`.
 
-    Args:
-        table: the user's recipe and overrides, merged.
-        asked_size: --size, for both views and inference.
     Returns the recipe and the reason for every default that depends on the data or the machine. Epochs stay open if
     neither epochs nor budget is given: `default_epochs` decides once the speed is known.
     """
@@ -398,7 +397,7 @@ def resolve(table: Table, facts: Facts, asked_size: int | None = None) -> tuple[
     if table.pop(OPEN, False) or table.get("encoder", {}).get("name") is None:
         table = merge(_defaults(table, facts, why), table)
     table = {**{key: {} for key in _TABLES}, "seed": 0, **table}
-    sizes = _sizes(table, facts, asked_size, why)
+    sizes = _sizes(table, facts, why)
     train = {"batch_size": TrainSettings.batch_size, **table["train"]}
     most = largest_batch(facts.images)
     if train["batch_size"] > most:
@@ -439,9 +438,13 @@ def _defaults(table: Table, facts: Facts, why: Reasons) -> Table:
         defaults["encoder"] = {"name": "resnet18"}
         why.append(("encoder", "resnet18", f"{facts.images:,} images are few for the paper's resnet50"))
     most, module = 512 if facts.device == "cuda" else 256, methods.get(defaults["method"]["name"])
-    if defaults["train"].get("batch_size", 0) > most:  # from a paper that used a hundred devices
+    most *= facts.processes
+    papers = defaults["train"].get("batch_size", 0)
+    asked = table.get("train", {}).get("batch_size", most)
+    if papers > most and asked <= most:  # the paper used a hundred devices
         own = getattr(module, "ONE_DEVICE", {})
-        derive(merge(own, {"train": {"batch_size": most}}), "one device")
+        devices = "one device" if facts.processes == 1 else f"{facts.processes} devices"
+        derive(merge(own, {"train": {"batch_size": most}}), devices)
     if base == "thin" and facts.images < 20_000:
         few = {"weight_decay": 1e-4, "batch_size": 64}
         derive({"train": few}, f"{facts.images:,} images are few: more and smaller steps")
@@ -458,9 +461,9 @@ def _shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
-def _sizes(table: Table, facts: Facts, asked: int | None, why: Reasons) -> dict[str, int]:
+def _sizes(table: Table, facts: Facts, why: Reasons) -> dict[str, int]:
     """Return the sides of views and of images at inference, in pixels: {"views": size, "eval": size}."""
-    views, use = (table[part].get("size") if asked is None else asked for part in ("views", "eval"))
+    views, use = (table[part].get("size") for part in ("views", "eval"))
     thin = str(table["encoder"].get("name", "")).startswith("thin-")
     if use is None and views is not None:
         use = max(_upto(views * 4 // 3, facts.short_side, 8), views) if thin else views

@@ -122,6 +122,11 @@ class Session:
             self._stds.append(std)
         self.seconds = time.perf_counter() - self._origin
 
+    def swept(self) -> None:
+        """Move the clock on without a step, before the first one."""
+        self._flushed = time.perf_counter()
+        self.seconds = self._flushed - self._origin
+
     def agree(self, stopped: list[str]) -> bool:
         """Adopt rank 0's clock and any rank's signal. Returns whether rank 0's guard stops the run."""
         own = bool(stopped)

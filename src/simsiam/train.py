@@ -47,6 +47,7 @@ from simsiam.recipe import Facts, Reasons, Recipe, check_settings, gather, look_
 from simsiam.runs import (
     ENVIRONMENT,
     HEALTHY,
+    LAST,
     RECIPE,
     SUMMARY,
     Checkpoints,
@@ -62,6 +63,7 @@ from simsiam.session import Session, finite, images_changed, method_tensors, sig
 from simsiam.step import Step
 from simsiam.weights import read_encoder, save_encoder
 
+_SWEEP_SHARE = 0.1
 _BANK, _QUERIES = 12_000, 2_000
 """Bank and queries of the final kNN; `simsiam evaluate` uses all. For CIFAR-10, k stays the same (`knn.usual_k`)."""
 
@@ -112,14 +114,14 @@ def train(
     files and reports progress. `batch_size` is the total over all processes.
     """
     settings |= {"method": method, "encoder": encoder, "epochs": epochs, "budget": budget}
-    settings |= {"batch_size": batch_size, "seed": seed}
+    settings |= {"batch_size": batch_size, "seed": seed, "size": size}
     threads = set_threads()
     advice = "choose a smaller --batch-size, --size or --encoder; `simsiam plan` shows what fits."
     try:
         fits = enough_memory(f"Not enough memory for this batch size: {advice}")
         with fits, ranks.process_group(pick_device(device)) as where, repeatable(where):
             listener = (listener if ranks.is_main() else None) or Listener()
-            return _train(data, out, recipe, overrides, size, resume, where, workers, listener, settings)
+            return _train(data, out, recipe, overrides, resume, where, workers, listener, settings)
     finally:
         torch.set_num_threads(threads)
 
@@ -129,7 +131,6 @@ def _train(
     out: str | Path | None,
     recipe: str | None,
     overrides: Sequence[str],
-    size: int | None,
     resume: bool,
     where: torch.device,
     workers: int | None,
@@ -141,7 +142,7 @@ def _train(
     resumed: Recipe | None = None
     if resume:
         run = resumable(given)
-        if ranks.is_main() and (recipe is not None or overrides or size is not None or _any(settings)):
+        if ranks.is_main() and (recipe is not None or overrides or _any(settings)):
             told = f"--resume takes its settings from {run / RECIPE}; the given ones are ignored."
             warnings.warn(told, stacklevel=3)
         finished = _finished(run, listener)
@@ -152,13 +153,13 @@ def _train(
     else:
         if given is not None:
             check_unused(given)
-        check_settings(asked, where.type, size)
+        check_settings(asked, where.type)
     name = asked["data"] if resumed is None else resumed.data
     listener.say(f"Inspecting {name} ...")
     images = _opened(name, given if resume and data is None else None)
     rows, held_out = images.split()
-    facts = look_at(images, rows, where.type)
-    plan, reasons = (resumed, []) if resumed is not None else resolve(asked, facts, size)
+    facts = look_at(images, rows, where.type, ranks.world_size())
+    plan, reasons = (resumed, []) if resumed is not None else resolve(asked, facts)
     if len(rows) < plan.train.batch_size:  # a new run gets a batch that fits
         assert resume
         raise images_changed(plan.data, run)
@@ -230,7 +231,8 @@ def _session(job: _Job, where: torch.device, workers: int | None, listener: List
         _check_alike(cache)
     else:
         cache = open_cache(job.images, plan.short_side, workers=workers)
-    method = build_method(plan, len(rows)) if job.resume else _initial(plan, len(rows), listener)
+    saved = job.resume and job.out is not None and Checkpoints(job.out).named(LAST) is not None
+    method = build_method(plan, len(rows)) if saved else _initial(plan, len(rows), listener)
     loader = Loader(cache, rows, plan.train.batch_size, where, plan.seed)
     own = probe(method, plan, loader, where, job.facts, listener.say, resumed=job.resume)
     probed = ranks.from_main(lambda: own)
@@ -246,7 +248,7 @@ def _session(job: _Job, where: torch.device, workers: int | None, listener: List
     elif plan.train.compile and not probed.compiles:
         listener.say("This machine cannot compile the encoder: the run continues without compiling.")
         plan = replace(plan, train=replace(plan.train, compile=False))
-    run = ranks.from_main(lambda: made(job.out, Path(plan.data).stem, plan.method))
+    run = ranks.from_main(lambda: made(job.out, job.images.name, plan.method))
     compute.place(method)
     session = Session(
         run=run,
@@ -311,6 +313,7 @@ def fit(s: Session, stopped: list[str]) -> None:
     if s.step == 0:
         with torch.no_grad(), s.compute.autocast():
             s.method.before_training(_sweep(s, stopped))
+        s.swept()
     while not (s.over or s.guard_stops):  # the latter: a resumed run that the guard had stopped
         epoch = s.step // per_epoch
         if s.step % per_epoch == 0:  # after a resume within an epoch, its effect is part of the state
@@ -330,8 +333,7 @@ def fit(s: Session, stopped: list[str]) -> None:
                 s.flush(rate)
             guarded = s.agree(stopped)
             if stopped:
-                if ranks.is_main():
-                    s.save()
+                ranks.from_main(s.save)  # all wait: torchrun kills the others soon after one has ended
                 raise Interrupted(f"{stopped[0]}: stopped at step {s.step:,}, everything is saved. {_go_on(s)}")
             if s.over or guarded:
                 return
@@ -343,12 +345,16 @@ def _go_on(s: Session) -> str:
 
 
 def _sweep(s: Session, stopped: list[str]) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Yield views of the images, in whole batches, before the first step. A signal ends it; nothing is saved."""
+    """Yield views of the images, in whole batches, before the first step; of a budget it takes a tenth at most. A signal
+    ends it; nothing is saved."""
     settings = s.recipe.views.each()[:2]
     for number, batch in enumerate(s.loader.epoch(0)):
+        s.swept()
         s.agree(stopped)
         if stopped:
             raise Interrupted(f"{stopped[0]}: stopped before the first step. {_go_on(s)}")
+        if number and s.schedule.progress(0, s.seconds) > _SWEEP_SHARE:
+            return
         draws = generator(s.compute.device, s.recipe.seed, -1, number, *ranks.rank_key())
         torch.manual_seed(seed_of(s.recipe.seed, -2, number, *ranks.rank_key()))  # for dropout, as in every step
         with torch.autocast(s.compute.device.type, enabled=False):  # the caller runs under autocast
@@ -404,15 +410,14 @@ def _check_alike(cache: Cache) -> None:
 def _initial(plan: Recipe, images: int, listener: Listener) -> Siamese:
     """Return the method before its first step, with the weights of the run `train.init` if that is set.
 
-    All weights if that run has the same method and widths, else the encoder's; for a failed run, those of its last
-    healthy state. Raises UserError if it has none or if its encoder differs.
+    All weights if that run has the same method and widths, else the encoder's. Raises UserError if it has none or if its
+    encoder differs.
     """
     if plan.train.init is None:
         return build_method(plan, images)
     run = Path(plan.train.init)
     encoder = build(plan.encoder, plan.seed)
-    found = Checkpoints(run).load(HEALTHY)
-    theirs = {} if found is None else method_tensors(found[0])
+    theirs, step = _saved_weights(run)
     weights = {name.removeprefix("encoder."): value for name, value in theirs.items() if name.startswith("encoder.")}
     try:
         encoder.load_state_dict(weights or read_encoder(run)[0].state_dict())
@@ -427,8 +432,20 @@ def _initial(plan: Recipe, images: int, listener: Listener) -> Siamese:
         method.load_state_dict({**ours, **{name: theirs[name] for name in alike}})
         method.allocate(images)
     what = "all weights" if fits else "the encoder (not the heads: their method or widths differ)"
-    listener.say(f"Starts from {what} of {run}.")
+    listener.say(f"Starts from {what} of {run}{step}.")
     return method
+
+
+def _saved_weights(run: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the method's newest state, or of a failed run its last healthy one, and its step in words; {} if none."""
+    for name in (LAST, HEALTHY):
+        found = Checkpoints(run).load(name)
+        if found is not None:
+            weights, state = method_tensors(found[0]), found[1]
+            healthy = all(verdict["name"] == "healthy" for verdict in state.get("verdicts", ()))
+            if name == HEALTHY or (healthy and all(bool(value.isfinite().all()) for value in weights.values())):
+                return weights, f" after step {state['step']:,}"
+    return {}, ""
 
 
 def _any(settings: Table) -> bool:

@@ -44,6 +44,16 @@ def test_every_evaluation_beside_pixels_and_the_untrained_encoder(run: Path) -> 
     for key in ("std", "effective_rank", "verdict"):
         assert result["collapse"][key] == summary[key]
     assert result["knn"]["trained"] == summary["knn"]["trained"], "evaluate and train measure the same thing"
+    assert {kind: each.keys() for kind, each in result["collapse"]["baselines"].items()} == {
+        kind: {"std", "effective_rank"} for kind in ("untrained", "pixels")
+    }
+    for wrong, says in (
+        ({"seed": -1}, "seed is -1"),
+        ({"k": 2.5}, "k is 2.5"),
+        ({"seed": 1 << 32}, "seed is 4294967296"),
+    ):
+        with pytest.raises(UserError, match=f"^{says}: it must be"):
+            evaluate_run(run, **wrong)
 
 
 def test_every_kind_has_features_of_its_own(photos: Path, tmp_path: Path) -> None:

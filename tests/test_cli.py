@@ -8,8 +8,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -133,6 +137,10 @@ def test_the_whole_way_as_a_user_goes_it(photos: Path, tmp_path: Path) -> None:
     evaluated = simsiam_cli("evaluate", "run", "--json", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert {"knn", "linear", "fewshot", "collapse"} <= json.loads(evaluated.stdout).keys()
+    some = json.loads(simsiam_cli("evaluate", "run", "--only", "collapse", "--json", cwd=tmp_path).stdout)
+    assert some["knn"] is some["linear"] is some["fewshot"] is None and some["collapse"]
+    kept = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert kept["knn"] == json.loads(evaluated.stdout)["knn"], "what was not measured now is kept"
     embedded = simsiam_cli("embed", "run", photos, "-o", "vectors", "--json", cwd=tmp_path)
     assert embedded.returncode == 0, embedded.stderr
     told = json.loads(embedded.stdout)
@@ -173,9 +181,17 @@ def test_a_closed_stdout_is_said(photos: Path) -> None:
     assert done.returncode == 2 and done.stderr.endswith("Error: Cannot write to stdout: it is closed.\n")
 
 
-def test_key_value_may_stand_where_data_stands(tmp_path: Path) -> None:
+def test_key_value_may_stand_where_data_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = simsiam_cli("train", "train.lr=abc", cwd=tmp_path)
     assert done.returncode == 2 and "train.lr" in done.stderr, done.stderr
+    with_equals = cli._data_and_overrides
+    (tmp_path / "year=2024").mkdir()
+    (tmp_path / "year=2024" / "a.png").touch()
+    for data in (f"{tmp_path}/year=*/*.png", f"{tmp_path}/year=1999/*.png", f"{tmp_path}/year=2024"):
+        assert with_equals(data, ["lr=1"]) == (data, ["lr=1"])
+    monkeypatch.chdir(tmp_path)
+    assert with_equals("year=2*/*.png", None) == ("year=2*/*.png", [])
+    assert with_equals("views.size=2*", ["lr=1"]) == (None, ["views.size=2*", "lr=1"])
 
 
 @pytest.mark.parametrize(
@@ -264,6 +280,29 @@ def test_ctrl_c_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setattr("simsiam.catalogue.everything", stop)
     status, out, err = called(capsys, monkeypatch, "list")
     assert (status, out, err.strip()) == (1, "", "Interrupted.")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_leaves_no_unpacked_copy(tmp_path: Path, name: str) -> None:
+    (tmp_path / "tmp").mkdir()
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz", compresslevel=1) as tar:
+        info = tarfile.TarInfo("large.png")
+        info.size = 1 << 28  # a second of unpacking
+        tar.addfile(info, types.SimpleNamespace(read=bytes))  # type: ignore[arg-type]
+    process = subprocess.Popen(
+        command("check", tmp_path / "a.tar.gz"),
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
+    until = time.monotonic() + 60
+    while not list((tmp_path / "tmp").iterdir()) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.strip()) == (1, "Interrupted.") and not list((tmp_path / "tmp").iterdir())
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("It is full."), ZeroDivisionError()], ids=repr)

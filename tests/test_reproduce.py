@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from simsiam import methods, reproduce
+from simsiam.assess import evaluate_run
 from simsiam.config import UserError
 from simsiam.recipe import Facts, gather, resolve
 
@@ -134,6 +135,14 @@ def test_what_ran_is_kept_and_what_is_missing_is_run(finished: tuple[Path, dict[
     assert again["rows"][1]["n"] == 2 and (gone / "summary.json").exists()
     for path, stamp in stamps.items():
         assert (path.stat().st_mtime_ns == stamp) == (gone not in path.parents)
+
+
+def test_an_evaluation_with_other_settings_is_not_mixed_in(finished: tuple[Path, dict[str, Any]], photos: Path) -> None:
+    folder, result = finished
+    run = folder / "with-stop-gradient" / "seed-0"
+    evaluate_run(run, names=("knn",), k=1, seed=3)
+    again = reproduce.run("stop-gradient", photos, folder, epochs=2, seeds=2)
+    assert [again["rows"][0][key] for key in ("knn", "linear")] == [result["rows"][0][key] for key in ("knn", "linear")]
 
 
 def test_other_settings_need_another_folder(finished: tuple[Path, dict[str, Any]], photos: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import queue
 import re
 import shutil
 import signal
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from simsiam import cli
 from simsiam.clusters import clusters
 from simsiam.config import UserError
 from simsiam.embeddings import embed_to, read_embeddings
@@ -85,7 +87,12 @@ def test_pictures_are_those_of_the_images(server: Server, stored: Path, photos: 
         small = Image.open(io.BytesIO(server.get(f"picture/{row}")))
         assert np.abs(np.asarray(small, float).mean((0, 1)) - np.asarray(image, float).mean((0, 1))).max() < 5
     about = server.json("about")
-    assert about["images"] == 96 and about["classes"] == ["noise", "rings", "stripes"] and about["no_pictures"] is None
+    assert (
+        about["title"] == photos.name
+        and about["images"] == 96
+        and about["classes"] == ["noise", "rings", "stripes"]
+        and about["no_pictures"] is None
+    )
 
 
 def test_neighbours_are_those_of_search(server: Server, stored: Path, photos: Path) -> None:
@@ -304,6 +311,25 @@ def test_a_folder_that_cannot_be_written_to_is_shown_as_well(
     assert viewer.images(0, 500, "", None, 0)["total"] == about["clusters"][0]["images"]
     assert viewer.map()["rows"] == list(range(96)) and "groups" in viewer.duplicates()
     assert not list((tmp_path / "vectors").glob("*clusters*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a desktop")
+@pytest.mark.parametrize("desktop", [True, False])
+def test_a_browser_is_opened_where_there_is_a_desktop(monkeypatch: pytest.MonkeyPatch, desktop: bool) -> None:
+    """Else Python would start a text browser here, which waits for the page before it is served."""
+    opened: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr("webbrowser.open", opened.put)
+    monkeypatch.setattr("simsiam.show.viewer.serve", lambda *_, ready, **__: ready("http://here/"))
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    if desktop:
+        monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
+    cli.view(Path("vectors"))
+    if desktop:
+        assert opened.get(timeout=10) == "http://here/"
+    else:
+        with pytest.raises(queue.Empty):
+            opened.get(timeout=0.2)
 
 
 def test_mistakes_are_one_clear_line(stored: Path, server: Server) -> None:

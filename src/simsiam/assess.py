@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simsiam import evaluate
 from simsiam.compute import Compute, draw, enough_memory, generator, pick_device, set_threads
-from simsiam.config import UserError, counted
+from simsiam.config import UserError, as_seed, coerce, counted
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
@@ -113,6 +113,7 @@ def evaluate_run(
     names = [names] if isinstance(names, str) else names or evaluate.names()
     for name in names:
         evaluate.get(name)
+    k, seed = coerce(k, int | None, "k"), as_seed(seed)
     if k is not None and k < 1:
         raise UserError(f"k is {k}: it must be at least 1.")
     if k is not None and "knn" not in names:
@@ -199,6 +200,10 @@ def _collapse(run: Path, same: bool, features: dict[str, Any]) -> dict[str, Any]
     what training judges."""
     plain = {key: value["trained"] if isinstance(value, dict) else value for key, value in features.items()}
     found = {key: plain[key] for key in ("std", "effective_rank", "most_rank", "verdict", "dim", "rows")}
+    shown = ("std", "effective_rank")
+    found["baselines"] = {
+        kind: {key: features[key][kind] for key in shown} for kind in features["std"] if kind != "trained"
+    }
     summary = read_kept(run / SUMMARY) if same else {}
     if summary.get("verdict") is not None:  # None for imported runs
         found |= {"std_features": found["std"], "effective_rank_features": found["effective_rank"]}

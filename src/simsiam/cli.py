@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -181,7 +183,7 @@ def evaluate(
     if result["file"] and keep(lambda: write_report(run)):
         console.say(f"Report   {run / REPORT}")
     if as_json:
-        _print_json(result)
+        _print_json({**dict.fromkeys(("knn", "linear", "fewshot", "collapse")), **result})
 
 
 @app.command()
@@ -297,10 +299,13 @@ def view(
 
     def ready(address: str) -> None:
         console.say(f"Serving  {address}   (Ctrl-C to stop)")
-        if browser:
+        # Without a desktop, as over SSH, Python would open a text browser in this terminal and wait for it.
+        desktop = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & os.environ.keys()
+        if browser and desktop:
+            import threading
             import webbrowser
 
-            webbrowser.open(address)
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()  # it may wait for the page
 
     serve(embeddings, host=host, port=port, device=device, ready=ready)
 
@@ -521,6 +526,10 @@ def _called() -> Any:
 
 def main() -> None:
     """Run the command line. Exit status: 0 success, 2 user error, 1 anything else."""
+    for name in ("SIGTERM", "SIGHUP"):  # like Ctrl-C, so that temporary files are deleted; nohup has SIGHUP ignored
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
     try:
         sys.exit(_called())
     except UserError as error:
@@ -571,8 +580,11 @@ def _console() -> Console:
 def _data_and_overrides(data: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
     """Separate DATA from the settings: without DATA, the first setting takes its place."""
     texts = list(overrides or [])
-    if data is not None and "=" in data and not os.path.exists(data):
-        return None, [data, *texts]
+    if data is not None and re.match(r"\s*[\w.]+\s*=", data):
+        from simsiam.data.sources import exists
+
+        if not exists(data):
+            return None, [data, *texts]
     for text in texts:
         if "=" not in text:  # e.g. an unquoted shard pattern, expanded by the shell
             raise UserError(

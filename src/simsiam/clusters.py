@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from simsiam.compute import draw, set_threads
-from simsiam.config import UserError, coerce, counted
+from simsiam.config import UserError, as_seed, coerce, counted
 from simsiam.console import Listener
 from simsiam.embeddings import CLUSTERS, Embeddings, read_embeddings
 from simsiam.neighbours import blocks, unit_rows
@@ -64,12 +64,10 @@ def clusters(
     first. `odd` lists the images least similar to their 10 nearest neighbours, 20 or a tenth of all if that is fewer,
     as {"id", "similarity"}. `agreement` with the labels is {"nmi", "purity"} in [0, 1], or None with fewer than two
     classes. `file` is None if it could not be written.
-    Raises UserError if `count` does not fit the images or the seed is negative.
+    Raises UserError if `count` does not fit the images, or the seed is none.
     """
     set_threads()
-    count, seed = coerce(count, int | None, "count"), coerce(seed, int, "seed")
-    if seed < 0:
-        raise UserError(f"seed is {seed}: it must not be negative.")
+    count, seed = coerce(count, int | None, "count"), as_seed(seed)
     stored = read_embeddings(folder, ("id", "class"))
     found = find_clusters(stored, count, seed=seed, device=device, listener=listener)
     kept = keep(lambda: write_clusters(stored, found))

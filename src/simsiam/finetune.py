@@ -86,7 +86,10 @@ def finetune(
             network = fit(
                 encoder, prepare, cache, part, compute, lr, epochs, batch_size, seed, lambda p: done(start + weight * p)
             )
-        scores = embed_rows(network, prepare, cache, judged, compute)
+        backbone, head = network
+        h = embed_rows(backbone, prepare, cache, judged, compute)
+        with torch.inference_mode():
+            scores = head.cpu()(h)  # in float32: in bf16 two classes would often be equal
         return float((scores.argmax(1).numpy() == labels[judged]).mean() * 100)
 
     lr = max(tried, key=lambda rate: accuracy(kept, rate, held_out)) if tried else RATES[0]
@@ -127,8 +130,8 @@ def fit(
     batch_size: int,
     seed: int,
     done: Done,
-) -> nn.Module:
-    """Return a copy of the encoder with a linear classifier, trained on the rows, in eval mode; depends on `seed`."""
+) -> nn.Sequential:
+    """Return a copy of the encoder, and a linear classifier, trained on the rows, in eval mode; depends on `seed`."""
     assert cache.labels is not None and cache.classes is not None
     head = nn.Linear(encoder.dim, len(cache.classes))
     nn.init.zeros_(head.weight)
@@ -154,4 +157,5 @@ def fit(
             F.cross_entropy(scores.float(), torch.from_numpy(cache.labels[part]).to(compute.device)).backward()
             optimiser.step()
         done((epoch + 1) / epochs)
-    return network.eval()
+    network.eval()
+    return network

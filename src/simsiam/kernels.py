@@ -246,8 +246,8 @@ def multiplies() -> bool:
 
 @functools.cache
 def _may_multiply() -> bool:
-    library = _found()[0]
-    return hasattr(library, "weight_gradient") and bool(library.may_multiply())
+    library = compiled()
+    return library is not None and hasattr(library, "weight_gradient") and bool(library.may_multiply())
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

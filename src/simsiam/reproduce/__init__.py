@@ -31,12 +31,14 @@ from simsiam.config import Table, UserError, counted, did_you_mean, merge, read_
 from simsiam.console import Listener
 from simsiam.data.sources import open_images
 from simsiam.recipe import largest_batch
-from simsiam.runs import EVALUATION, RECIPE, SUMMARY, read_json, read_metrics, write_json, write_text
+from simsiam.runs import RECIPE, SUMMARY, read_json, read_metrics, write_json, write_text
 from simsiam.train import train
 
 Scale = Literal["thin", "cifar", "imagenet"]
 _RECIPES = {"thin": "demo", "cifar": "cifar", "imagenet": "imagenet"}
 _EPOCHS = {"thin": 10.0, "cifar": 200.0, "imagenet": 100.0}
+ACCURACIES = "accuracies.json"
+"""In a run's folder: its accuracies as these experiments measure them."""
 _CLEAR = 1.0
 """Minimum difference of two published figures, in percentage points, for their order to count."""
 
@@ -215,15 +217,17 @@ def _one(
                 listener=quiet,
             )
     summary = read_json(place / SUMMARY)
-    if not (place / EVALUATION).exists() and summary["verdict"] != "diverged":
+    names = ("knn", "linear")
+    accuracies: dict[str, float | None] = dict.fromkeys(names)
+    if (place / ACCURACIES).exists():  # not evaluation.json, which `simsiam evaluate` may write with other settings
+        accuracies = read_json(place / ACCURACIES)
+    elif summary["verdict"] != "diverged":
         quiet = _Quiet(listener)
-        evaluate_run(place, names=("knn", "linear"), baselines=False, device=device, workers=workers, listener=quiet)
-    found = read_json(place / EVALUATION) if (place / EVALUATION).exists() else {}
+        found = evaluate_run(place, names=names, baselines=False, device=device, workers=workers, listener=quiet)
+        accuracies = {name: (found[name] or {}).get("trained") for name in names}
+        write_json(place / ACCURACIES, accuracies)
     keys = ("verdict", "loss", "std", "effective_rank", "seconds", "images_per_second")
-    return {
-        **{key: (found.get(key) or {}).get("trained") for key in ("knn", "linear")},
-        **{key: summary[key] for key in keys},
-    }
+    return {**accuracies, **{key: summary[key] for key in keys}}
 
 
 def _row(variant: Variant, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

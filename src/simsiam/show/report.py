@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from simsiam.compute import draw
-from simsiam.config import UserError, read_recipe, show_bytes, show_duration
+from simsiam.config import UserError, read_recipe, short_name, show_bytes, show_duration
 from simsiam.runs import (
     ENCODER,
     ENVIRONMENT,
@@ -152,7 +152,7 @@ def _content(run: Path) -> Table:
     if not summary and tone in ("none", "good"):
         tone, word = "none", "Not finished"
     return {
-        "title": Path(data).name or data if data else run.resolve().name,
+        "title": short_name(data) if data else run.resolve().name,
         "run": str(run),
         "quoted_run": shlex.quote(str(run)),
         "literal_run": json.dumps(str(run), ensure_ascii=False),

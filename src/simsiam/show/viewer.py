@@ -26,7 +26,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from simsiam.clusters import Clusters, find_clusters, stored_settings, summary, write_clusters
 from simsiam.compute import draw, set_threads
-from simsiam.config import UserError
+from simsiam.config import UserError, short_name
 from simsiam.data.cache import Cache
 from simsiam.data.decode import DecodeError, decode
 from simsiam.duplicates import find_duplicates
@@ -97,7 +97,7 @@ class Viewer:
     def about(self) -> dict[str, Any]:
         return {
             "state": self.state,
-            "data": self.stored.meta["data"],
+            "title": short_name(self.stored.meta["data"]),
             "images": len(self.stored),
             "classes": self.names,
             "no_pictures": self.why_none,

@@ -28,8 +28,9 @@ def open_images(data: str | Path | None = None) -> ImageSet:
 
     Args:
         data: None or "demo" for the bundled demo set ("./demo" for a folder of that name), or one of
-            a folder of any depth: class folders give labels, train/ and test/ (or val/) folders the split; if no file
-            has a known extension, the files without one that begin like an image;
+            a folder of any depth: class folders give labels, train/ and test/ (or val/, train2017/, test_images/)
+            folders the split, unlabeled/ beside them is trained on; if no file has a known extension, the files without
+            one that begin like an image;
             a folder of Parquet files or archives only, read as those;
             Parquet: Hugging Face's image column, or raw bytes; file names like test-00000-of-00001 give the split;
             .tar, .tar.gz, .zip, shards by glob or braces, `shard-{000..009}.tar` (WebDataset's .cls, .json labels);

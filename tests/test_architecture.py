@@ -101,7 +101,7 @@ def test_no_pickle_is_ever_loaded() -> None:
 
 def test_the_file_tree_in_the_docs_is_true() -> None:
     text = (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
-    told = set(re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`", text))
+    told = set(re.findall(r"`([a-z0-9_]+(?:/[a-z0-9_]+)*\.py)`", text))
     real = {
         path.relative_to(PACKAGE).as_posix()
         for path in MODULES.values()

@@ -269,6 +269,19 @@ def test_fit_is_scikit_learns_optimum(C: float) -> None:
     assert float(linear.accuracy(theta.detach().float(), test, test_labels)) == pytest.approx(expected, abs=1)
 
 
+def test_fit_is_the_optimum_for_many_classes_and_channels_too() -> None:
+    """The gradient of the mean loss is smaller there from the start."""
+    draws, classes, width = torch.Generator().manual_seed(0), 300, 512
+    labels = torch.arange(3000) % classes
+    x = 0.3 * torch.randn(classes, width, generator=draws)[labels] + torch.randn(3000, width, generator=draws)
+    x, _ = linear.standardise(x, x)
+    theta = linear.fit(x, labels, classes, 100.0).double()
+    reference = LogisticRegression(C=100.0, tol=1e-10, max_iter=1000).fit(x.double().numpy(), labels.numpy())
+    best = torch.from_numpy(np.column_stack([reference.coef_, reference.intercept_]))
+    expected = objective(best, x.double(), labels, 100.0).item()
+    assert objective(theta, x.double(), labels, 100.0).item() == pytest.approx(expected, rel=1e-5)
+
+
 class Memory(TorchDispatchMode):
     """Peak bytes held by tensors created since entering the context."""
 

@@ -44,7 +44,9 @@ def small_method(name: str, **settings: Any) -> nn.Module:
     module = methods.get(name)
     encoder = build(EncoderSpec("thin-resnet18", 8, width=8), 0)
     torch.manual_seed(0)
-    chosen = SMALL.get(name, {"dim": 16, "projector_hidden": 16})
+    known = module.Settings.__dataclass_fields__
+    small = SMALL.get(name, {"dim": 16, "projector_hidden": 16})
+    chosen = {key: value for key, value in small.items() if key in known}
     method: nn.Module = module.Method(encoder, module.Settings(**{**chosen, **settings})).double()
     method.allocate(IMAGES)
     return method.double()

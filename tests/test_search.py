@@ -16,7 +16,7 @@ from PIL import Image
 from simsiam.config import UserError
 from simsiam.console import Listener
 from simsiam.embeddings import read_embeddings
-from simsiam.search import RECALL, open_index, search
+from simsiam.search import RECALL, make_index, open_index, search
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,6 +50,16 @@ def test_a_file_finds_itself(stored: Path, photos: Path) -> None:
         assert result["query"] == str(photos / id_)
         assert result["neighbours"][0]["score"] > 0.99 and len(result["neighbours"]) == 1
         assert result["neighbours"][0]["id"] == id_
+
+
+def test_of_equal_vectors_any_counts_as_found() -> None:
+    """As of blank pages, which are all one."""
+    vectors = np.random.default_rng(0).normal(size=(3000, 16)).astype(np.float32)
+    vectors[:150] = vectors[0]
+    assert make_index(vectors)[1]["recall_at_10"] >= RECALL
+    vectors[:900] = vectors[0]  # the index is worse then, and a wider search does not help
+    about = make_index(vectors)[1]
+    assert about["recall_at_10"] < RECALL and about["expansion"] < 4096
 
 
 def test_the_index_has_the_recall_that_it_says_and_is_kept(tmp_path: Path) -> None:

@@ -892,6 +892,26 @@ def test_torchvision_with_split(tmp_path: Path) -> None:
     assert check(images)["bad_files"] == []
 
 
+def test_files_of_a_torchvision_set_are_known_one_by_one(tmp_path: Path) -> None:
+    write(tmp_path, *(f"{kind}/{i:03d}.png" for kind in ("cat", "dog") for i in range(100)))
+    data = f"ImageFolder:{tmp_path}"
+    before = open_images(data)
+    (tmp_path / "cat" / "005.png").write_bytes(b"")
+    (tmp_path / "dog" / "200.png").write_bytes(png(7))
+    after = open_images(data)
+    assert before.keys[5] != after.keys[5] and np.array_equal(np.delete(before.keys, 5), np.delete(after.keys[:200], 5))
+    assert [entry["path"] for entry in check(data)["bad_files"]] == ["train/000005"]
+
+
+def test_a_bad_file_of_a_torchvision_set_is_named_when_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, *(f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(4)))
+    (tmp_path / "cat" / "0.png").write_bytes(b"")
+    monkeypatch.setattr("simsiam.data.torchvision_sets._file_keys", lambda *_: None)  # as of a set in one file
+    assert [entry["path"] for entry in check(f"ImageFolder:{tmp_path}")["bad_files"]] == ["train/000000"]
+
+
 def test_imagenets_classes_are_synonyms_and_two_have_one_name(tmp_path: Path) -> None:
     names = {"n1": ("tench", "Tinca tinca"), "n2": ("crane",), "n3": ("crane",)}
     for split in ("train", "val"):

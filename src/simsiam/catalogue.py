@@ -24,7 +24,7 @@ def everything() -> dict[str, dict[str, str]]:
     return {
         "methods": {name: first_line(f"simsiam.methods.{name}") for name in methods.names()},
         "encoders": dict.fromkeys(encoders.names(), "") | {"timm/NAME": "any timm model"},
-        "datasets": {"demo": "patches of the photographs included in scikit-image"} | _torchvision(),
+        "datasets": {"demo": "patches of the photographs included in scikit-image and scikit-learn"} | _torchvision(),
         "evaluations": {name: first_line(f"simsiam.evaluate.{name}") for name in evaluate.names()},
         "experiments": {name: reproduce.get(name).title for name in reproduce.names()},
         "recipes": {name: text.splitlines()[0].lstrip("# ") for name, text in headers.items()},

@@ -73,10 +73,13 @@ def train(
     on_collapse: Annotated[
         Literal["stop", "continue"] | None, typer.Option(help="What to do on collapse. Default: stop.")
     ] = None,
-    precision: Annotated[Precision | None, typer.Option(help="Default: whichever is measured to be faster.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Default: bf16 on GPUs that have it; on a CPU the faster one.")
+    ] = None,
     device: Device = "auto",
     seed: Annotated[
-        int | None, typer.Option(min=0, max=MOST_SEED, help="The same seed gives the same weights.")
+        int | None,
+        typer.Option(min=0, max=MOST_SEED, help="With --epochs on a CPU, the same seed gives the same weights."),
     ] = None,
     workers: Workers = None,
     as_json: Json = False,

@@ -28,6 +28,8 @@ PASS = 0.95
 """Share of altered copies that passes each of the two thresholds of `near_duplicates`."""
 
 _NEIGHBOURS = 20
+_OFF = 2e-3
+"""Largest error of an index's scores, in float16."""
 _SAMPLE = 256
 _SIDE = 16
 _FLAT = 3.0  # grey levels
@@ -83,6 +85,8 @@ def find_duplicates(
         listener.say(f"Comparing {counted(len(rows), 'image')} ...")
         similarity, found = nearest(vectors, _NEIGHBOURS, device=device)
         links, scores = _links(found, similarity)
+        links = links[scores >= threshold - _OFF]  # beyond ALL_PAIRS they are the index's
+        scores = _cosine(vectors, links)
         kept = scores >= threshold
     else:
         pictures, measured = _measured(stored, rows, device, listener)
@@ -147,7 +151,7 @@ def _cosine(vectors: Vectors, links: Rows) -> NDArray[np.float64]:
     found = np.empty(len(links))
     for block in blocks(len(links), vectors.shape[1]):
         one, other = (unit_rows(vectors[links[block, side]]) for side in range(2))
-        found[block] = (one * other).sum(1)
+        found[block] = (one * other).sum(1).clamp(-1, 1)  # rounding may exceed 1 slightly
     return found
 
 
@@ -224,9 +228,10 @@ def _measured(stored: Embeddings, rows: Rows, device: str, listener: Listener) -
         raise UserError(f"{error} Or compare embeddings alone: --threshold 0.95.") from None
     listener.say(f"Measuring how similar copies of an image are, on {counted(min(_SAMPLE, len(rows)), 'image')} ...")
     cached = cached[rows]
-    if not cache.usable(cached).all():
-        path, reason = cache.bad[0]
-        raise UserError(f"{path} can no longer be read ({reason}): run `simsiam embed` again.")
+    usable = cache.usable(cached)
+    if not usable.all():
+        gone = stored.ids[rows[np.flatnonzero(~usable)[0]]]
+        raise UserError(f"{gone} can no longer be read ({dict(cache.bad).get(gone)}): run `simsiam embed` again.")
     pictures = _Pictures(len(rows), (cache.packed(cached[start : start + 1024]) for start in range(0, len(rows), 1024)))
     bank = pictures.small()
     shaped = np.flatnonzero(pictures.looks.flatten(1).any(1).numpy())

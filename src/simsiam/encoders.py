@@ -2,7 +2,7 @@
 
 An encoder maps float [B,3,h,w] to pooled features [B,dim]; it has no classifier. Names:
 
-    thin-resnet18 | 34     ours for the CPU: width 16, stem by view size
+    thin-resnet18 | 34     ours for the CPU: width 16, stem by size in use
     cifar-resnet18 | 34    3x3 stem of stride 1, no max-pool (the paper's appendix D)
     resnet50, ...          torchvision
     timm/NAME              timm; a plain NAME works if torchvision has no model of that name

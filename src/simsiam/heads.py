@@ -79,7 +79,7 @@ class Siamese(nn.Module):
         """Create buffers that hold something for each of the training images."""
 
     def before_training(self, batches: Iterable[tuple[list[Tensor], Tensor]]) -> None:
-        """Called once, under autocast, if `sweeps`: with views and indices of all whole batches."""
+        """Called once, under autocast, if `sweeps`: with views and indices of whole batches, as `methods` describes."""
 
     def before_epoch(self, epoch: int) -> None:
         """Called at the start of each epoch."""

@@ -47,6 +47,7 @@ OPEN = "open"
 _SMALL_IMAGE = 48
 _TABLES = ("method", "encoder", "train", "views", "eval")
 _OPTIONS = ("recipe", "out", "resume", "device", "workers")
+_LOOK_AT = 200
 _PATIENCE = {"cpu": 1800.0, "cuda": 4 * 3600.0, "mps": 1800.0}
 """Longest default duration of a run, in seconds."""
 
@@ -286,8 +287,8 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
 
 
 def preset(recipe: str, method: str | None = None) -> Table:
-    """Adapt a recipe to another method: encoder, views, batch and length are kept; heads and optimiser come from the
-    method's DEFAULTS for this recipe. A user's own file keeps everything but its method settings.
+    """Adapt a recipe to another method: encoder and length are kept, and views and batch unless the method's DEFAULTS for
+    this recipe, from which heads and optimiser come, name others. A user's own file keeps all but its method settings.
 
     Args:
         recipe: name of a built-in recipe or path of a TOML file.
@@ -326,8 +327,7 @@ def qualify(override: Table) -> Table:
         return override if isinstance(value, dict) or key in ("data", "seed") else {key: {"name": value}}
     if key == "size":
         return {"views": override, "eval": override}
-    owners = {table: owner for table, owner in _OWNERS.items() if table != "eval"}  # it has a size only
-    homes = [table for table, owner in owners.items() if key in {field.name for field in dataclasses.fields(owner)}]
+    homes = [table for table, owner in _OWNERS.items() if key in {field.name for field in dataclasses.fields(owner)}]
     homes += [
         "method"
         for name in methods.names()
@@ -335,7 +335,7 @@ def qualify(override: Table) -> Table:
     ][:1]
     if len(homes) == 1:
         return {homes[0]: override}
-    known = [f"{table}.{field.name}" for table, owner in owners.items() for field in dataclasses.fields(owner)]
+    known = [f"{table}.{field.name}" for table, owner in _OWNERS.items() for field in dataclasses.fields(owner)]
     if homes:
         raise UserError(f"{key} could be {' or '.join(f'{home}.{key}' for home in homes)}: write one of these.")
     raise UserError(f"Unknown setting {key}.{did_you_mean(key, known, (name.split('.')[1] for name in known))}")
@@ -365,15 +365,15 @@ class Facts:
         return self.short_side <= _SMALL_IMAGE
 
 
-def look_at(images: ImageSet, rows: np.ndarray, device: str, processes: int = 1, sample: int = 200) -> Facts:
-    """Read the headers of up to `sample` images, spread over the set. rows: the training images.
+def look_at(images: ImageSet, rows: np.ndarray, device: str, processes: int = 1) -> Facts:
+    """Read the headers of up to `_LOOK_AT` images, spread over the set. rows: the training images.
 
     Raises UserError if there are fewer than two training images.
     """
     if len(rows) < 2:
         raise UserError(f"{images.name} has {counted(len(rows), 'image')} to train on: at least 2 are needed.")
     sides = []
-    for i in np.unique(np.linspace(0, len(images) - 1, min(sample, len(images))).astype(int)).tolist():
+    for i in np.unique(np.linspace(0, len(images) - 1, min(_LOOK_AT, len(images))).astype(int)).tolist():
         try:
             sides.append(min(open_image(images.read(i)).size))
         except Exception:  # archives and plug-ins raise anything; bad files are reported during decoding

@@ -215,16 +215,22 @@ def make_index(vectors: Vectors) -> tuple[Any, dict[str, Any]]:
 
 
 def _widen(index: Any, vectors: Vectors) -> tuple[int, float]:
-    """The smallest search width, by doubling up to `_WIDEST`, that reaches `RECALL`, and its recall."""
+    """The smallest search width, by doubling up to `_WIDEST`, that reaches `RECALL`, and its recall; or the width that
+    doubling no longer helps, as with many equal vectors."""
     probes = unit_rows(vectors[draw(np.arange(len(vectors)), _PROBES)]).numpy()
     k = min(10, len(vectors))
-    truth = top_k(probes, vectors, k)[1].numpy()
-    expansion = 64
+    least = top_k(probes, vectors, k)[0][:, -1:].numpy() - 1e-6  # of equal vectors any may be found
+    expansion, before = 64, -1.0
     while True:
         index.expansion_search = expansion
-        found = np.atleast_2d(index.search(probes, k, threads=torch.get_num_threads()).keys)
-        hits = [len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]
-        recall = sum(hits) / truth.size
+        found = index.search(probes, k, threads=torch.get_num_threads())
+        filled = np.arange(k) < np.reshape(getattr(found, "counts", k), (-1, 1))
+        rows = np.where(filled, np.atleast_2d(found.keys), 0).astype(np.int64)
+        near = unit_rows(vectors[rows.ravel()]).numpy().reshape(*rows.shape, -1)
+        hits = (np.einsum("pd,pkd->pk", probes, near) >= least) & filled
+        recall = float(hits.mean())
+        if recall <= before:
+            return expansion // 2, before
         if recall >= RECALL or expansion >= _WIDEST:
             return expansion, recall
-        expansion *= 2
+        expansion, before = 2 * expansion, recall

@@ -51,7 +51,7 @@ class Session:
     monitor: Monitor
     listener: Listener
     pace: Pace | None = None
-    """None if the number of threads is fixed (`Probed.pace`) or the device is not a CPU."""
+    """None if half of the threads was not tried (`Probed.pace`) or the device is not a CPU."""
     step: int = 0
     seconds: float = 0.0
     """Time spent in the loop so far, including looks and checkpoints."""

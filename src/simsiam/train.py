@@ -96,12 +96,12 @@ def train(
         epochs: passes over the images.
         budget: training time, e.g. "10m"; the schedule follows the clock.
         batch_size: images per step.
-        seed: the same seed gives the same weights.
+        seed: with `epochs` on a CPU, the same seed gives the same weights.
         size: side of the views, and of images at inference, in pixels.
         recipe: name of a built-in recipe or path of a TOML file.
         overrides: settings as strings, e.g. "train.lr=0.1".
-        resume: continue the run in `out`, to the same weights as if it had never stopped. `data` may then give the new
-            path of its images.
+        resume: continue the run in `out`, with `epochs` on a CPU to the same weights as if it had never stopped. `data`
+            may then give the new path of its images.
         settings: any other setting by name, or a table of them: lr=0.1, init="runs/before", views={"size": 32}, ...
 
     Arguments left as None come from the recipe, or are derived from the data and the machine.
@@ -310,7 +310,7 @@ def fit(s: Session, stopped: list[str]) -> None:
     compiles = bool(s.recipe.train.compile)
     step = Step(s.method, s.optimizer, s.recipe.views.each(), s.compute, compiles=compiles, say=s.listener.say)
     per_epoch = s.loader.steps_per_epoch
-    if s.step == 0:
+    if s.step == 0 and s.method.sweeps:
         with torch.no_grad(), s.compute.autocast():
             s.method.before_training(_sweep(s, stopped))
         s.swept()

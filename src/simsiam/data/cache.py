@@ -443,7 +443,10 @@ def _known(base: Path, images: ImageSet, short_side: int | None) -> Path | None:
         if meta["root"] == images.root:
             return folder
         # Only if nothing is left at the old location: for a copy, equal file times and sizes prove too little.
-        if images.fingerprint in meta["sets"] and not os.path.exists(meta["root"]):
+        left = any(
+            map(os.path.exists, (meta["root"], meta["root"].partition(":")[2]))
+        )  # the latter: torchvision's sets
+        if images.fingerprint in meta["sets"] and not left:
             moved = folder
     return moved
 

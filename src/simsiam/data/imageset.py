@@ -198,8 +198,8 @@ def _kind(name: str) -> str:
 
 def split_by_name(names: Sequence[str]) -> np.ndarray:
     """bool [N]: which files are test data according to their names; none unless some are training data."""
-    kinds = list(map(_kind, names))
-    return np.array([kind == "test" and "train" in kinds for kind in kinds], dtype=bool)
+    kinds = np.array(list(map(_kind, names)), dtype=str)
+    return (kinds == "test") & (kinds == "train").any()
 
 
 def encode(

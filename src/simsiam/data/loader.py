@@ -144,10 +144,10 @@ class Loader:
         return Batch(self._sent(images), None if uniform else self._sent(sizes), self._sent(index))
 
     def _sent(self, values: Tensor) -> Tensor:
-        """Copies values to the device without waiting for work running there."""
-        if self.device.type == "cuda":
-            values = values.pin_memory()
-        return values.to(self.device, non_blocking=True)
+        """Copies values to the device, a CUDA one without waiting for work running there."""
+        if self.device.type != "cuda":  # Apple's copies would still read memory that is freed and used again
+            return values.to(self.device)
+        return values.pin_memory().to(self.device, non_blocking=True)
 
     def _read_ahead(self, chunks: Iterator[np.ndarray]) -> Iterator[Batch]:
         """One thread reads the next batches from the memory map while this one trains."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simsiam.config import UserError, did_you_mean
-from simsiam.data.imageset import ImageSet, encode, numbered, one_line
+from simsiam.data.imageset import File, ImageSet, encode, file_keys, numbered, one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,14 +71,36 @@ def open_torchvision(text: str) -> ImageSet:
     raw = [_targets(part) for _, part in parts]
     if all(targets is not None and len(targets) == length for targets, length in zip(raw, lengths, strict=True)):
         labels, classes = encode(list(itertools.chain(*raw)), _classes(train))  # type: ignore[arg-type]
-    digest = hashlib.sha256(f"{name} {lengths}".encode())
-    if labels is not None:
-        digest.update(labels.tobytes())
-    for i in np.linspace(0, len(ids) - 1, min(64, len(ids))).astype(int).tolist():
-        image = read(i)
-        digest.update(image.tobytes() if hasattr(image, "tobytes") else repr(image).encode())
-    keys = numbered(digest.digest(), len(ids))
+    keys = _file_keys(parts, place.partition(":")[2])
+    if keys is None:
+        digest = hashlib.sha256(f"{name} {lengths}".encode())
+        if labels is not None:
+            digest.update(labels.tobytes())
+        for i in np.linspace(0, len(ids) - 1, min(64, len(ids))).astype(int).tolist():
+            try:
+                image = read(i)
+                digest.update(image.tobytes() if hasattr(image, "tobytes") else repr(image).encode())
+            except Exception as error:  # a bad file, which is named when it is decoded
+                digest.update(type(error).__name__.encode())
+        keys = numbered(digest.digest(), len(ids))
     return ImageSet(name, place, ids, read, labels, classes, keys, np.arange(lengths[0], len(ids)))
+
+
+def _file_keys(parts: Sequence[tuple[str, Any]], root: str) -> np.ndarray | None:
+    """The keys of a set whose images are files of their own, such as ImageFolder; None for others."""
+    files = []
+    for split, part in parts:
+        names = ("samples", "_samples", "_image_files", "_images", "images")
+        listed = next((values for name in names if isinstance(values := getattr(part, name, None), list)), [])
+        paths = [each[0] if isinstance(each, tuple) else each for each in listed]
+        if len(paths) != len(part) or not all(isinstance(path, str | os.PathLike) for path in paths):
+            return None
+        for path in paths:
+            status = os.stat(path) if os.path.exists(path) else None
+            size, changed = (0, 0) if status is None else (status.st_size, status.st_mtime_ns)
+            files.append(File(f"{split}/{os.path.relpath(path, root)}", os.fspath(path), size, changed))
+    keys = file_keys(files)
+    return keys if len(np.unique(keys)) == len(keys) else None
 
 
 def _splits(kind: Any, name: str, root: str) -> tuple[Any, Any]:

@@ -3,10 +3,11 @@
 Each module defines a class `Method(Siamese)` (heads.py) and a dataclass `Settings`, and names its sources in `CITATION` and
 `PUBLISHED`. The contract, which tests/test_methods.py checks for every module:
 
+    a docstring              its first line is the method's description in listings
     CITATION, PUBLISHED      text with the paper's arXiv number; {setting: figure}
     VIEWS                    supported numbers of views per image, the default first
     DEFAULTS                 {recipe: table}: overrides for the recipes "imagenet", "cifar" and "thin", at least the
-                             learning rate and weight decay; a recipe without an entry is used unchanged
+                             learning rate and weight decay; of a recipe without an entry, all but [method] is kept
     ONE_DEVICE               optional overrides for when the multi-device batch in DEFAULTS is reduced to one device's
     FEW_PHOTOGRAPHS          optional overrides of the recipe "thin" for fewer than 20,000 photographs
     Settings                 frozen dataclass with the paper's values as defaults; one field is `dim`, the width of z,
@@ -20,7 +21,8 @@ Each module defines a class `Method(Siamese)` (heads.py) and a dataclass `Settin
     param_groups() -> list                   torch parameter groups; "fixed_lr": True keeps the initial learning rate,
                                              "lr_scale" multiplies it
     allocate(images)                         creates buffers that hold something for each image
-    sweeps = True, before_training(batches)  called once with (views, index) of all whole batches, under autocast
+    sweeps = True, before_training(batches)  called once with (views, index), of at most two views, of all whole batches,
+                                             or as many as a tenth of the budget allows, under autocast
     before_epoch(epoch)                      called at the start of each epoch
     fixed                                    False until every step performs the same operations (`Siamese.fixed`)
     sync_bn = False                          in multi-process runs, each process keeps its own BN statistics

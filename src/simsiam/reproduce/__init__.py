@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,9 +95,7 @@ def get(name: str, scale: Scale = "thin") -> Experiment:
         chosen = tuple(row.get("scales", _RECIPES))
         settings = merge(shared, own)
         method = methods.get(settings.get("method", {}).get("name", "simsiam"))
-        if "predictor_lr" in {
-            each.name for each in fields(method.Settings)
-        }:  # as in the paper; the demo recipe's differs
+        if "predictor_lr" in method.Settings.__dataclass_fields__:  # as in the paper; the demo recipe's differs
             settings = merge({"method": {"predictor_lr": 1.0}}, settings)
         variant = Variant(**plain, scales=chosen, settings=settings)
         variants.append(variant)
@@ -199,8 +197,8 @@ def _one(
     listener: Listener,
 ) -> dict[str, Any]:
     """The figures of one run, which is trained and evaluated first unless that is done."""
+    quiet = _Quiet(listener)
     if not (place / SUMMARY).exists():
-        quiet = _Quiet(listener)
         if (place / RECIPE).exists():
             train(out=place, resume=True, device=device, workers=workers, listener=quiet)
         else:
@@ -222,7 +220,6 @@ def _one(
     if (place / ACCURACIES).exists():  # not evaluation.json, which `simsiam evaluate` may write with other settings
         accuracies = read_json(place / ACCURACIES)
     elif summary["verdict"] != "diverged":
-        quiet = _Quiet(listener)
         found = evaluate_run(place, names=names, baselines=False, device=device, workers=workers, listener=quiet)
         accuracies = {name: (found[name] or {}).get("trained") for name in names}
         write_json(place / ACCURACIES, accuracies)

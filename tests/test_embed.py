@@ -196,6 +196,13 @@ def test_clusters_of_images_that_have_changed_are_named(run: Path, copy: Path, t
     min(copy.glob("*.png")).unlink()
     embed_to(run, copy, out, listener=heard)
     assert "clusters.parquet still has the images of before: run `simsiam clusters` again" in heard.said
+    heard.said = ""
+    embed_to(run, copy, out, listener=heard)
+    assert "again" in heard.said, "they still are those of before"
+    clusters(out, 3)
+    heard.said = ""
+    embed_to(run, copy, out, listener=heard)
+    assert not heard.said
 
 
 def test_embeddings_of_other_data_are_not_replaced(run: Path, copy: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam.encoders import Encoder, EncoderSpec
-from simsiam.heads import follow, mlp, similarities, twin, unit
+from simsiam.heads import follow, in_float32, mlp, similarities, twin, unit
 from simsiam.methods import barlow, byol, deepcluster, fastsiam, moco, simclr, simsiam, swav, vicreg
 
 B, D = 12, 6
@@ -601,6 +601,20 @@ def test_a_loss_ignores_autocast(name: str) -> None:
     plain = LOSSES[name](a, b)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(LOSSES[name](a, b), plain)
+
+
+def test_a_loss_in_float32_gets_its_tensors_so() -> None:
+    class Own:
+        @in_float32
+        def loss(self, views: list[Tensor], index: Tensor, scale: float) -> Tensor:
+            assert index.dtype == torch.int64
+            return (views[0] @ views[1].T).sum() * scale
+
+    low = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Own().loss([low, low], torch.arange(4), 2.0)
+    assert torch.equal(found, (low.float() @ low.float().T).sum() * 2)
+    assert Own().loss([low.double()] * 2, torch.arange(4), 1.0).dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", LOSSES)

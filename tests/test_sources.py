@@ -167,7 +167,11 @@ def test_split_folders(tmp_path: Path, first: str, second: str) -> None:
     assert named(images)[f"{second}/cat/0.png"] == "cat"
 
 
-@pytest.mark.parametrize(("first", "second"), [("train_images", "test_images"), ("train2017", "val2017")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("train_images", "test_images"), ("train2017", "val2017"), ("seg_train", "seg_test"), ("trainval", "test"),
+     ("train images", "test images"), ("train", "eval"), ("train", "dev")],
+)  # fmt: skip
 def test_split_folders_of_longer_names(tmp_path: Path, first: str, second: str) -> None:
     names = [f"{split}/{kind}/{i}.png" for split in (first, second) for kind in ("cat", "dog") for i in range(3)]
     images = open_images(write(tmp_path, *names))
@@ -182,6 +186,10 @@ def test_what_is_not_labelled_is_trained_on(tmp_path: Path) -> None:
     images = open_images(write(tmp_path, *names, *(f"unlabeled/{i}.png" for i in range(50))))
     assert images.classes == ("cat", "dog") and len(images.test) == 6 and len(images.train) == 56
     assert sum(kind is None for kind in named(images).values()) == 50
+    for path in list((tmp_path / "test").rglob("*.png")):
+        path.unlink()
+    images = open_images(tmp_path)
+    assert images.classes == ("cat", "dog") and len(images.test) == 0 and len(images.train) == 56
 
 
 def test_an_image_above_the_folders_changes_nothing(tmp_path: Path) -> None:
@@ -685,6 +693,9 @@ def test_what_is_hidden_in_an_archive_lies_below_what_all_share(tmp_path: Path, 
     assert packed("home/.keras/set/1.png", "home/.keras/set/.thumbs/1.png", "__MACOSX/home/.keras/set/._1.png") == [
         "home/.keras/set/1.png"
     ]
+    assert packed("cover.png", "notes.txt", *(f".h/set/{i}.png" for i in range(20))) == sorted(
+        ["cover.png", *(f".h/set/{i}.png" for i in range(20))]
+    )
     assert packed("./1.png", "./a/2.png", "./.trash/3.png") == ["1.png", "a/2.png"]
     assert packed("../set/1.png", "../set/2.png") == ["../set/1.png", "../set/2.png"]
     assert packed(".git/1.png", "2.png") == ["2.png"]

@@ -69,7 +69,7 @@ def embed_to(
             vectors[new[done : done + len(found)]] = found.numpy()
             done += len(found)
         write_embedding(out, vectors, cache, rows, origin(run, encoder.meta_, data, cache), hashes)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         with contextlib.suppress(OSError):
             if [*out.iterdir()] == [out / LOCK]:
                 (out / LOCK).unlink()
@@ -77,10 +77,23 @@ def embed_to(
         raise
     finally:
         lock.release()
-    if known.keys() != set(hashes) and (out / CLUSTERS).exists():
+    if (out / CLUSTERS).exists() and (
+        known.keys() != set(hashes) or _outdated(out / CLUSTERS, {cache.ids[row] for row in rows.tolist()})
+    ):
         listener.say(f"{out / CLUSTERS} still has the images of before: run `simsiam clusters` again.")
     bad = [{"path": path, "reason": reason} for path, reason in cache.bad]
     return {"vectors": len(vectors), "dim": encoder.dim, "new": len(new), "bad_files": bad}
+
+
+def _outdated(clusters: Path, ids: set[str]) -> bool:
+    """Whether the clusters are of other images than these."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return set(pq.read_table(clusters, columns=["id"])["id"].to_pylist()) != ids
+    except (OSError, pa.ArrowException):
+        return True  # damaged
 
 
 def origin(run: str | Path, encoder: dict[str, Any], data: str | Path, cache: Cache) -> dict[str, Any]:

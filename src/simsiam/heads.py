@@ -109,24 +109,32 @@ def follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
 
 
 def in_float32(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Decorate a loss to run outside autocast: a product in bf16, divided by a temperature of 0.1, would be off by
-    several percent. The first argument is a tensor or a list of tensors."""
+    """Decorate a loss to take its tensors, and lists of tensors, in float32 (float64 stays) and to run outside autocast: a
+    product in bf16, divided by a temperature of 0.1, would be off by several percent."""
 
     @functools.wraps(function)
     def outside(*arguments: Arguments.args, **settings: Arguments.kwargs) -> Result:
-        first = arguments[0]
-        tensor = first[0] if isinstance(first, list) else first
-        assert isinstance(tensor, Tensor)
-        with torch.autocast(tensor.device.type, enabled=False):
-            return function(*arguments, **settings)
+        given = [_cast(each) for each in arguments]
+        tensors = [
+            each for one in given for each in (one if isinstance(one, list) else [one]) if isinstance(each, Tensor)
+        ]
+        assert tensors, "in_float32 decorates functions of tensors"
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return function(*given, **settings)
 
     return outside
+
+
+def _cast(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_cast(each) for each in value]
+    return at_least_float32(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 @in_float32
 def similarities(z: Tensor, vectors: Tensor) -> Tensor:
     """Return (z/|z|) . v for every row and vector, in float32: [B,d], [K,d] -> [B,K]."""
-    return unit(z) @ at_least_float32(vectors).T
+    return unit(z) @ vectors.T
 
 
 def at_least_float32(z: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def training(console: Console, summary: dict[str, Any]) -> None:
     if knn:
         _comparison(
             console,
-            f"kNN accuracy in percent (k={knn['k']}, T={knn['T']}, {knn['test']:,} held-out images)",
+            f"kNN accuracy in percent (k={knn['k']}, T={knn['T']}, {counted(knn['test'], 'held-out image')})",
             {"kNN": knn},
         )
 

@@ -67,7 +67,7 @@ def open_archives(name: str, root: str, files: list[File]) -> ImageSet:
     for a, file in enumerate(files):
         try:
             found = _zip_members(file) if file.id.lower().endswith(".zip") else _tar_members(file)
-            members = {path: found[path] for path in visible(found)}
+            members = {path: found[path] for path in visible(found, (*decode.ENDINGS, *decode.NOT_READ))}
             side = _side_labels(members)
         except (*_DAMAGED, OSError) as error:
             raise UserError(f"Cannot read {file.path} ({one_line(error)}): copy or download it again.") from None

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target", "category")
-_TRAIN = {"train", "training"}
-_TEST = {"test", "testing", "val", "valid", "validation"}
-_FURTHER = {"unlabeled", "unlabelled", "unsup", "extra"}
-_SPLIT = re.compile(rf"(?:^|[-_./])({'|'.join(sorted(_TRAIN | _TEST))})(?=[-_./\d]|$)", re.IGNORECASE)
+_SPLITS = {
+    **dict.fromkeys(("train", "training", "trainval", "labeled", "labelled"), "train"),
+    **dict.fromkeys(("test", "testing", "val", "valid", "validation", "dev", "eval"), "test"),
+    **dict.fromkeys(("unlabeled", "unlabelled", "unsup", "extra", "pred"), "further"),
+}
+_SPLIT = re.compile(rf"(?:^|[-_. /])({'|'.join(_SPLITS)})(?=[-_. /\d]|$)", re.IGNORECASE)
 _JUNK = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|$))")
 _OF_MACOS = re.compile(r"(?:^|/)(?:\._|__MACOSX(?:/|$))")
 _HELD_OUT = 1000
@@ -120,11 +122,11 @@ def junk(path: str) -> bool:
     return _JUNK.search(path) is not None
 
 
-def visible(paths: Collection[str]) -> list[str]:
-    """The paths of an archive that are not `junk` below the folder that all have in common: `.keras/datasets/...` is
-    not hidden if everything lies there."""
+def visible(paths: Collection[str], endings: tuple[str, ...]) -> list[str]:
+    """The paths of an archive that are not `junk` below the folder that nearly all images have in common:
+    `.keras/datasets/...` is not hidden if everything lies there. endings: of images."""
     paths = [path for path in paths if not _OF_MACOS.search(path)]
-    depth = _common({tuple(path.split("/")[:-1]) for path in paths})
+    depth = _shared(Counter(tuple(path.split("/")[:-1]) for path in paths if path.lower().endswith(endings)))
     return [path for path in paths if not junk("/".join(path.split("/")[depth:]))]
 
 
@@ -148,7 +150,8 @@ def layout(paths: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | N
     def count(*wanted: str) -> int:
         return sum(images[folder] for folder, kind in kinds.items() if kind in wanted)
 
-    split = count("train") and count("test") and count("train", "test", "further") >= _ENOUGH * len(paths)
+    both = count("train") and count("test", "further")
+    split = both and count("train", "test", "further") >= _ENOUGH * len(paths)
     if not split:
         kinds = dict.fromkeys(images, "train")
     start = depth + bool(split)
@@ -171,8 +174,6 @@ def layout(paths: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | N
 
 def _common(folders: Collection[tuple[str, ...]]) -> int:
     """The number of leading folders that all have in common."""
-    if not folders:
-        return 0
     low, high = min(folders), max(folders)
     return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
@@ -180,20 +181,21 @@ def _common(folders: Collection[tuple[str, ...]]) -> int:
 def _shared(images: Mapping[tuple[str, ...], int]) -> int:
     """The number of leading folders that nearly all images have in common. images: their number in each folder."""
     left, total = dict(images), sum(images.values())
-    while True:
+    while left:
         shared, lowest = _common(left), min(left)
         # A few images above all others, such as a cover picture, do not count.
         if len(left) == 1 or len(lowest) > shared or sum(left.values()) - left[lowest] < _ENOUGH * total:
             return shared
         del left[lowest]
+    return 0
 
 
 def _kind(name: str) -> str:
     """ "train", "test", "further" (not labelled, to train on) or "": the split that a file's or folder's name gives."""
-    if name.lower() in _FURTHER:
+    found = [_SPLITS[word.lower()] for word in _SPLIT.findall(name)]
+    if "further" in found and "test" not in found:
         return "further"
-    found = _SPLIT.findall(name)
-    return "" if not found else "test" if found[-1].lower() in _TEST else "train"
+    return next((kind for kind in reversed(found) if kind != "further"), "")
 
 
 def split_by_name(names: Sequence[str]) -> np.ndarray:

@@ -42,7 +42,7 @@ def open_images(data: str | Path | None = None) -> ImageSet:
     path = Path(text)
     if not text.strip():
         raise UserError("The name of the data is empty. Name a folder that holds images.")
-    if os.path.isfile(path / RECIPE) and os.path.isfile(path / METRICS):  # False if not accessible
+    if text != "demo" and os.path.isfile(path / RECIPE) and os.path.isfile(path / METRICS):  # False if not accessible
         raise UserError(
             f"{data} is a run, not images. To start from its weights: simsiam train DATA --init {shlex.quote(str(data))}."
         )

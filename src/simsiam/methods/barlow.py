@@ -10,7 +10,7 @@ from torch import Tensor
 from simsiam.collapse import spread
 from simsiam.config import require_above_0, require_not_negative
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, at_least_float32, in_float32, mlp, project
+from simsiam.heads import Siamese, in_float32, mlp, project
 from simsiam.methods import byol
 from simsiam.ranks import all_gather
 
@@ -75,7 +75,7 @@ def barlow_twins(z1: Tensor, z2: Tensor, weight: float) -> Tensor:
 
     z: float [B,d]; C is [d,d], over the batches of all ranks.
     """
-    first, second = standardise(all_gather(at_least_float32(z1))), standardise(all_gather(at_least_float32(z2)))
+    first, second = standardise(all_gather(z1)), standardise(all_gather(z2))
     correlation = first.T @ second / len(first)
     diagonal = correlation.diagonal()
     invariance = (1 - diagonal).square().sum()

@@ -13,7 +13,7 @@ from simsiam import ranks
 from simsiam.collapse import spread
 from simsiam.config import require_above_0, require_not_negative
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, at_least_float32, in_float32, mlp, project, similarities, unit
+from simsiam.heads import Siamese, in_float32, mlp, project, similarities, unit
 
 CITATION = (
     'M. Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882 '
@@ -103,7 +103,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     scores: float [B,K], cosines; with several ranks, this rank's rows. Returns float32 [B,K] with rows summing to 1,
     because rows are scaled last; after enough iterations each column sums to B/K as well.
     """
-    scores = at_least_float32(scores) / epsilon
+    scores = scores / epsilon
     largest = scores.detach().amax()
     ranks.all_reduce_([largest], "max")
     q = torch.exp(scores - largest)  # prevents overflow; the scaling cancels this factor
@@ -120,7 +120,7 @@ def swapped_prediction(scores: list[Tensor], codes: list[Tensor], temperature: f
 
     scores: [B,K] of every view; codes: [B,K] of the full-size views, which come first. Mean over pairs and batch.
     """
-    predictions = [F.log_softmax(at_least_float32(each) / temperature, 1) for each in scores]
+    predictions = [F.log_softmax(each / temperature, 1) for each in scores]
     losses = [
         -(code * predictions[other]).sum(1).mean()
         for view, code in enumerate(codes)

@@ -11,7 +11,7 @@ from torch import Tensor
 from simsiam.collapse import spread
 from simsiam.config import require_above_0, require_not_negative
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, at_least_float32, in_float32, mlp, project
+from simsiam.heads import Siamese, in_float32, mlp, project
 from simsiam.methods import barlow
 from simsiam.ranks import all_gather
 
@@ -76,7 +76,7 @@ def vicreg(z1: Tensor, z2: Tensor, invariance: float, variance: float, covarianc
     z: float [B,d]; computed over the batches of all ranks. s is the mean squared difference of the views' entries, also
     as in the released code; eq. 5 sums over the channels instead.
     """
-    first, second = all_gather(at_least_float32(z1)), all_gather(at_least_float32(z2))
+    first, second = all_gather(z1), all_gather(z2)
     v = (variance_term(first) + variance_term(second)) / 2
     c = covariance_term(first) + covariance_term(second)
     return invariance * F.mse_loss(first, second) + variance * v + covariance * c

@@ -333,7 +333,8 @@ def fit(s: Session, stopped: list[str]) -> None:
                 s.flush(rate)
             guarded = s.agree(stopped)
             if stopped:
-                ranks.from_main(s.save)  # all wait: torchrun kills the others soon after one has ended
+                if ranks.is_main():
+                    s.save()
                 raise Interrupted(f"{stopped[0]}: stopped at step {s.step:,}, everything is saved. {_go_on(s)}")
             if s.over or guarded:
                 return

@@ -222,7 +222,7 @@ def test_every_step_has_random_numbers_of_its_own(
 @pytest.fixture
 def little_decoded_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty cache, and so few monitored images that most are decoded during the first epoch."""
-    for name in ("SAMPLE", "_BANK", "_QUERIES"):
+    for name in ("SAMPLE", "FEWEST", "_BANK", "_QUERIES"):
         monkeypatch.setattr(sys.modules["simsiam.monitor"], name, 4)
     monkeypatch.setattr(sys.modules["simsiam.train"], "BN_IMAGES", 4)
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
@@ -673,7 +673,7 @@ def test_views_are_made_in_float32_before_training_too(photos: Path, tmp_path: P
     loader = Loader(cache, np.arange(len(cache)), 16, torch.device("cpu"), 0)
     plan, _ = resolve(gather(str(photos), None, (), {"size": 96}), look_at(images, images.split()[0], "cpu"))
     compute = Compute(torch.device("cpu"), "bf16")
-    session = types.SimpleNamespace(recipe=plan, loader=loader, compute=compute, agree=lambda _: False, swept=list)
+    session = types.SimpleNamespace(recipe=plan, loader=loader, compute=compute, agree=lambda _: False, tick=list)
     with torch.autocast("cpu", torch.bfloat16):
         views, _ = next(_sweep(session, []))  # type: ignore[arg-type]
     assert all(view.dtype == torch.float32 for view in views)

@@ -20,7 +20,8 @@ from simsiam.heads import Siamese
 
 SAMPLE = 512
 """Number of held-out images for the label-free figures."""
-_FEWEST = 16
+FEWEST = 16
+"""Held-out images below which training images are shown instead."""
 _BANK, _QUERIES = 1500, 500
 _K = 20  # 200 neighbours would exceed the size of a class in a bank this small
 _VIEW_BATCH = 256
@@ -51,7 +52,7 @@ class Monitor:
         self.sample, self.bank, self.queries = (cache.decoded(part) for part in parts)
         self.of = "held out"
         for most in (SAMPLE, len(train)):  # the latter: nearly all files are bad
-            if len(self.sample) < min(_FEWEST, SAMPLE):
+            if len(self.sample) < FEWEST:
                 # A set too small to hold any out is monitored on its training images: better than nothing.
                 some, self.of = draw(train, most), "trained on"
                 cache.usable(some, progress)

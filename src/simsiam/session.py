@@ -122,8 +122,8 @@ class Session:
             self._stds.append(std)
         self.seconds = time.perf_counter() - self._origin
 
-    def swept(self) -> None:
-        """Move the clock on without a step, before the first one."""
+    def tick(self) -> None:
+        """Move the clock on. What has passed since the last flush does not count as training."""
         self._flushed = time.perf_counter()
         self.seconds = self._flushed - self._origin
 
@@ -184,8 +184,7 @@ class Session:
             self._saved = time.perf_counter()
         if keep:
             self._kept = self._saved
-        self._flushed = time.perf_counter()
-        self.seconds = self._flushed - self._origin
+        self.tick()
 
     def look(self, known: Mapping[str, float] | None = None) -> None:
         """Evaluate the held-out images; `known` figures replace measured ones."""

@@ -40,7 +40,7 @@ from simsiam.data.views import random_views
 from simsiam.encoders import Encoder, build, check_sizes
 from simsiam.features import BN_IMAGES, untrained
 from simsiam.heads import Siamese
-from simsiam.monitor import Monitor
+from simsiam.monitor import FEWEST, Monitor
 from simsiam.optim import LARS
 from simsiam.probe import probe, settle
 from simsiam.recipe import Facts, Reasons, Recipe, check_settings, gather, look_at, read, resolve
@@ -313,7 +313,7 @@ def fit(s: Session, stopped: list[str]) -> None:
     if s.step == 0 and s.method.sweeps:
         with torch.no_grad(), s.compute.autocast():
             s.method.before_training(_sweep(s, stopped))
-        s.swept()
+        s.tick()
     while not (s.over or s.guard_stops):  # the latter: a resumed run that the guard had stopped
         epoch = s.step // per_epoch
         if s.step % per_epoch == 0:  # after a resume within an epoch, its effect is part of the state
@@ -350,7 +350,7 @@ def _sweep(s: Session, stopped: list[str]) -> Iterator[tuple[list[Tensor], Tenso
     ends it; nothing is saved."""
     settings = s.recipe.views.each()[:2]
     for number, batch in enumerate(s.loader.epoch(0)):
-        s.swept()
+        s.tick()
         s.agree(stopped)
         if stopped:
             raise Interrupted(f"{stopped[0]}: stopped before the first step. {_go_on(s)}")
@@ -520,7 +520,7 @@ def _finish(s: Session, before: Encoder, held_out: Rows) -> dict[str, Any]:
         "verdict": verdict.name,
     }
     save_encoder(s.run, encoder, plan.prepare, plan.seed, about)
-    shown = held_out if len(held_out) >= 16 else rows
+    shown = held_out if len(held_out) >= FEWEST else rows
     subject = Subject(
         encoder=encoder, before=before, prepare=plan.prepare, cache=cache, compute=s.compute, listener=s.listener
     )

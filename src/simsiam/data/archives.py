@@ -49,6 +49,7 @@ _DAMAGED = (
     EOFError,
     lzma.LZMAError,
     zlib.error,
+    OSError,
     NotImplementedError,
     UnicodeError,
 )
@@ -69,7 +70,7 @@ def open_archives(name: str, root: str, files: list[File]) -> ImageSet:
             found = _zip_members(file) if file.id.lower().endswith(".zip") else _tar_members(file)
             members = {path: found[path] for path in visible(found, (*decode.ENDINGS, *decode.NOT_READ))}
             side = _side_labels(members)
-        except (*_DAMAGED, OSError) as error:
+        except _DAMAGED as error:
             raise UserError(f"Cannot read {file.path} ({one_line(error)}): copy or download it again.") from None
         for path, reader in members.items():
             if path.lower().endswith(decode.ENDINGS):

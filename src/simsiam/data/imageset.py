@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections import Counter
@@ -172,17 +173,13 @@ def layout(paths: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | N
     return np.array([label[parts[name]] for name in names], dtype=np.int64), classes, test
 
 
-def _common(folders: Collection[tuple[str, ...]]) -> int:
-    """The number of leading folders that all have in common."""
-    low, high = min(folders), max(folders)
-    return next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-
-
 def _shared(images: Mapping[tuple[str, ...], int]) -> int:
     """The number of leading folders that nearly all images have in common. images: their number in each folder."""
     left, total = dict(images), sum(images.values())
     while left:
-        shared, lowest = _common(left), min(left)
+        lowest, highest = min(left), max(left)
+        pairs = zip(lowest, highest, strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         # A few images above all others, such as a cover picture, do not count.
         if len(left) == 1 or len(lowest) > shared or sum(left.values()) - left[lowest] < _ENOUGH * total:
             return shared

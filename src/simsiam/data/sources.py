@@ -42,14 +42,14 @@ def open_images(data: str | Path | None = None) -> ImageSet:
     path = Path(text)
     if not text.strip():
         raise UserError("The name of the data is empty. Name a folder that holds images.")
-    if text != "demo" and os.path.isfile(path / RECIPE) and os.path.isfile(path / METRICS):  # False if not accessible
-        raise UserError(
-            f"{data} is a run, not images. To start from its weights: simsiam train DATA --init {shlex.quote(str(data))}."
-        )
     if text == "demo":  # precedes a folder of that name, or no recipe could refer to the set
         if path.exists():
             warnings.warn("demo is the bundled set; write ./demo for the folder of that name.", stacklevel=2)
         return demo_images()
+    if os.path.isfile(path / RECIPE) and os.path.isfile(path / METRICS):  # False if not accessible
+        raise UserError(
+            f"{data} is a run, not images. To start from its weights: simsiam train DATA --init {shlex.quote(str(data))}."
+        )
     if os.path.isdir(text):
         return _from_files(path.resolve().name, str(path.resolve()), _walk(path), str(data))
     if os.path.isfile(text):

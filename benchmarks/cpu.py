@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from training import median_and_std
 
 from simsiam import kernels
 from simsiam.compute import Compute, computes_bf16, describe, set_threads
@@ -104,8 +105,8 @@ def in_turns(ways: Ways, rounds: int) -> dict[str, list[float]]:
 
 
 def told(values: list[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.median(values):.3f} ± {spread:.3f}"
+    median, std = median_and_std(values)
+    return f"{median:.3f} ± {std:.3f}"
 
 
 def main() -> None:

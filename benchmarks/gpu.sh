@@ -28,9 +28,9 @@ tests) # one thread each: ten processes of sixteen threads block one another; on
     ;;
 step)
     python benchmarks/step.py --json "$out/step-32.json"
-    python benchmarks/step.py --ways 0,1,4,5 --recipe imagenet --encoder resnet50 --size 224 --source 256 --batch 64 \
+    python benchmarks/step.py --ways 0,1,2,3 --recipe imagenet --encoder resnet50 --size 224 --source 256 --batch 64 \
         --seconds 1.5 --repeats 3 --json "$out/step-224.json"
-    python benchmarks/step.py --ways 1,5 --method fastsiam --batch 128 --json "$out/step-fastsiam.json"
+    python benchmarks/step.py --ways 1,3 --method fastsiam --batch 128 --json "$out/step-fastsiam.json"
     ;;
 speed)
     python benchmarks/training.py --size 32 --device cuda --data "$data" --seconds 15 --repeats 3 \

@@ -46,7 +46,7 @@ from pipelines import LIGHTLY, PEERS, Clock, Peer, Pictures, Task, crops
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
-from training import limit, photo_folder
+from training import limit, median_and_std, photo_folder
 
 import simsiam
 from simsiam import kernels
@@ -95,17 +95,12 @@ class Comparison:
     def table(self) -> str:
         lines = [f"| {self.title} | {self.unit} | std | ours is better by | std |", "|---|---|---|---|---|"]
         for name, values in self.values.items():
-            ratios = self.ratios(name)
-            figures = (median(values), spread(values), median(ratios), spread(ratios))
+            figures = (*median_and_std(values), *median_and_std(self.ratios(name)))
             lines.append(f"| {name} | " + " | ".join(f"{figure:.4g}" for figure in figures) + " |")
         return "\n".join([*lines, *(f"| {name} | {why} | | | |" for name, why in self.left_out().items())])
 
     def left_out(self) -> dict[str, str]:
         return {name: f"left out: {why}" for name, why in self.contenders.items() if isinstance(why, str)}
-
-
-def spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 # --- the images -----------------------------------------------------------------------------------------------------
@@ -373,7 +368,7 @@ def embed_contenders(bench: Bench, size: int) -> Contenders:
 
     def command() -> None:
         shutil.rmtree(out, ignore_errors=True)
-        embed_to(run, folder, out, bench.arguments.device)
+        embed_to(run, folder, out, device=bench.arguments.device)
 
     return {
         "simsiam": partial(repeated, bench, partial(embed_rows, encoder, prepare, cache, rows, compute), len(rows)),

@@ -28,8 +28,6 @@ from simsiam.train import build_method, optimizer
 WAYS: dict[str, dict[str, Any]] = {
     "kernel by kernel": {"captures": False},
     "one graph": {"captures": True},
-    "one graph, cudnn.benchmark": {"captures": True, "benchmark": True},
-    "one graph, cudnn.deterministic": {"captures": True, "deterministic": True},
     "compiled": {"captures": False, "compiles": True},
     "compiled, one graph": {"captures": True, "compiles": True},
 }
@@ -73,19 +71,16 @@ def main() -> None:
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=draws).permute(0, 3, 1, 2)
     batch = Batch(images, None, torch.arange(arguments.batch, device=device))
     chosen = [list(WAYS)[int(number)] for number in arguments.ways.split(",")]
-    works: dict[str, tuple[Step, dict[str, Any]]] = {}
+    works: dict[str, Step] = {}
     about: dict[str, Any] = {}
     for way in chosen:
-        settings = dict(WAYS[way])
-        flags = {key: settings.pop(key, False) for key in ("benchmark", "deterministic")}
         compute = Compute(device, "bf16")
         torch.cuda.reset_peak_memory_stats()
         method = compute.place(build_method(recipe, arguments.batch)).train()
-        step = Step(method, optimizer(method, recipe), recipe.views.each(), compute, **settings)
+        step = Step(method, optimizer(method, recipe), recipe.views.each(), compute, **WAYS[way])
         start = time.perf_counter()
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=True, **flags):
-            for number in range(6):
-                loss, std = step(batch, 0, number)
+        for number in range(6):
+            loss, std = step(batch, 0, number)
         torch.cuda.synchronize()
         about[way] = {
             "start_seconds": time.perf_counter() - start,
@@ -94,27 +89,26 @@ def main() -> None:
             "memory_mb": torch.cuda.max_memory_allocated() / 1e6,
         }
         print(way, about[way], flush=True)
-        works[way] = (step, flags)
+        works[way] = step
     if not arguments.repeats:
         return
     rates: dict[str, dict[str, list[float]]] = {way: {"step": [], "whole": [], "views": []} for way in chosen}
     for _ in range(arguments.repeats):
-        for way, (step, flags) in works.items():
+        for way, step in works.items():
             views = [view.clone() for view in step.views(batch, 0, 0)]
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=True, **flags):
-                for name, work in {
-                    "step": lambda step=step, views=views: step.update(views, batch.index),
-                    "whole": lambda step=step: step(batch, 0, 0),
-                    "views": lambda step=step: step.views(batch, 0, 0),
-                }.items():
-                    seconds = arguments.seconds / (3 if name == "views" else 1)
-                    rates[way][name].append(arguments.batch / timed(work, seconds))
+            for name, work in {
+                "step": lambda step=step, views=views: step.update(views, batch.index),
+                "whole": lambda step=step: step(batch, 0, 0),
+                "views": lambda step=step: step.views(batch, 0, 0),
+            }.items():
+                seconds = arguments.seconds / (3 if name == "views" else 1)
+                rates[way][name].append(arguments.batch / timed(work, seconds))
     for way in chosen:
         figures = {name: statistics.median(values) for name, values in rates[way].items()}
         line = "   ".join(f"{name} {value:9.0f}" for name, value in figures.items())
         print(f"{way:32s} {line}   whole/step {figures['whole'] / figures['step']:.3f}", flush=True)
     if arguments.profile:
-        step, _ = works[chosen[-1]]
+        step = works[chosen[-1]]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for number in range(3):
                 step(batch, 0, number)

@@ -38,6 +38,11 @@ from simsiam.step import Step
 from simsiam.train import build_method, optimizer
 
 
+def median_and_std(values: list[float]) -> tuple[float, float]:
+    """The std of a single value is 0."""
+    return statistics.median(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
 def photo_folder(folder: Path, count: int = 2000) -> Path:
     """Write crops of 120 to 280 pixels of the demo set's photographs, as JPEG files of many sizes."""
     photographs = [Image.open(io.BytesIO(content)).convert("RGB") for content in photograph_files().values()]
@@ -137,9 +142,8 @@ def main() -> None:
                 print(f"{size} px  {shown}   the step's share {share:.3f}", flush=True)
             ratios = [a / b for a, b in zip(ours, bare, strict=True)]
             for name, values in (("ratio", ratios), ("share", shares)):
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                shown = f"{name} {statistics.median(values):.3f} (median of {len(values)}, std {spread:.3f})"
-                print(f"{size} px  {shown}", flush=True)
+                median, std = median_and_std(values)
+                print(f"{size} px  {name} {median:.3f} (median of {len(values)}, std {std:.3f})", flush=True)
             results["sizes"][str(size)] = {"end_to_end": ours, "bare": bare, "ratio": ratios, "share": shares}
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -14,7 +14,7 @@ import torch
 
 import simsiam
 from simsiam import evaluate, tables
-from simsiam.assess import Subject, evaluate_run, side_by_side
+from simsiam.assess import Subject, evaluate_run, features_by_kind
 from simsiam.compute import Compute
 from simsiam.config import UserError
 from simsiam.console import Console, Listener
@@ -63,7 +63,7 @@ def test_every_kind_has_features_of_its_own(photos: Path, tmp_path: Path) -> Non
     prepare = preprocessing(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     networks: dict[str, Any] = {"encoder": lambda x: x.flatten(1)[:, :5], "before": lambda x: x.flatten(1)[:, 5:9]}
     subject = Subject(**networks, prepare=prepare, cache=cache, compute=compute, listener=Listener())
-    found = {kind: make() for kind, make in side_by_side(subject, train, test).items()}
+    found = {kind: make() for kind, make in features_by_kind(subject, train, test).items()}
     pixels = pixel_rows(prepare, cache, rows[:30])
     for kind, expected in (("trained", pixels[:, :5]), ("untrained", pixels[:, 5:9]), ("pixels", pixels)):
         assert torch.equal(found[kind].train, expected[:20]) and torch.equal(found[kind].test, expected[20:])
@@ -71,11 +71,12 @@ def test_every_kind_has_features_of_its_own(photos: Path, tmp_path: Path) -> Non
         assert found[kind].train_labels.tolist() == cache.labels[train].tolist()
         assert found[kind].test_labels.tolist() == cache.labels[test].tolist()
     assert list(found) == ["trained", "untrained", "pixels"]
-    assert list(side_by_side(replace(subject, before=None), train, test)) == ["trained"]
+    assert list(features_by_kind(replace(subject, before=None), train, test)) == ["trained"]
 
 
 def test_other_data_some_evaluations_and_no_labels(run: Path, photos: Path, tmp_path: Path) -> None:
-    before = (run / "evaluation.json").read_text() if (run / "evaluation.json").exists() else None
+    evaluate_run(run)
+    before = (run / "evaluation.json").read_text()
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in sorted(photos.rglob("*.png"))[:40]:
@@ -88,8 +89,7 @@ def test_other_data_some_evaluations_and_no_labels(run: Path, photos: Path, tmp_
         and result["file"] is None
     )
     assert result["collapse"]["dim"] == 64, "of the features: what the run says of z is of its own data"
-    assert before is None or (run / "evaluation.json").read_text() == before, "only its own data speak about a run"
-    evaluate_run(run)
+    assert (run / "evaluation.json").read_text() == before, "only its own data speak about a run"
     again = evaluate_run(run, names=["knn"], k=1)
     kept = json.loads((run / "evaluation.json").read_text())
     assert kept["knn"] == again["knn"] and set(evaluate.names()) <= kept.keys(), "what was not asked for stays"
@@ -224,3 +224,33 @@ def test_images_that_changed_since_are_not_mixed_with_those_of_the_run(photos: P
     assert "knn" not in kept and kept["fingerprint"] == after["fingerprint"] != before["fingerprint"]
     evaluate_run(folder, names=["knn"])
     assert {"knn", "collapse"} <= read_json(folder / "evaluation.json").keys(), "of the same images they stay together"
+
+
+def test_what_was_stored_meanwhile_is_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tuning takes minutes, in which another process may evaluate the run."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "evaluation.json").unlink(missing_ok=True)
+
+    def slowly(*_: Any, **__: Any) -> dict[str, Any]:
+        evaluate_run(tmp_path / "run", names="retrieval", baselines=False)
+        return {"value": 50.0, "lr": 0.1}
+
+    monkeypatch.setattr("simsiam.assess.finetune", slowly)
+    result = evaluate_run(tmp_path / "run", names="collapse", share=0.5, baselines=False)
+    stored = read_json(tmp_path / "run" / "evaluation.json")
+    assert "retrieval" not in result and {"retrieval", "collapse", "finetune"} <= stored.keys()
+
+
+def test_a_single_labelled_image_is_too_few_and_no_error(run: Path, photos: Path, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    paths = sorted(photos.rglob("*.png"))[:30]
+    labels: list[int | None] = [None] * 30
+    images = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    for number in range(0, 30, 3):  # held out and not, whatever the split takes
+        labels[number] = number // 15
+    for few in (range(0, 30, 3), range(0, 16, 15)):
+        given = [label if i in few else None for i, label in enumerate(labels)]
+        pq.write_table(pa.table({"image": images, "label": pa.array(given, pa.int64())}), tmp_path / "a.parquet")
+        assert evaluate_run(run, tmp_path / "a.parquet", names=["knn", "collapse"])["collapse"]["rows"] > 1

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from simsiam.data.cache import META, PIXELS, REASONS, RECORDS, Cache, build_cach
 from simsiam.data.decode import decode
 from simsiam.data.imageset import ImageSet, numbered
 from simsiam.data.sources import open_images
+from simsiam.runs import cache_folder
 from test_decode import encode, scene, write_nasty_folder
 
 CIFAR = Path(__file__).parents[2] / "shared/data/cifar10"
@@ -532,7 +534,6 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         build_cache(flat_set(), 8, tmp_path / "closed")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_the_next_images_are_decoded_while_the_disk_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded images are used at once; a record is written only after its pixels are on the disk."""
     whole, busy, idle, synced = flat_set(), threading.Event(), threading.Event(), os.fsync
@@ -585,6 +586,7 @@ def test_another_version_leaves_the_files_of_a_running_process_alone(
     assert torch.equal(cache.batch(np.arange(50))[0], before)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second write on, pixels go to /dev/full, where every write fails as on a full disk."""
     real, opened = open, []
@@ -677,3 +679,32 @@ def test_cifar10_prefix_matches_a_plain_decode(tmp_path: Path, monkeypatch: pyte
     assert np.allclose(mean, [0.494, 0.485, 0.450], atol=6e-4)  # from the README of the data
     monkeypatch.setattr("simsiam.data.cache.decode", lambda *_: pytest.fail("all are decoded already"))
     assert len(build_cache(open_images(CIFAR / "test.parquet"), 32, tmp_path)) == 10_000
+
+
+def test_advice_to_the_system_cannot_fail(photos: Path, tmp_path: Path) -> None:
+    """Network file systems fail now and then, and the memory map still holds the pixels."""
+    cache = build_cache(open_images(photos), 16, tmp_path / "cache")
+    rows = cache.decoded(np.arange(len(cache)))[:4]
+    before = cache.batch(rows)[0]
+    (cache.directory / PIXELS).unlink()
+    cache.expect(rows)
+    assert torch.equal(cache.batch(rows)[0], before)
+
+
+def test_a_file_system_without_locks_is_one_line(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", lacking)
+    with pytest.raises(UserError, match=r"The file system of .* has no locks: set SIMSIAM_CACHE to another folder"):
+        build_cache(open_images(photos), 16, tmp_path / "cache")
+
+
+def test_without_a_home_folder_the_cache_has_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("SIMSIAM_CACHE")
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    with pytest.raises(UserError, match="set SIMSIAM_CACHE"):
+        cache_folder()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -19,16 +20,14 @@ from pathlib import Path
 import pytest
 
 import simsiam
-from simsiam import cli
+from simsiam import cli, reproduce
 from simsiam.config import UserError
 from simsiam.console import Listener
+from simsiam.plan import plan
 from test_decode import write_nasty_folder
 from test_train import SMALL, command
 
-VERBS = (
-    *("train", "evaluate", "embed", "search", "duplicates", "clusters", "export", "import"),
-    *("report", "reproduce", "plan", "check", "list"),
-)
+VERBS = [each.name or each.callback.__name__ for each in cli.app.registered_commands if each.callback]
 
 
 def simsiam_cli(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -66,7 +65,10 @@ def test_help_never_imports_torch(verb: str | None) -> None:
     ).format(args=[*([verb] if verb else []), "--help"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in (VERBS if verb is None else ("--json",)))
+    if verb is None:
+        assert all(name in done.stdout for name in VERBS)
+    else:
+        assert ("--json" in done.stdout) == (verb != "view")
 
 
 def test_import_and_version_are_light() -> None:
@@ -105,8 +107,7 @@ def test_every_command_is_a_function_that_the_docs_name() -> None:
     section = text.partition("## From Python")[2].partition("\n## ")[0]
     calls = re.findall(r"^\| `(\w+)` \| `simsiam\.([\w.]+)\((.*?)\)[`)]", section, re.MULTILINE)
     told = {verb: path for verb, path, _ in calls}
-    verbs = {each.name or each.callback.__name__ for each in cli.app.registered_commands if each.callback}
-    assert set(told) == verbs - {"train"}
+    assert set(told) == set(VERBS) - {"train"}
     for _, path, given in calls:
         module, _, name = path.rpartition(".")
         function = getattr(importlib.import_module(f"simsiam.{module}"), name)
@@ -165,6 +166,26 @@ def test_list_finds_what_there_is() -> None:
     assert "simsiam" in found["methods"] and {"imagenet", "cifar", "demo"} <= set(found["recipes"])
     assert {"knn", "linear", "fewshot"} <= set(found["evaluations"]) and "thin-resnet18" in found["encoders"]
     assert "demo" in found["datasets"]
+
+
+def test_reproduce_lists_the_experiments(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    status, out, err = called(capsys, monkeypatch, "reproduce", "--json")
+    found, shown = json.loads(out), " ".join(err.split())
+    assert not status and [each["name"] for each in found] == reproduce.names()
+    assert all(f"{each['name']} {each['title']} ({each['source']}; " in shown for each in found)
+
+
+def test_plan_shows_what_it_measured(
+    photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["simsiam.plan"], "plan", functools.partial(plan, seconds=0.2))
+    monkeypatch.setenv("COLUMNS", "160")
+    status, out, err = called(capsys, monkeypatch, "plan", str(photos), "--json", *SMALL["overrides"])
+    found = json.loads(out)
+    assert not status and (found["images"], found["batch_size"]) == (97, 16)
+    for text in ("97 images", f"batch 16, {found['device']}", f"{found['bottleneck']} (", "10m: ", "batches that fit"):
+        assert text in err, err
+    assert f"{found['images_per_second']:,.0f} images/s" in err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from simsiam import tables
 from simsiam.console import Console
+from simsiam.data.check import UNLABELLED
 
 NAMES = ["IMG [edited].jpg", "a[/b].jpg", "[bold]", "ä [red]x[/red]"]
 
@@ -90,3 +92,21 @@ def test_without_a_terminal_what_takes_long_says_so_now_and_then(
     console.finetuning(0.5)
     shown = capsys.readouterr().err.splitlines()
     assert shown == ["embedding: 50 %", "embedding: 100 %", "fine-tuning: 50 %"]
+
+
+def test_images_without_a_label_are_no_class(capsys: pytest.CaptureFixture[str]) -> None:
+    labels = {**{f"class{i}": 5 for i in range(10)}, UNLABELLED: 1234}
+    found = {
+        "name": "set",
+        "images": 1284,
+        "bytes": 5,
+        "bad_files": [],
+        "duplicates": [],
+        "duplicates_across_splits": 0,
+    }
+    found |= {"splits": {"train": 1284, "test": 0}, "modes": {}, "formats": {}, "sizes": None}
+    for given, wanted in ((labels, "1,234 images without"), ({"a": 2, "b": 3}, "2: a 2, b 3"), (None, "none found")):
+        tables.check(Console(), {**found, "labels": given})
+        shown = " ".join(capsys.readouterr().err.split())
+        assert wanted in shown and "(unlabelled)" not in shown
+        assert given is not labels or "10: class0 5" in shown

@@ -463,8 +463,7 @@ def test_the_encoder_on_disk_is_a_plain_network(run: Path) -> None:
     encoder, prepare, meta = read_encoder(run)
     assert not encoder.training and prepare.size == 16 and meta["dim"] == encoder.dim
     x = torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8)
-    by_hand = x[:, :, 2:18, 2:18] if prepare.share < 1 else None
-    assert by_hand is None or prepare(x).shape == (3, 3, 16, 16)
+    assert prepare(x).shape == (3, 3, 16, 16)
     assert torch.isfinite(encoder(prepare(x))).all()
     assert all(not name.startswith("backbone") for name in read_tensors(run / "encoder.safetensors")[0])
 
@@ -611,3 +610,100 @@ def test_what_names_no_run_is_refused_with_what_to_do(run: object, says: str) ->
     for use in (simsiam.load, lambda run: ImageEncoder(run).fit()):
         with pytest.raises(UserError, match=says):
             use(run)
+
+
+def test_a_home_folder_is_expanded(run: Path, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `--out=` shells do not, and Python never does."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(copy)
+    shutil.copytree(run, tmp_path / "run")
+    name = min(copy.glob("*.png")).name
+    vectors = simsiam.load("~/run").embed([f"~/images/{name}"])
+    assert embed_to("~/run", "~/images", "~/out")["vectors"] == 30 and not (copy / "~").exists()
+    stored = read_embeddings("~/out")
+    assert np.allclose(stored.vectors[stored.ids.index(name)], vectors[0], atol=1e-4)
+    assert stored.meta["run"] == str(tmp_path / "run")
+    assert evaluate_run("~/run", names="collapse", baselines=False)["file"] == str(tmp_path / "run" / "evaluation.json")
+
+
+def test_images_of_a_torchvision_set_may_move(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    root = tmp_path / "old"
+    for i in range(20):
+        path = root / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 20, 3), np.uint8)).save(path)
+    assert embed_to(run, f"ImageFolder:{root}", tmp_path / "out")["new"] == 20
+    shutil.copytree(root, tmp_path / "new")
+    with pytest.raises(UserError, match=r"holds embeddings of ImageFolder:.*old"):
+        embed_to(run, f"ImageFolder:{tmp_path / 'new'}", tmp_path / "out")
+    shutil.rmtree(root)
+    assert embed_to(run, f"ImageFolder:{tmp_path / 'new'}", tmp_path / "out")["new"] == 0
+
+
+def test_an_empty_file_of_vectors_is_one_line_and_made_again(run: Path, copy: Path, tmp_path: Path) -> None:
+    embed_to(run, copy, tmp_path / "out")
+    (tmp_path / "out" / "vectors.npy").write_bytes(b"")
+    with pytest.raises(UserError, match="Cannot read the embeddings"):
+        read_embeddings(tmp_path / "out")
+    assert embed_to(run, copy, tmp_path / "out")["new"] == 30
+
+
+def test_a_missing_value_of_a_table_is_named(run: Path) -> None:
+    class Missing:
+        """pandas' NA: neither equal to itself nor not."""
+
+        def __eq__(self, other: object) -> Any:
+            return self
+
+        def __hash__(self) -> int:
+            return 0
+
+        def __bool__(self) -> bool:
+            raise TypeError("boolean value of NA is ambiguous")
+
+        def __repr__(self) -> str:
+            return "<NA>"
+
+    for missing in (Missing(), float("nan"), None):
+        with pytest.raises(UserError, match=r"image 1 \(from 0\) is missing"):
+            simsiam.load(run).embed([np.zeros((8, 8, 3), np.uint8), missing])
+
+
+def test_an_encoder_that_could_not_be_opened_again_is_not_half_of_each(run: Path, copy: Path, tmp_path: Path) -> None:
+    encoder = simsiam.load(run)
+    before = encoder.embed(sorted(copy.iterdir())[:2])
+    for wrong in ({"precision": "bad"}, {"run": str(tmp_path / "gone")}):
+        encoder.set_params(**wrong)
+        with pytest.raises(UserError):
+            encoder.embed([])
+        encoder.set_params(run=os.fspath(run), precision="auto")
+        assert np.array_equal(encoder.embed(sorted(copy.iterdir())[:2]), before)
+
+
+def test_progress_is_closed_however_it_ends(run: Path, copy: Path, tmp_path: Path) -> None:
+    class Bar(Listener):
+        closed = 0
+        compared: tuple[int, int] = (0, 0)
+
+        def checking(self, done: int, total: int, bad: int) -> None:
+            self.compared = (done, total)
+
+        def embedding(self, done: int, total: int) -> None:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            self.closed += 1
+
+    heard = Bar()
+    with pytest.raises(KeyboardInterrupt):
+        embed_to(run, copy, tmp_path / "out", listener=heard)
+    assert heard.closed and heard.compared == (30, 30)
+    heard.closed = 0
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, names="collapse", listener=heard)
+    assert heard.closed
+    heard.closed = 0
+    with pytest.raises(UserError):
+        simsiam.train(copy, tmp_path / "other", listener=heard, encoder="thin-resnet19")
+    assert heard.closed

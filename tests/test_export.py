@@ -160,6 +160,7 @@ def test_nothing_but_an_earlier_export_is_overwritten(tmp_path: Path) -> None:
     state = run / "checkpoints" / "step-000000001.safetensors"
     state.parent.mkdir()
     state.write_bytes(b"hours of work")
+    (run / "config.toml").write_text("")
     for out in (picture, run / "encoder.safetensors", state):
         with pytest.raises(UserError, match="is not an export"):
             export(run, "safetensors", out)
@@ -304,3 +305,17 @@ def test_the_command_line_prints_one_json_object(tmp_path: Path) -> None:
     assert told["path"] in done.stderr
     offered = typing.get_args(typing.get_type_hints(cli.export)["to"])
     assert offered == tuple(TARGETS)
+
+
+def test_a_folder_called_checkpoints_is_no_runs(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "thin-resnet18", 32, width=8)
+    out = tmp_path / "checkpoints" / "net.safetensors"
+    assert export(run, "safetensors", out)["path"] == export(run, "safetensors", out)["path"] == str(out)
+
+
+def test_what_failed_is_exported_with_a_warning(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "thin-resnet18", 32, width=8)
+    about = read_json(run / "encoder.json")
+    (run / "encoder.json").write_text(json.dumps({**about, "verdict": "collapsed"}))
+    with pytest.warns(UserWarning, match="run collapsed: its vectors are nearly the same for all images"):
+        export(run, "safetensors")

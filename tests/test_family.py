@@ -308,14 +308,14 @@ def test_swapped_prediction_is_the_naive_twins() -> None:
 
 
 def swav_method(**settings: Any) -> Any:
-    return build(swav, **{"projector_hidden": 10, "prototypes": 7, "freeze_steps": 0, **settings})
+    return build(swav, **{"projector_hidden": 10, "prototypes": 7, "freeze_epochs": 0, **settings})
 
 
 def test_swav_takes_small_views_for_predictions_only() -> None:
     """Multi-crop: codes come only from the two full views."""
     torch.manual_seed(0)
     pooled = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8))
-    settings = swav.Settings(dim=D, projector_hidden=10, prototypes=7, freeze_steps=0)
+    settings = swav.Settings(dim=D, projector_hidden=10, prototypes=7, freeze_epochs=0)
     method = swav.Method(Encoder(EncoderSpec("linear", 4), pooled, 8), settings)
     crops = [vectors(0, B, 3, 4, 4), vectors(1, B, 3, 4, 4), vectors(2, B, 3, 2, 2)]
     z = [method.projector(method.encoder(x)) for x in crops]
@@ -335,10 +335,11 @@ def test_swav_codes_get_no_gradient_unless_asked() -> None:
 
 
 def test_swavs_prototypes_are_frozen_first_and_stay_on_the_sphere() -> None:
-    method = swav_method(freeze_steps=2)
+    method = swav_method(freeze_epochs=2)
     sgd = torch.optim.SGD(method.parameters(), lr=0.5, momentum=0.9, weight_decay=1e-2)
     before = method.prototypes.weight.detach().clone()
     for number in range(4):
+        method.before_epoch(number)
         loss, _ = method(views(), torch.arange(B))
         sgd.zero_grad()
         loss.backward()
@@ -397,10 +398,8 @@ def test_swavs_single_full_size_view_has_a_queue() -> None:
     assert used == [False, False, True, True]
 
 
-@pytest.mark.parametrize("steps", [0, 50], ids=["new", "with the steps of a run that had another queue"])
-def test_swavs_queue_waits_until_no_row_is_empty(steps: int) -> None:
+def test_swavs_queue_waits_until_no_row_is_empty() -> None:
     method = swav_method(queue=2 * B + 1, queue_epoch=0)
-    method.steps.fill_(steps)
     used = []
     for step in range(5):
         used.append(method._use_queue())
@@ -413,7 +412,7 @@ def test_swavs_prototypes_normalised_in_the_graph_get_the_gradient_of_their_dire
     x = [vectors(view, B, 3, 2, 2) for view in range(2)]
     losses, along = [], []
     for inside in (False, True):
-        method = swav_method(freeze_steps=0, normalised_in_graph=inside)
+        method = swav_method(freeze_epochs=0, normalised_in_graph=inside)
         loss, _ = method(x, torch.arange(B))
         loss.backward()
         weight = method.prototypes.weight

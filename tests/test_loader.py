@@ -109,7 +109,8 @@ def test_every_way_gives_the_same_batches(uniform: Cache, monkeypatch: pytest.Mo
         assert all(same(a, b) for a, b in zip(resident.epoch(epoch), ahead.epoch(epoch), strict=True))
 
 
-def test_a_batch_of_one_size_from_a_mixed_set_has_no_padding(mixed: Cache) -> None:
+def test_a_batch_of_one_size_from_a_mixed_set_has_no_padding(mixed: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "_RESIDENT_BYTES", {})
     rows = np.flatnonzero(mixed.heights == 9)
     with kernels.off():
         batch = next(iter(Loader(mixed, rows, BATCH, CPU, seed=0).epoch(0)))
@@ -205,6 +206,7 @@ def test_reading_runs_ahead_but_not_away(mixed: Cache, monkeypatch: pytest.Monke
 
 
 def test_an_error_while_reading_reaches_the_caller_in_its_place(mixed: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Loader, "_reads_ahead", lambda self: True)
     loader = Loader(mixed, np.arange(COUNT), BATCH, CPU, seed=0)
     load, failing = loader._load, loader.order(0)[2 * BATCH]
 

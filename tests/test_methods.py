@@ -23,7 +23,7 @@ from simsiam.recipe import preset, read
 BATCH, SIZE = 8, 16
 SMALL = {
     **{"dim": 32, "projector_hidden": 32, "predictor_hidden": 16, "hidden": 32},
-    **{"prototypes": 12, "queue": 24, "queue_epoch": 1, "freeze_steps": 2, "bn_groups": 2},
+    **{"prototypes": 12, "queue": 24, "queue_epoch": 1, "freeze_epochs": 2, "bn_groups": 2},
 }
 IMAGES = 64
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -108,10 +108,10 @@ RELEASED: list[tuple[str, str, tuple[str, float, float, int, float], dict[str, A
     ("imagenet", "simclr", ("lars", 4.8, 1e-6, 4096, 10.0), {"temperature": 0.1}),
     ("imagenet", "moco", ("sgd", 0.03, 1e-4, 256, 0.0), {"momentum": 0.999, "temperature": 0.2, "queue": 65536}),
     ("imagenet", "byol", ("lars", 7.2, 1e-6, 4096, 10.0), {"momentum": 0.99}),  # the released preset for 100 epochs
-    ("imagenet", "swav", ("larc", 4.8, 1e-6, 4096, 10.0), {"prototypes": 3000, "freeze_steps": 313}),
+    ("imagenet", "swav", ("larc", 4.8, 1e-6, 4096, 10.0), {"prototypes": 3000, "freeze_epochs": 1}),
     ("imagenet", "deepcluster", ("larc", 4.8, 1e-6, 4096, 10.0), {"prototypes": 3000, "heads": 3}),
     ("imagenet", "barlow", ("lars", 1.6, 1e-6, 2048, 10.0), {"weight": 0.0051, "dim": 8192}),
-    ("imagenet", "vicreg", ("lars", 1.6, 1e-6, 2048, 10.0), {"invariance": 25.0, "covariance": 1.0}),
+    ("imagenet", "vicreg", ("lars", 2.4, 1e-6, 2048, 10.0), {"invariance": 25.0, "covariance": 1.0}),
     ("cifar", "simsiam", ("sgd", 0.06, 5e-4, 512, 0.0), {}),
     ("cifar", "moco", ("sgd", 0.06, 5e-4, 512, 0.0), {"momentum": 0.99, "temperature": 0.1, "queue": 4096}),
     ("cifar", "fastsiam", ("sgd", 0.06, 5e-4, 128, 0.0), {}),  # lightly's benchmark

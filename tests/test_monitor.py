@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -184,3 +185,17 @@ def test_a_draw_is_some_of_the_rows_in_their_order() -> None:
     some = draw(rows, 30)
     assert len(set(some)) == 30 and set(some) < set(rows) and list(some) == sorted(some)
     assert np.array_equal(draw(rows, 30), some) and np.array_equal(draw(rows, 1000), rows)
+
+
+def test_labels_of_the_held_out_images_alone_are_no_use(photos: Path, tmp_path: Path) -> None:
+    images = open_images(photos)
+    rows, held_out = images.split()
+    compute = Compute(torch.device("cpu"), "fp32")
+    assert images.labels is not None
+    for unknown, labelled in ((held_out, False), (rows, False), (rows[1:], True)):
+        labels = images.labels.copy()
+        labels[unknown] = -1
+        cache = build_cache(replace(images, labels=labels), 16, tmp_path / "cache")
+        views = ViewSettings(16)
+        monitor = Monitor(cache, rows, held_out, views, preprocessing(16, views.mean, views.std), compute)
+        assert monitor.labelled == labelled

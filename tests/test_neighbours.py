@@ -28,8 +28,9 @@ def brute_force(queries: np.ndarray, bank: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("block", "k"), [(512, 7), (10, 7), (33, 1), (1, 60), (512, 500)])
 def test_brute_force(monkeypatch: pytest.MonkeyPatch, bank_block: int, block: int, k: int) -> None:
     monkeypatch.setattr(neighbours, "_BANK_BLOCK", bank_block)
+    monkeypatch.setattr(neighbours, "_QUERIES", block)
     queries, bank = random(37, 16), random(101, 16, seed=1) * np.logspace(-3, 3, 101, dtype=np.float32)[:, None]
-    scores, indices = top_k(queries, bank, k, block=block)
+    scores, indices = top_k(queries, bank, k)
     truth = brute_force(queries, bank)
     order = np.argsort(-truth, axis=1)[:, :k]
     assert scores.dtype == torch.float32 and indices.dtype == torch.int64
@@ -53,9 +54,10 @@ def test_long_rows_go_by_the_maxima_of_groups(count: int, distinct: int) -> None
 @pytest.mark.parametrize("block", [512, 7])
 def test_exclude_self_keeps_duplicates(monkeypatch: pytest.MonkeyPatch, bank_block: int, block: int) -> None:
     monkeypatch.setattr(neighbours, "_BANK_BLOCK", bank_block)
+    monkeypatch.setattr(neighbours, "_QUERIES", block)
     bank = random(40, 8)
     bank[25] = 3 * bank[4]
-    scores, indices = top_k(bank, bank, 39, exclude_self=True, block=block)
+    scores, indices = top_k(bank, bank, 39, exclude_self=True)
     rows = torch.arange(40)
     assert not (indices == rows[:, None]).any()
     assert all(sorted([*own.tolist(), row]) == list(range(40)) for row, own in enumerate(indices))

@@ -35,7 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "byol": {"dim": 16, "hidden": 16},
     "deepcluster": {"dim": 16, "projector_hidden": 16, "prototypes": 4, "iterations": 2},
     "moco": {"dim": 16, "queue": 16, "projector_hidden": 16, "bn_groups": 2},
-    "swav": {"dim": 16, "projector_hidden": 16, "prototypes": 8, "queue": 16, "queue_epoch": 0, "freeze_steps": 1},
+    "swav": {"dim": 16, "projector_hidden": 16, "prototypes": 8, "queue": 16, "queue_epoch": 0, "freeze_epochs": 1},
     "vicreg": {"dim": 16, "projector_hidden": 16},
 }
 

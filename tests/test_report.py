@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -365,3 +366,37 @@ def test_a_recipe_that_is_no_text_is_named(tmp_path: Path) -> None:
 def test_a_path_in_any_script_stays_readable(tmp_path: Path) -> None:
     run = make_run(tmp_path / "été 写真", items=24, steps=40)
     assert "été 写真&#34;)" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_labels_are_not_denied_where_nothing_was_measured(tmp_path: Path) -> None:
+    """A run that diverged, or that still trains, has no kNN of its end."""
+    run = make_run(tmp_path / "run", items=24, steps=40, verdict="diverged")
+    (run / "evaluation.json").unlink()
+    summary = json.loads((run / "summary.json").read_text())
+    lost = {"knn": None, "std": None, "effective_rank": None, "advice": "Lower train.lr."}
+    (run / "summary.json").write_text(json.dumps({**summary, **lost}))
+    text = re.sub(r"\s+", " ", Page(write_report(run)).text)
+    assert "no labels" not in text and "Diverged: the loss" in text and "Lower train.lr." in text
+    assert "Spread of the embeddings</b>" not in text and "1 is healthy" not in text
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "samples")
+    page = Page(write_report(run))
+    text = re.sub(r"\s+", " ", page.text)
+    assert "no labels" not in text and "below" not in text and "neighbours" not in page.sections()
+    assert f"Continue it with simsiam train --resume -o {run}" in text
+
+
+def test_the_minimum_is_that_of_the_loss(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", items=24, steps=40)
+    config = (run / "config.toml").read_text()
+    for method, given, there in (
+        ("simsiam", "", True),
+        ("fastsiam", "", True),
+        ("simsiam", 'similarity = "softmax"', False),
+        ("simclr", "", False),
+    ):
+        (run / "config.toml").write_text(config.replace('name = "simsiam"', f'name = "{method}"\n{given}'))
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps({**summary, "method": method}))
+        page = Page(write_report(run))
+        assert ("The minimum is −1" in page.text) == there == any("minimum −1" in spec for spec in page.specs)

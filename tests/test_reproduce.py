@@ -11,7 +11,7 @@ import pytest
 
 from simsiam import methods, reproduce
 from simsiam.assess import evaluate_run
-from simsiam.config import UserError
+from simsiam.config import Interrupted, UserError
 from simsiam.recipe import Facts, gather, resolve
 
 every_experiment = pytest.mark.parametrize("name", reproduce.names())
@@ -179,3 +179,20 @@ def test_mistakes_are_one_line() -> None:
         reproduce.run("cifar")
     with pytest.raises(UserError, match="add --data"):
         reproduce.run("stop-gradient", scale="cifar")
+
+
+def test_ctrl_c_says_how_the_experiment_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Interrupted("SIGINT: stopped at step 7, everything is saved. Resume with: simsiam train --resume -o x")
+
+    monkeypatch.setattr(reproduce, "train", stopped)
+    with pytest.raises(
+        Interrupted, match=r"^SIGINT: stopped at step 7, everything is saved. To go on, repeat the comm"
+    ):
+        reproduce.run("symmetry", photos, tmp_path / "out")
+
+
+def test_a_batch_of_the_methods_own_counts_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """SimCLR has 4,096 images on ImageNet, SimSiam 256."""
+    with pytest.raises(UserError, match=r"batches of 4,096 images and needs 16,384 to train on: demo has 7,994"):
+        reproduce.run("comparison", "demo", tmp_path / "out", scale="imagenet")

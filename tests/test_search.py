@@ -166,3 +166,20 @@ def test_the_command_prints_a_table_or_json(stored: Path) -> None:
     assert shown.returncode == 0 and shown.stdout == "" and "most similar" in shown.stderr
     found = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300).stdout)
     assert found[0]["query"] == id_ and len(found[0]["neighbours"]) == 3
+
+
+def test_queries_may_come_as_any_list(
+    stored: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = read_embeddings(stored).ids[:2]
+    wanted = search(stored, ids, k=2)
+    assert search(stored, np.array(ids), k=2) == wanted == search(stored, iter(ids), k=2)
+    for nothing in ([], np.array([], str)):
+        with pytest.raises(UserError, match="at least one image"):
+            search(stored, nothing)
+    for wrong in (3, None, Image.new("RGB", (8, 8))):
+        with pytest.raises(UserError, match="takes image files and ids of stored images, not"):
+            search(stored, wrong)  # type: ignore[arg-type]
+    (tmp_path / "a.png").write_bytes((photos / ids[0]).read_bytes())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert search(stored, ["~/a.png"], k=1)[0]["neighbours"][0]["id"] == ids[0]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import queue
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +35,15 @@ from simsiam.show.viewer import HEADERS, UPLOAD, Viewer, serve
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
 
 class Server:
     """`simsiam view` as a user starts it, on a free port."""
 
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-m", "simsiam", "view", str(folder), "--no-browser", "--port", "0"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    def __init__(self, folder: Path, command: list[str] | None = None) -> None:
+        usual = [sys.executable, "-m", "simsiam", "view", str(folder), "--no-browser", "--port", "0"]
+        self.process = subprocess.Popen(command or usual, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         said = ""
         for line in self.process.stderr:
@@ -100,7 +105,7 @@ def test_neighbours_are_those_of_search(server: Server, stored: Path, photos: Pa
     for row in (3, 50):
         (wanted,) = search(stored, [ids[row]], k=5)
         found = server.json(f"near/{row}?k=5")
-        assert server.json(f"item/{row}").items() <= found.items()
+        assert found["row"] == row and found["class"] == ids[row].split("/")[0]
         assert found["id"] == ids[row] and [each["score"] for each in found["neighbours"]] == pytest.approx(
             [each["score"] for each in wanted["neighbours"]], abs=1e-4
         )
@@ -126,6 +131,7 @@ def test_images_are_found_by_name_class_and_cluster(server: Server) -> None:
 
 def test_the_map_and_its_pictures_belong_together(server: Server, stored: Path) -> None:
     found = server.json("map")
+    assert found["ids"] == read_embeddings(stored).ids
     assert found["rows"] == list(range(96)) and min(found["x"]) == 0 and max(found["y"]) == 1
     whole = Image.open(io.BytesIO(server.get("atlas"))).convert("RGBA")
     atlas = whole.convert("RGB")
@@ -216,7 +222,7 @@ def test_embeddings_that_are_brought_up_to_date_are_shown(stored: Path, photos: 
         about = server.json("about")
         assert about["images"] == 97 and about["state"] != server.state
         server.state = about["state"]
-        assert server.json("item/0")["id"] == "a.png" and server.get("picture/0") != first
+        assert server.json("map")["ids"][0] == "a.png" and server.get("picture/0") != first
         assert server.get("picture/1") == first
         after = server.json("clusters")
         assert sum(each["images"] for each in after["clusters"]) == 97 and after["count"] == before["count"]
@@ -250,12 +256,11 @@ def test_what_was_read_goes_on_together_while_the_folder_changes(
         read_embeddings(folder)
 
 
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 def test_the_page_works_in_a_browser(server: Server, tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
     for view, wanted in {"": 90, "#image/5": 36, "#clusters": 9, "#odd": 9}.items():
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+        assert BROWSER is not None
+        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
         command += ["--virtual-time-budget=20000", server.address + view]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
         assert shown.count('class="tile"') >= wanted, view
@@ -320,6 +325,8 @@ def test_a_browser_is_opened_where_there_is_a_desktop(monkeypatch: pytest.Monkey
     opened: queue.Queue[str] = queue.Queue()
     monkeypatch.setattr("webbrowser.open", opened.put)
     monkeypatch.setattr("simsiam.show.viewer.serve", lambda *_, ready, **__: ready("http://here/"))
+    monkeypatch.setattr("os._exit", lambda status: None)
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: None)
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
         monkeypatch.delenv(name, raising=False)
     if desktop:
@@ -343,3 +350,141 @@ def test_mistakes_are_one_clear_line(stored: Path, server: Server) -> None:
     for nobodys in ("203.0.113.1", "no host"):
         with pytest.raises(UserError, match=r"\([^()]*\): choose another --host"):
             serve(stored, host=nobodys, port=0)
+
+
+class Tab:
+    """A page in headless Chromium, driven by the DevTools protocol over two pipes."""
+
+    def __init__(self, address: str, profile: Path) -> None:
+        assert BROWSER is not None
+        (read, answers), (questions, write) = os.pipe(), os.pipe()
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,800", f"--user-data-dir={profile}"]
+        line = f'exec "$@" 3<&{questions} 4>&{answers}'
+        command = ["sh", "-c", line, "sh", BROWSER, *flags, "--remote-debugging-pipe", "about:blank"]
+        self.process = subprocess.Popen(command, pass_fds=(questions, answers), stderr=subprocess.DEVNULL)
+        os.close(questions)
+        os.close(answers)
+        self.write, self.read = open(write, "wb"), open(read, "rb")  # noqa: SIM115
+        self.number, self.buffer, self.session = 0, b"", None
+        page = next(each for each in self.ask("Target.getTargets")["targetInfos"] if each["type"] == "page")
+        self.session = self.ask("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
+        self.ask("Page.navigate", url=address)
+
+    def ask(self, method: str, **parameters: Any) -> Any:
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters}
+        message |= {"sessionId": self.session} if self.session else {}
+        self.write.write(json.dumps(message).encode() + b"\0")
+        self.write.flush()
+        while True:
+            while b"\0" not in self.buffer:
+                found = self.read.read1(1 << 16)
+                assert found, "the browser has ended"
+                self.buffer += found
+            told, _, self.buffer = self.buffer.partition(b"\0")
+            answer = json.loads(told)
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def run(self, script: str) -> Any:
+        found = self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def until(self, condition: str) -> None:
+        deadline = time.monotonic() + 60
+        while not self.run(condition):
+            assert time.monotonic() < deadline, (condition, self.run("document.body.innerText"))
+            time.sleep(0.05)
+
+    def pointer(self, kind: str, x: float, y: float, **more: Any) -> None:
+        event = json.dumps({"clientX": x, "clientY": y, "bubbles": True, "pointerId": 1, "button": 0, **more})
+        self.run(f"canvas.dispatchEvent(new PointerEvent('pointer{kind}', {event}))")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.write.close()
+        self.read.close()
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_the_page_is_used_as_a_person_uses_it(stored: Path, tmp_path: Path) -> None:
+    server = Server(stored)
+    tab = Tab(server.address, tmp_path)
+    tiles = "document.querySelectorAll('.tile').length"
+    try:
+        tab.until(f"typeof map !== 'undefined' && map && {tiles} === 90")
+        # What the list was narrowed down to is there again after Back.
+        change = "new Event('change')"
+        tab.run(f"const kind = $('right').querySelector('select'); kind.value = 'rings'; kind.dispatchEvent({change})")
+        tab.until(f"{tiles} === 32")
+        tab.run("document.querySelector('.tile').click()")
+        tab.until("location.hash.startsWith('#image/') && document.body.innerText.includes('Most similar')")
+        assert tab.run(tiles) == 36
+        tab.run("history.back()")
+        tab.until(f"{tiles} === 32 && $('right').querySelector('select')?.value === 'rings'")
+        assert tab.run("$('status').textContent") == "32 images shown"
+        # On the map, a click opens an image, a drag moves it, and two fingers zoom about what is between them.
+        tab.run(
+            "canvas.setPointerCapture = () => {}; const spotOf = i => { const b = canvas.getBoundingClientRect(); "
+            "const [x, y] = spot(i); return [x + b.left, y + b.top]; }"
+        )
+        x, y = tab.run("spotOf(7)")
+        tab.pointer("move", x, y)
+        assert tab.run("!$('tip').hidden && $('tip').innerText.includes('.png')")
+        tab.pointer("down", x, y, button=2)
+        tab.pointer("up", x, y, button=2)
+        assert tab.run("location.hash") in ("", "#images")
+        tab.pointer("down", x, y)
+        tab.pointer("move", x + 40, y + 30)
+        tab.pointer("up", x + 40, y + 30)
+        assert tab.run("[left, top_, scale]") == [40, 30, 1] and tab.run("location.hash") in ("", "#images")
+        tab.pointer("down", 200, 300)
+        tab.pointer("down", 300, 300, pointerId=2)
+        tab.pointer("move", 400, 300, pointerId=2)
+        place = tab.run("[left, top_, scale]")
+        assert place[2] == 2
+        tab.pointer("up", 400, 300, pointerId=2)
+        tab.pointer("move", 203, 304)
+        assert tab.run("[left, top_, scale]") == [place[0] + 3, place[1] + 4, 2]
+        tab.pointer("up", 203, 304)
+        tab.run("fit()")
+        x, y = tab.run("spotOf(7)")
+        tab.pointer("down", x, y)
+        tab.pointer("up", x, y)
+        tab.until("location.hash.startsWith('#image/')")
+        # Once the viewer has stopped, the list says so.
+        tab.run("location.hash = '#images'")
+        tab.until(f"{tiles} === 32")
+        assert server.stop() == (0, "")
+        tab.run(
+            f"const again = $('right').querySelector('select'); again.value = 'noise'; again.dispatchEvent({change})"
+        )
+        tab.until("document.body.innerText.includes('The viewer has stopped')")
+    finally:
+        tab.close()
+        server.process.kill()
+        server.process.communicate()
+
+
+def test_ctrl_c_does_not_wait_for_what_is_computed(stored: Path) -> None:
+    script = (
+        "import sys, time\nfrom simsiam import cli\nfrom simsiam.show import viewer\n"
+        "viewer.find_duplicates = lambda *_, **__: (print('computing', file=sys.stderr, flush=True), time.sleep(120))\n"
+        f"sys.argv = ['simsiam', 'view', {str(stored)!r}, '--no-browser', '--port', '0']\ncli.main()\n"
+    )
+    server = Server(stored, [sys.executable, "-c", script])
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.get, "duplicates")
+        assert server.process.stderr is not None and "computing" in server.process.stderr.readline()
+        began = time.monotonic()
+        status, said = server.stop()
+        assert (status, said) == (0, "") and time.monotonic() - began < 30
+        assert asked.exception(60) is not None
+
+
+def test_a_device_that_is_none_is_named_at_once(stored: Path) -> None:
+    with pytest.raises(UserError, match="Device 'gpu' cannot be used"):
+        Viewer(stored, "gpu")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,16 +45,19 @@ PLAIN = ViewSettings(size=32, jitter_p=0, gray_p=0, blur_p=0, flip_p=0, mean=(0,
 LEVEL = 1 / 255
 
 
-pytestmark = pytest.mark.usefixtures("one_thread", "way")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["kernels", "products"])
-def way(request: pytest.FixtureRequest) -> Iterator[None]:
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """How views are made: in C, or by matrix products, as without a compiler."""
     if request.param == "kernels" and kernels.compiled() is None:
         pytest.skip("no C compiler here")
     with contextlib.nullcontext() if request.param == "kernels" else kernels.off():
-        yield
+        yield request.param
+
+
+both_ways = pytest.mark.usefixtures("way")
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -110,6 +114,7 @@ def difference(images: Tensor, settings: ViewSettings, sizes: Tensor | None = No
 # --- in space -------------------------------------------------------------------------------------------------------
 
 
+@both_ways
 @pytest.mark.parametrize(
     ("height", "width"), [(32, 32), (90, 70), (12, 15), (150, 200), (3, 5), (2, 2), (1, 1), (1, 40)]
 )
@@ -122,6 +127,7 @@ def test_crop_and_flip_are_torchvisions(height: int, width: int, size: int) -> N
     assert difference(images.float(), settings).max() < 1e-4
 
 
+@both_ways
 @pytest.mark.parametrize("largest", [40, 300])
 def test_padding_never_shows(largest: int) -> None:
     sizes = torch.randint(1, largest + 1, (24, 2), generator=seeded(1))
@@ -134,6 +140,7 @@ def test_padding_never_shows(largest: int) -> None:
     assert difference(images, replace(PLAIN, size=24, flip_p=0.5), sizes).max() <= 2 * LEVEL
 
 
+@both_ways
 @pytest.mark.parametrize("side", [40, 120])
 @pytest.mark.parametrize("size", [8, 32, 64])
 def test_blur_is_torchvisions(size: int, side: int) -> None:
@@ -145,6 +152,7 @@ def test_blur_is_torchvisions(size: int, side: int) -> None:
     assert 0.1 <= drawn.min() < 0.11 and 1.99 < drawn.max() <= 2 and abs(drawn.mean().item() - 1.05) < 0.05
 
 
+@both_ways
 @pytest.mark.parametrize("side", [40, 120])
 def test_how_the_images_lie_in_memory_changes_nothing(side: int) -> None:
     """All other tests use contiguous images; batches from a cache are channels_last."""
@@ -157,8 +165,8 @@ def test_how_the_images_lie_in_memory_changes_nothing(side: int) -> None:
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("by", ["kernels", "torch"])
-def test_packed_images_give_the_views_of_padded_ones(by: str) -> None:
+@both_ways
+def test_packed_images_give_the_views_of_padded_ones() -> None:
     """Several sizes, in any order, one image twice, with other data in between."""
     sizes, starts, pixels = [(12, 40), (64, 48), (1, 1), (48, 64), (12, 40)], [], [np.zeros(7, np.uint8)]
     for seed, (h, w) in enumerate(sizes):
@@ -176,21 +184,21 @@ def test_packed_images_give_the_views_of_padded_ones(by: str) -> None:
             image[:, :h, :w].permute(1, 2, 0).flatten().tolist()
             == np.concatenate(pixels)[start : start + 3 * h * w].tolist()
         )
-    with kernels.off() if by == "torch" else contextlib.nullcontext():
-        found, expected = (
-            [
-                *random_views(images, ViewSettings(size=32).each(), seeded(), given),
-                plain_pixels(images, 24, 0.875, given),
-                plain_view(images, 24, 1.0, ViewSettings.mean, ViewSettings.std, given),
-            ]
-            for images, given in ((packed, None), (padded, own))
-        )
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-        part = plain_pixels(packed[1:3], 24, 0.875)
+    found, expected = (
+        [
+            *random_views(images, ViewSettings(size=32).each(), seeded(), given),
+            plain_pixels(images, 24, 0.875, given),
+            plain_view(images, 24, 1.0, ViewSettings.mean, ViewSettings.std, given),
+        ]
+        for images, given in ((packed, None), (padded, own))
+    )
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    part = plain_pixels(packed[1:3], 24, 0.875)
     assert torch.equal(part, found[2][1:3])
     assert packed.to(torch.device("meta")).device.type == "meta"
 
 
+@both_ways
 @pytest.mark.parametrize(("side", "size"), [(40, 32), (120, 48)])
 def test_pieces_change_nothing(side: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     images, settings = noise(9, side, side), replace(PLAIN, size=size, blur_p=0.6, flip_p=0.5, jitter_p=1.0)
@@ -199,6 +207,7 @@ def test_pieces_change_nothing(side: int, size: int, monkeypatch: pytest.MonkeyP
     assert (random_view(images, settings, seeded()) - whole).abs().max() < 1e-6
 
 
+@both_ways
 def test_threads_change_nothing() -> None:
     images, settings = noise(7, 150, 120), ViewSettings(size=64)
     torch.set_num_threads(3)
@@ -211,6 +220,7 @@ def test_threads_change_nothing() -> None:
     assert torch.equal(shared[0], inferred)
 
 
+@pytest.mark.skipif(kernels.compiled() is None, reason="no C compiler here")
 def test_both_ways_give_the_same_views() -> None:
     """Including the draws, for all views drawn together."""
     images, sizes = noise(6, 90, 70), torch.randint(30, 71, (6, 2), generator=seeded(1))
@@ -225,7 +235,7 @@ def test_both_ways_give_the_same_views() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the process's threads as Linux tells them")
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_for_views_bring_no_others(threads: int) -> None:
+def test_threads_for_views_bring_no_others(threads: int, way: str) -> None:
     """A separate OpenMP team for each would make every operation of the process wait for the system's scheduler."""
     program = f"""
 import os, torch
@@ -239,7 +249,9 @@ for _ in range(2):
     plain_pixels(images, 224, 0.875)
 print(len(os.listdir("/proc/self/task")) - before)
 """
-    added = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "SIMSIAM_KERNELS": "1" if way == "kernels" else "0"}
+    command = [sys.executable, "-c", program]
+    added = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert int(added) == 0
 
 
@@ -275,6 +287,7 @@ def test_crops_are_drawn_as_torchvision_draws_them(height: int, width: int) -> N
         assert torch.equal(ours, theirs)
 
 
+@both_ways
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 91), (200, 64), (37, 41), (16, 20), (1, 1)])
 @pytest.mark.parametrize(("size", "share"), [(32, 0.875), (32, 1.0), (56, 0.875), (24, 0.75)])
 def test_the_plain_view_is_resize_and_centre_crop(height: int, width: int, size: int, share: float) -> None:
@@ -290,20 +303,20 @@ def test_the_plain_view_is_resize_and_centre_crop(height: int, width: int, size:
     assert (plain_pixels(padded, size, share, sizes) - expected).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("by", ["kernels", "torch"])
+@both_ways
 @pytest.mark.parametrize(
     ("height", "width", "size", "share"), [(40, 50, 40, 1.0), (37, 61, 24, 0.875), (20, 30, 33, 0.9)]
 )
 def test_the_plain_view_in_bfloat16_is_that_in_float32_rounded(
-    height: int, width: int, size: int, share: float, by: str
+    height: int, width: int, size: int, share: float
 ) -> None:
     """For unscaled, reduced and enlarged images."""
     images, colours = noise(5, height, width), (ViewSettings.mean, ViewSettings.std)
-    with kernels.off() if by == "torch" else contextlib.nullcontext():
-        exact, rounded = (plain_view(images, size, share, *colours, dtype=d) for d in (torch.float32, torch.bfloat16))
+    exact, rounded = (plain_view(images, size, share, *colours, dtype=d) for d in (torch.float32, torch.bfloat16))
     assert torch.equal(rounded, exact.bfloat16()) and rounded.is_contiguous(memory_format=torch.channels_last)
 
 
+@both_ways
 def test_the_plain_view_of_an_image_of_its_size_is_the_image() -> None:
     images = noise(2, 32, 32)
     sizes = torch.tensor([[32, 32]] * 2)
@@ -317,6 +330,7 @@ def test_the_plain_view_of_an_image_of_its_size_is_the_image() -> None:
 # --- in colour ------------------------------------------------------------------------------------------------------
 
 
+@both_ways
 def test_colour_is_torchvisions_where_nothing_is_clamped_and_no_hue_turned() -> None:
     """Within 2e-4: torchvision weights red by 0.2989 in luma, Pillow and we by 0.299."""
     settings = replace(PLAIN, jitter=(0.4, 0.4, 0.4, 0.0), jitter_p=0.8, gray_p=0.2)
@@ -326,6 +340,7 @@ def test_colour_is_torchvisions_where_nothing_is_clamped_and_no_hue_turned() -> 
     assert difference(images, settings).max() < 2e-4
 
 
+@both_ways
 def test_grayscale_is_torchvisions_and_gray_stays_gray() -> None:
     settings = replace(PLAIN, gray_p=1.0)
     images = photographs(16, 48, 64)
@@ -337,6 +352,7 @@ def test_grayscale_is_torchvisions_and_gray_stays_gray() -> None:
     assert (view - view[:, :1]).abs().max() < 1e-3  # saturation and hue have no effect on it
 
 
+@both_ways
 @pytest.mark.parametrize(("blur_p", "seed"), [(0.0, 0), (0.0, 1), (0.5, 2)])
 def test_the_approximations_are_small(blur_p: float, seed: int) -> None:
     """The single clamp, and hue as rotation about gray, with the paper's jitter on photographs, in 8-bit levels.
@@ -368,6 +384,7 @@ def test_hue_by_thirds_of_a_turn_is_torchvisions() -> None:
         assert (ours - tv.adjust_hue(images, turns)).abs().max() < 1e-5
 
 
+@both_ways
 def test_views_are_clamped_to_what_a_pixel_can_be() -> None:
     settings = ViewSettings(size=16, jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=1.0)
     view = random_view(noise(64, 20, 20), settings, seeded())
@@ -380,6 +397,7 @@ def test_views_are_clamped_to_what_a_pixel_can_be() -> None:
 # --- chance ---------------------------------------------------------------------------------------------------------
 
 
+@both_ways
 def test_every_sample_has_its_own_draw_and_the_seed_decides() -> None:
     images = photographs(1, 60, 60).expand(32, -1, -1, -1)
     settings = ViewSettings(size=24)
@@ -408,6 +426,7 @@ def test_how_often_and_how_strong() -> None:
     assert len(counts) == math.factorial(4) and counts.min() > 850 and counts.max() < 1150  # 1000 +- 4.7 sigma
 
 
+@both_ways
 def test_the_probabilities_are_kept_where_they_are_0_or_1() -> None:
     images = noise(16, 20, 20)
     sizes = torch.full((16, 2), 20)
@@ -448,6 +467,7 @@ def test_solarize_is_torchvisions() -> None:
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
 
 
+@both_ways
 def test_solarized_are_as_many_views_as_asked() -> None:
     images = torch.full((400, 3, 16, 16), 250, dtype=torch.uint8)
     view = random_view(images, replace(PLAIN, size=8, solarize_p=0.25), seeded())
@@ -456,6 +476,7 @@ def test_solarized_are_as_many_views_as_asked() -> None:
     torch.testing.assert_close(always, torch.full_like(always, 5 / 255))
 
 
+@both_ways
 def test_each_view_has_its_settings() -> None:
     plain = ViewSettings(size=32)
     assert plain.each() == [plain, plain]
@@ -469,6 +490,7 @@ def test_each_view_has_its_settings() -> None:
     assert len({view.sum().item() for view in drawn}) == 5, "each has its own draws"
 
 
+@both_ways
 def test_views_that_are_drawn_together_come_back_in_their_places() -> None:
     images = noise(3, 32, 32)
     whole = replace(PLAIN, size=32, scale=(1.0, 1.0), ratio=(1.0, 1.0))

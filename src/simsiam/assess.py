@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simsiam import evaluate
 from simsiam.compute import Compute, draw, enough_memory, generator, pick_device, set_threads
-from simsiam.config import UserError, as_seed, coerce, counted
+from simsiam.config import UserError, as_path, as_seed, coerce, counted
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache
 from simsiam.data.sources import open_images
@@ -55,7 +55,7 @@ class Subject:
         return embed_rows(network, self.prepare, self.cache, rows, self.compute, self.listener.embedding)
 
 
-def side_by_side(subject: Subject, train: Rows, test: Rows) -> dict[str, Callable[[], Features]]:
+def features_by_kind(subject: Subject, train: Rows, test: Rows) -> dict[str, Callable[[], Features]]:
     """Functions that make features of the same images: "trained" and, as baselines, "untrained" and raw "pixels"."""
     cache = subject.cache
 
@@ -105,7 +105,7 @@ def evaluate_run(
     Returns {"knn": {"trained", "untrained", "pixels", settings...}, "linear", "fewshot", "collapse", ...}, with None
     for evaluations that lack labels, and "file", None if it was not written. Raises UserError if `run` has no encoder.
     """
-    run = Path(run)
+    run = as_path(run)
     if share is not None:
         check_share(share)
     listener = listener or Listener()
@@ -136,43 +136,48 @@ def evaluate_run(
     own = data is None or same
     if own and not same and meta.get("fingerprint"):  # imported runs have no fingerprint
         listener.say(f"The images of {name} have changed since training: results for the old images are not used.")
-    cache = build_cache(images, prepare.short_side, workers=workers, progress=listener.decoding)
-    train, test = cache.split()
-    if len(train) < 2:
-        raise UserError(f"{name} has {counted(len(train), 'usable image')}: an evaluation needs at least 2.")
-    _check_labels(cache, test)
-    before = None
-    if baselines:
-        before = untrained(encoder.spec, meta["seed"], prepare, cache, draw(train, BN_IMAGES), compute)
-    train = cache.labelled(train)  # of STL10, a twentieth
-    subject = Subject(encoder=encoder, before=before, prepare=prepare, cache=cache, compute=compute, listener=listener)
-    kinds = side_by_side(subject, train, test)
-    settings = {} if k is None else {"knn": {"k": k}}
-    compared = evaluate.compare(names, kinds, seed=seed, settings=settings)
-    listener.close()
-    result: dict[str, Any] = {"run": str(run), "data": name, "fingerprint": images.fingerprint, **compared}
-    collapse = compared.get("collapse")
-    if collapse is not None:
-        result["collapse"] = _collapse(run, same, collapse)
-    before_this = read_kept(run / EVALUATION) if own else {}
-    if before_this.get("fingerprint", meta.get("fingerprint", images.fingerprint)) != images.fingerprint:
-        before_this = {}
+    try:
+        cache = build_cache(images, prepare.short_side, workers=workers, progress=listener.decoding)
+        train, test = cache.split()
+        if len(train) < 2:
+            raise UserError(f"{name} has {counted(len(train), 'usable image')}: an evaluation needs at least 2.")
+        _check_labels(cache, test)
+        before = None
+        if baselines:
+            before = untrained(encoder.spec, meta["seed"], prepare, cache, draw(train, BN_IMAGES), compute)
+        known = cache.labelled(train)  # of STL10, a twentieth
+        train = known if len(known) > 1 else train
+        subject = Subject(
+            encoder=encoder, before=before, prepare=prepare, cache=cache, compute=compute, listener=listener
+        )
+        kinds = features_by_kind(subject, train, test)
+        settings = {} if k is None else {"knn": {"k": k}}
+        compared = evaluate.compare(names, kinds, seed=seed, settings=settings)
+        result: dict[str, Any] = {"run": str(run), "data": name, "fingerprint": images.fingerprint, **compared}
+        collapse = compared.get("collapse")
+        if collapse is not None:
+            result["collapse"] = _collapse(run, same, collapse)
 
-    def save() -> bool:
-        return own and keep(lambda: write_json(run / EVALUATION, {**before_this, **result}))
+        def save() -> bool:
+            kept = read_kept(run / EVALUATION)  # now: another process may have written meanwhile
+            of = kept.get("fingerprint", meta.get("fingerprint", images.fingerprint))
+            before = kept if of == images.fingerprint else {}
+            return own and keep(lambda: write_json(run / EVALUATION, {**before, **result}))
 
-    kept = save()  # the rest is slow and may run out of memory
-    others = f"The other evaluations are in {run / EVALUATION}" if kept else "Leave it out"
-    too_much = f"needs more memory than {compute.device} has. {others}; another --device may have more."
-    if sgd:
-        with enough_memory(f"--sgd {too_much}"):
-            result["linear_sgd"] = _sgd(subject, train, test, seed)
-    if share is not None:
-        with enough_memory(f"--finetune {too_much}"):
-            result["finetune"] = _finetuned(subject, train, test, share, seed)
-    if kept and (sgd or share is not None):
-        kept = save()
-    return {**result, "file": str(run / EVALUATION) if kept else None}
+        kept = save()  # the rest is slow and may run out of memory
+        others = f"The other evaluations are in {run / EVALUATION}" if kept else "Leave it out"
+        too_much = f"needs more memory than {compute.device} has. {others}; another --device may have more."
+        if sgd:
+            with enough_memory(f"--sgd {too_much}"):
+                result["linear_sgd"] = _sgd(subject, train, test, seed)
+        if share is not None:
+            with enough_memory(f"--finetune {too_much}"):
+                result["finetune"] = _finetuned(subject, train, test, share, seed)
+        if kept and (sgd or share is not None):
+            kept = save()
+        return {**result, "file": str(run / EVALUATION) if kept else None}
+    finally:
+        listener.close()
 
 
 def _check_labels(cache: Cache, test: Rows) -> None:

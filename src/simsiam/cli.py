@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -55,19 +56,26 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, e.g. train.lr=0.1.", show_default=False)
 ]
 
+Method = Annotated[str | None, typer.Option(help="See `simsiam list`.")]
+EncoderName = Annotated[str | None, typer.Option(help="Name of a built-in, torchvision or timm encoder.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the images.")]
+BatchSize = Annotated[int | None, typer.Option(help="Images per step.")]
+Size = Annotated[int | None, typer.Option(help="Side of the views, and of images at inference, in pixels.")]
+RecipeName = Annotated[str | None, typer.Option(help="Name of a built-in recipe, or a TOML file.")]
+
 
 @app.command()
 def train(
     data: DataOrDemo = None,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Run folder; default: a new one under runs/.")] = None,
-    method: Annotated[str | None, typer.Option(help="See `simsiam list`.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="Name of a built-in, torchvision or timm encoder.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the images.")] = None,
+    method: Method = None,
+    encoder: EncoderName = None,
+    epochs: Epochs = None,
     budget: Annotated[str | None, typer.Option(help="Training time, e.g. 10m; the schedule follows the clock.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the views, and of images at inference, in pixels.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Name of a built-in recipe, or a TOML file.")] = None,
+    batch_size: BatchSize = None,
+    size: Size = None,
+    recipe: RecipeName = None,
     init: Annotated[str | None, typer.Option(help="Run to start from: its weights and its settings.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in -o.")] = False,
     on_collapse: Annotated[
@@ -112,15 +120,9 @@ def train(
         precision=precision,
         on_collapse=on_collapse,
     )
-    from simsiam.runs import REPORT, keep
-    from simsiam.show.report import write_report
-
     if not launched():
-        run = Path(summary["run"])
-        reported = keep(lambda: write_report(run))
         tables.training(console, summary)
-        if reported:
-            console.say(f"Report   {run / REPORT}")
+        _write_report(console, Path(summary["run"]))
         place, images = shlex.quote(summary["run"]), shlex.quote(summary["data"])
         if summary["verdict"] == "healthy":
             console.say(f"Next     simsiam evaluate {place}")
@@ -166,8 +168,6 @@ def evaluate(
     """Compare a run to raw pixels and the untrained encoder: kNN, linear, few-shot, retrieval, clusters, collapse."""
     console = _console()
     from simsiam.assess import evaluate_run
-    from simsiam.runs import REPORT, keep
-    from simsiam.show.report import write_report
 
     chosen = None if only is None else [name.strip() for name in only.split(",")]
     result = evaluate_run(
@@ -183,8 +183,8 @@ def evaluate(
         listener=console,
     )
     tables.evaluation(console, result)
-    if result["file"] and keep(lambda: write_report(run)):
-        console.say(f"Report   {run / REPORT}")
+    if result["file"]:
+        _write_report(console, run)
     if as_json:
         _print_json({**dict.fromkeys(("knn", "linear", "fewshot", "collapse")), **result})
 
@@ -202,9 +202,9 @@ def embed(
     console = _console()
     from simsiam.embeddings import embed_to
 
-    result = embed_to(run, data, out, device, workers, console)
-    for bad in result["bad_files"]:
-        console.say(f"Bad file: {bad['path']}: {bad['reason']}")
+    result = embed_to(run, data, out, device=device, workers=workers, listener=console)
+    if hidden := tables.bad_files(console, result["bad_files"]):
+        console.say(f"... and {hidden:,} more: --json lists all.")
     console.say(
         f"{counted(result['vectors'], 'vector')} of length {result['dim']} in {out}, {result['new']:,} of them new, "
         f"{counted(len(result['bad_files']), 'bad file')} left out."
@@ -234,15 +234,14 @@ def search(
     from simsiam.search import search as find
 
     found = find(embeddings, images, k, index=index, device=device, listener=console)
-    if as_json:
-        _print_json(found)
-        return
     for result in found:
         if not result["neighbours"]:
             console.say(f"{result['query']}: {embeddings} contains no other image.")
             continue
         rows = [[each["id"], f"{each['score']:.3f}"] for each in result["neighbours"]]
         console.results(result["query"], ["most similar", "cosine"], rows)
+    if as_json:
+        _print_json(found)
 
 
 @app.command()
@@ -311,6 +310,10 @@ def view(
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()  # it may wait for the page
 
     serve(embeddings, host=host, port=port, device=device, ready=ready)
+    console.close()
+    # What still computes for the page would hold this process until it is done. Files are written whole.
+    atexit._run_exitfuncs()
+    os._exit(0)
 
 
 @app.command()
@@ -439,12 +442,12 @@ def reproduce(
 def plan(
     data: DataOrDemo = None,
     overrides: Overrides = None,
-    method: Annotated[str | None, typer.Option(help="See `simsiam list`.")] = None,
-    encoder: Annotated[str | None, typer.Option(help="Name of a built-in, torchvision or timm encoder.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the images.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the views, and of images at inference, in pixels.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Name of a built-in recipe, or a TOML file.")] = None,
+    method: Method = None,
+    encoder: EncoderName = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    size: Size = None,
+    recipe: RecipeName = None,
     device: Device = "auto",
     workers: Workers = None,
     as_json: Json = False,
@@ -581,13 +584,16 @@ def _console() -> Console:
 
 
 def _data_and_overrides(data: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
-    """Separate DATA from the settings: without DATA, the first setting takes its place."""
+    """Separate DATA from the settings. Without DATA, or with DATA behind a setting, a setting takes its place."""
     texts = list(overrides or [])
     if data is not None and re.match(r"\s*[\w.]+\s*=", data):
         from simsiam.data.sources import exists
 
         if not exists(data):
-            return None, [data, *texts]
+            texts = [data, *texts]
+            data = next((text for text in texts if "=" not in text), None)
+            if data is not None:
+                texts.remove(data)
     for text in texts:
         if "=" not in text:  # e.g. an unquoted shard pattern, expanded by the shell
             raise UserError(
@@ -595,6 +601,15 @@ def _data_and_overrides(data: str | None, overrides: list[str] | None) -> tuple[
                 "name one data set, and quote a pattern."
             )
     return data, texts
+
+
+def _write_report(console: Console, run: Path) -> None:
+    """Write the report of a run that has just changed, and name the file; a full disk costs a warning."""
+    from simsiam.runs import REPORT, keep
+    from simsiam.show.report import write_report
+
+    if keep(lambda: write_report(run)):
+        console.say(f"Report   {run / REPORT}")
 
 
 def _last_line(text: str) -> None:

@@ -95,6 +95,7 @@ class Verdict:
 
 TOO_SHORT = "the run was too short to tell."
 """Evidence when nothing has been measured yet, or not enough to call it a collapse."""
+_PARTS = "SimSiam needs method.stop_gradient and method.predictor; with these, or with another method,"
 TOO_FEW = "there are too few images to tell more."
 """End of the evidence when a rank is meaningless: with fewer than five images."""
 
@@ -141,13 +142,13 @@ def judge(
         return Verdict(
             "collapsed",
             f"std of z/|z| times sqrt(d) is {std:.3f} (healthy: about 1){seen}, loss {loss:.3f}: {same}.",
-            "Keep method.stop_gradient and method.predictor on; if they are, lower train.lr or raise train.batch_size.",
+            f"{_PARTS} lower train.lr or raise train.batch_size.",
         )
     if rank is not None and rank < max(2.0, PARTIAL_SHARE * most):
         return Verdict(
             "partial",
             f"std is {std:.2f}, but z uses only {rank:.1f} directions (effective rank), loss {loss:.3f}.",
-            "Keep method.stop_gradient and method.predictor on; if they are, lower train.lr or strengthen the views.",
+            f"{_PARTS} lower train.lr or strengthen the views.",
         )
     if few:
         return Verdict("healthy", f"std {std:.2f} (times sqrt(d)); {TOO_FEW}")

@@ -38,6 +38,11 @@ def did_you_mean(name: str, known: Iterable[str], short: Iterable[str] = ()) -> 
     return f" Did you mean {close[0]!r}?" if close else f" Available: {', '.join(known)}."
 
 
+def as_path(path: str | Path) -> Path:
+    """Return a path as the user wrote it, with ~ expanded: shells do not do so after `--out=`, nor does Python."""
+    return Path(path).expanduser()
+
+
 def read_recipe(path: Path) -> Table:
     """Read a TOML recipe. Raises UserError if the file is missing or not TOML."""
     try:

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any, cast
 
 from simsiam.config import counted, show_duration
@@ -21,7 +21,7 @@ class Listener:
         """Called after every image decoded into the cache."""
 
     def checking(self, done: int, total: int, bad: int) -> None:
-        """Called after every image that `check` has read."""
+        """Called as stored images are read to be checked or compared."""
 
     def embedding(self, done: int, total: int) -> None:
         """Called after every embedded batch."""
@@ -96,17 +96,17 @@ class Console(Listener):
         self._said = 0.0
         self._counted: tuple[str, float] | None = None
 
-    def _show(self, kind: str, columns: Sequence[Any], total: float) -> None:
+    def _show(self, kind: str, done: float, total: float, text: str, columns: Callable[[], Sequence[Any]]) -> None:
+        """Move the progress bar of a task, which is drawn first if another one was shown."""
         from rich.progress import BarColumn, Progress, TextColumn
 
-        if self._bar is not None and self._task[0] == kind:
-            return
-        self.close()
-        self._bar = Progress(
-            TextColumn(kind), BarColumn(24), *columns, console=self.screen, transient=kind != "training"
-        )
-        self._bar.start()
-        self._task = (kind, self._bar.add_task(kind, total=total, text=""))
+        if self._bar is None or self._task[0] != kind:
+            self.close()
+            shown = TextColumn(kind), BarColumn(24), *columns()
+            self._bar = Progress(*shown, console=self.screen, transient=kind != "training")
+            self._bar.start()
+            self._task = (kind, self._bar.add_task(kind, total=total, text=""))
+        self._bar.update(self._task[1], completed=done, text=text)
 
     def _count(self, kind: str, done: int, total: int, text: str) -> None:
         from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -121,10 +121,8 @@ class Console(Listener):
             if done == total:  # the next count is a new task
                 self._counted = None
             return
-        columns = [MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()]
-        self._show(kind, columns, total)
-        assert self._bar is not None
-        self._bar.update(self._task[1], completed=done, text=text)
+        columns = lambda: [MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()]
+        self._show(kind, done, total, text, columns)
         if done == total:
             self.close()
 
@@ -171,9 +169,7 @@ class Console(Listener):
             f"{figures['images_per_second']:,.0f} images/s  {remaining}"
         )
         if self.screen.is_terminal:
-            self._show("training", [TextColumn("{task.fields[text]}")], 1.0)
-            assert self._bar is not None
-            self._bar.update(self._task[1], completed=progress, text=text)
+            self._show("training", progress, 1.0, text, lambda: [TextColumn("{task.fields[text]}")])
         elif progress >= self._said:
             self.screen.print(text, soft_wrap=True)
             self._said = math.floor(progress * 20 + 1) / 20

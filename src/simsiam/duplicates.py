@@ -228,7 +228,7 @@ def _measured(stored: Embeddings, rows: Rows, device: str, listener: Listener) -
         raise UserError(f"{error} Or compare embeddings alone: --threshold 0.95.") from None
     listener.say(f"Measuring how similar copies of an image are, on {counted(min(_SAMPLE, len(rows)), 'image')} ...")
     cached = cached[rows]
-    usable = cache.usable(cached)
+    usable = cache.usable(cached, listener.decoding)  # all of them if the cache was deleted
     if not usable.all():
         gone = stored.ids[rows[np.flatnonzero(~usable)[0]]]
         raise UserError(f"{gone} can no longer be read ({dict(cache.bad).get(gone)}): run `simsiam embed` again.")

@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 
 from simsiam.compute import Compute, out_of_memory, pick_device, set_threads
-from simsiam.config import UserError
+from simsiam.config import UserError, as_path
 from simsiam.data.decode import DecodeError, decode, in_order
 from simsiam.encoders import in_use
 from simsiam.features import BATCH, features_of
@@ -36,7 +36,7 @@ def _folder(run: Any) -> str:
     if not isinstance(run, str | os.PathLike):
         kept = " For train()'s summary, use summary['run']." if isinstance(run, dict) else ""
         raise UserError(f"A run is given by its folder, a string or a path, not {type(run).__name__}.{kept}")
-    return os.fspath(run)
+    return os.path.expanduser(os.fspath(run))
 
 
 class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -57,11 +57,12 @@ class ImageEncoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         """Loads the weights now, not on first use. Raises UserError if there are none."""
         asked = (self.run, self.device, self.precision)
         if getattr(self, "opened_", None) != asked:  # not opened yet, or set_params was called since
-            set_threads()
-            device, run = pick_device(self.device), Path(_folder(self.run))
-            self.encoder_, self.preprocessing_, self.meta_ = read_encoder(run)
             if self.precision not in ("auto", "bf16", "fp32"):
                 raise UserError(f"precision is {self.precision!r}: it must be 'auto', 'bf16' or 'fp32'.")
+            set_threads()
+            device, run = pick_device(self.device), Path(_folder(self.run))
+            self.opened_ = None  # until all of it is
+            self.encoder_, self.preprocessing_, self.meta_ = read_encoder(run)
             if self.precision == "auto":
                 self.compute_ = compute_of(run, self.encoder_, self.preprocessing_, device)
             else:
@@ -157,7 +158,7 @@ def _decoded(images: Iterable[tuple[int, Any]], short_side: int) -> list[NDArray
 
 def _read(path: str | os.PathLike[str], short_side: int) -> NDArray[np.uint8]:
     try:
-        return decode(Path(path).read_bytes(), short_side)
+        return decode(as_path(path).read_bytes(), short_side)
     except (OSError, DecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"Cannot read the image {os.fspath(path)}: {reason}.") from None
@@ -181,7 +182,7 @@ def _pixels(number: int, image: Any, short_side: int) -> NDArray[np.uint8]:
         )
         scale = " Pass values from 0 to 255 as uint8." if array.dtype.kind == "f" and array.ndim else ""
         what = f"{array.dtype} {list(array.shape)}" if hasattr(image, "shape") else type(image).__name__
-        if image is None or (array.ndim == 0 and image != image):  # in a column of a data frame
+        if image is None or (array.ndim == 0 and str(image == image) != "True"):  # NaN, or pandas' NA
             what = f"missing ({image})"
         what += ": open it with PIL" if isinstance(image, bytes) else ""
         kinds = "An image is a path, a PIL image or a uint8 array [H,W,3]"

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simsiam.config import UserError, counted, fill
+from simsiam.config import UserError, as_path, counted, fill
 from simsiam.console import Listener
 from simsiam.data.sources import absolute, exists, open_images
 from simsiam.features import Preprocessing, embed_batches
@@ -33,6 +33,7 @@ def embed_to(
     run: str | Path,
     data: str | Path,
     out: str | Path,
+    *,
     device: str = "auto",
     workers: int | None = None,
     listener: Listener | None = None,
@@ -50,16 +51,16 @@ def embed_to(
 
     listener = listener or Listener()
     encoder = ImageEncoder(os.fspath(run), device).open()
-    out = Path(out)
-    _known(out, encoder.meta_, absolute(data))
+    out, named = as_path(out), absolute(data)
+    _known(out, encoder.meta_, named)
     images = open_images(data)
     make_writable(out)  # or fail now, not after hours of embedding
     lock = claim(out, "embedding")
     try:
-        known, before = _known(out, encoder.meta_, absolute(data))  # again: another process may have written meanwhile
+        known, before = _known(out, encoder.meta_, named)  # again: another process may have written meanwhile
         cache = build_cache(images, encoder.preprocessing_.short_side, workers=workers, progress=listener.decoding)
         rows = cache.decoded(np.arange(len(cache)))
-        hashes = digests(cache, rows)
+        hashes = digests(cache, rows, listener.checking)
         row_before = np.array([known.get(each, -1) for each in hashes], np.int64)
         new, old = np.flatnonzero(row_before < 0), np.flatnonzero(row_before >= 0)
         vectors = np.empty((len(rows), encoder.dim), np.float32)
@@ -77,6 +78,7 @@ def embed_to(
         raise
     finally:
         lock.release()
+        listener.close()
     if (out / CLUSTERS).exists() and (
         known.keys() != set(hashes) or _outdated(out / CLUSTERS, {cache.ids[row] for row in rows.tolist()})
     ):
@@ -100,7 +102,7 @@ def origin(run: str | Path, encoder: dict[str, Any], data: str | Path, cache: Ca
     """The fields of `meta.json` on the encoder and data of the vectors. encoder: the contents of `encoder.json`."""
     return {
         "format": 1,
-        "run": os.path.abspath(run),
+        "run": os.path.abspath(as_path(run)),
         "encoder": encoder["sha256"],
         "preprocessing": encoder["preprocessing"],
         "dim": encoder["dim"],
@@ -178,13 +180,13 @@ class Embeddings:
         from simsiam.embed import ImageEncoder  # brings scikit-learn, which training does not need
 
         run = Path(self.meta["run"])
-        if not run.exists():
+        if not os.path.exists(run):  # Path's own raises if the folder above may not be entered
             raise UserError(
                 f"The run that made {self.folder} is gone from {run}: put it back, or name its new place: "
                 f"simsiam embed NEW_RUN {shlex.quote(str(self.meta.get('data', 'DATA')))} -o {shlex.quote(str(self.folder))}"
             )
         encoder = ImageEncoder(os.fspath(run), device).open()
-        if _made_by(encoder.meta_) != _made_by(self.meta, "encoder"):
+        if not _made_by(encoder.meta_, self.meta):
             raise UserError(
                 f"{run} has other weights or preprocessing than the encoder that made {self.folder}: "
                 "run `simsiam embed` again."
@@ -215,7 +217,7 @@ def read_embeddings(folder: str | Path, columns: Sequence[str] = ("id",)) -> Emb
     """Reads embeddings. Raises UserError if the folder holds none, is incomplete, or its files do not match."""
     import pyarrow.parquet as pq
 
-    folder = Path(folder)
+    folder = as_path(folder)
     written = _written(folder)
     if written is None:
         half = (
@@ -227,7 +229,7 @@ def read_embeddings(folder: str | Path, columns: Sequence[str] = ("id",)) -> Emb
         vectors = np.load(folder / VECTORS, mmap_mode="r", allow_pickle=False)
         table = pq.ParquetFile(folder / ITEMS).read([*columns, "key"])  # ignores missing columns
         items = {name: table[name].to_pylist() for name in columns}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError) as error:  # EOFError: of an empty file
         raise UserError(f"Cannot read the embeddings in {folder}: {' '.join(str(error).split())}") from None
     if not len(vectors) == len(table) == meta.get("vectors") or vectors.shape[1:] != (meta.get("dim"),):
         raise UserError(f"The files of {folder} do not belong together: run `simsiam embed` again, or copy all three.")
@@ -246,9 +248,9 @@ def _written(folder: Path) -> tuple[int, ...] | None:
     return found.st_mtime_ns, found.st_ino, found.st_size
 
 
-def _made_by(meta: dict[str, Any], sha256: str = "sha256") -> tuple[Any, Any]:
-    """What must be equal for vectors to be comparable: weights and preprocessing."""
-    return meta.get(sha256), meta.get("preprocessing")
+def _made_by(encoder: dict[str, Any], meta: dict[str, Any]) -> bool:
+    """Whether vectors, given by their `meta.json`, have the weights and preprocessing of an encoder (`encoder.json`)."""
+    return (encoder["sha256"], encoder["preprocessing"]) == (meta.get("encoder"), meta.get("preprocessing"))
 
 
 def _known(out: Path, encoder: dict[str, Any], data: str) -> tuple[dict[str, int], NDArray[np.float32]]:
@@ -264,10 +266,10 @@ def _known(out: Path, encoder: dict[str, Any], data: str) -> tuple[dict[str, int
     if not (out / META).exists():  # a killed write
         return none
     meta = read_json(out / META)
-    if _made_by(meta, "encoder") != _made_by(encoder):
+    if not _made_by(encoder, meta):
         raise UserError(f"{out} holds embeddings of another encoder: choose another -o, or delete it.")
     theirs = str(meta.get("data"))
-    if theirs != data and (not os.path.isabs(theirs) or exists(theirs)):  # otherwise it was moved
+    if theirs != data and exists(theirs):  # otherwise it was moved
         raise UserError(f"{out} holds embeddings of {theirs}: choose another -o, or delete it.")
     try:
         stored = read_embeddings(out, ["pixels"])
@@ -281,8 +283,10 @@ def _unfinished(out: Path) -> set[Path]:
     return {path for name in (VECTORS, ITEMS, META) for path in left_by_a_kill(out, name)}
 
 
-def digests(cache: Cache, rows: NDArray[np.int64]) -> list[str]:
-    """A hash of each image's decoded pixels and their shape."""
+def digests(
+    cache: Cache, rows: NDArray[np.int64], progress: Callable[[int, int, int], None] | None = None
+) -> list[str]:
+    """A hash of each image's decoded pixels and their shape. For a large set this reads hundreds of gigabytes."""
     packed, sizes = cache.packed(rows)
     found = []
     for start, (h, w) in zip(packed.starts.tolist(), sizes.tolist(), strict=True):
@@ -290,4 +294,6 @@ def digests(cache: Cache, rows: NDArray[np.int64]) -> list[str]:
         told = hashlib.sha256(pixels)  # in hardware, twice as fast as blake2b
         told.update(f"{h}x{w}".encode())
         found.append(told.hexdigest()[:32])
+        if progress is not None and (len(found) % 256 == 0 or len(found) == len(rows)):
+            progress(len(found), len(rows), 0)
     return found

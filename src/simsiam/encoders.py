@@ -121,13 +121,13 @@ def check_sizes(encoder: Encoder, sizes: Iterable[int]) -> None:
         return
     training = encoder.training
     for size in sizes:
-        with _takes(encoder.spec.name, size):
+        with _takes(encoder.spec.name, size, "another --size, or views.small_count=0 if these are the small views"):
             _features(encoder, size)
     encoder.train(training)
 
 
 @contextlib.contextmanager
-def _takes(name: str, size: int) -> Iterator[None]:
+def _takes(name: str, size: int, choose: str = "another --size") -> Iterator[None]:
     """Turns a network's error into a UserError which says that it cannot take images of this size."""
     try:
         yield
@@ -135,7 +135,7 @@ def _takes(name: str, size: int) -> Iterator[None]:
         raise
     except (RuntimeError, ValueError, AssertionError, ArithmeticError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} cannot take {size}-pixel views ({reason}). Choose another --size.") from None
+        raise UserError(f"{name} cannot take {size}-pixel views ({reason}). Choose {choose}.") from None
 
 
 @torch.no_grad()

@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simsiam.config import UserError, did_you_mean
+from simsiam.config import UserError, as_path, did_you_mean
 from simsiam.data.decode import MAX_ASPECT
 from simsiam.data.views import normalise
 from simsiam.encoders import OURS, Encoder, ResNet, build, timm_options, torchvision_options
 from simsiam.features import Preprocessing
-from simsiam.runs import ENCODER, atomic, make_writable, read_tensors, write_tensors
-from simsiam.weights import read_encoder
+from simsiam.runs import ENCODER, RECIPE, atomic, make_writable, read_tensors, write_tensors
+from simsiam.weights import failure, read_encoder
 
 TARGETS = ("torchvision", "timm", "onnx", "safetensors")
 TOLERANCE = 1e-4
@@ -64,8 +64,10 @@ def export(
         raise UserError(f"Cannot export to {to!r}.{did_you_mean(to, TARGETS)}")
     if with_preprocessing and to != "onnx":
         raise UserError("--with-preprocessing is for --to onnx: the other files hold weights and compute nothing.")
-    run = Path(run)
+    run = as_path(run)
     encoder, prepare, meta = read_encoder(run)
+    if failed := failure(run, meta):
+        warnings.warn(failed, stacklevel=2)
     about = {key: meta[key] for key in ("encoder", "dim", "preprocessing", "sha256")}
     name = encoder.spec.name.replace("/", "-")
     if to == "onnx":
@@ -77,7 +79,7 @@ def export(
     else:
         target = _state_dict(to, encoder, prepare)
         name += f"-{to}.pth"
-    path = _place(run / "export" if out is None else Path(out), name)
+    path = _place(run / "export" if out is None else as_path(out), name)
     make_writable(path.parent)
 
     side = prepare.short_side
@@ -106,10 +108,10 @@ def export(
 def _place(out: Path, name: str) -> Path:
     """The file to write: `out`, or `name` inside it if it is a folder, or does not exist and has no extension.
 
-    Raises UserError if that would overwrite anything but an earlier export."""
+    Raises UserError if that would overwrite a file of another kind, or a run's own."""
     path = out / name if out.is_dir() or not (out.suffix or out.exists()) else out
     own_weights = path.name == f"{ENCODER}.safetensors" and path.with_suffix(".json").exists()
-    of_a_run = own_weights or path.parent.name == "checkpoints"
+    of_a_run = own_weights or (path.parent.name == "checkpoints" and (path.parents[1] / RECIPE).exists())
     if path.exists() and (of_a_run or path.suffix != Path(name).suffix):
         raise UserError(f"{path} exists and is not an export: choose another -o.")
     return path

@@ -18,6 +18,8 @@ Module = TypeVar("Module", bound=nn.Module)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 Norm = Literal["none", "affine", "plain"]
+HeadNorms = Literal["none", "hidden", "default", "all"]
+"""Which layers of SimSiam's heads have BN (paper, table 3)."""
 
 
 def mlp(widths: Sequence[int], *, hidden_norm: bool = True, output_norm: Norm = "none") -> nn.Sequential:
@@ -39,6 +41,13 @@ def mlp(widths: Sequence[int], *, hidden_norm: bool = True, output_norm: Norm = 
         if layer < last:
             modules.append(nn.ReLU(inplace=True))
     return nn.Sequential(*modules)
+
+
+def prediction_mlp(dim: int, hidden: int | None = None, bn: HeadNorms = "default") -> nn.Sequential:
+    """Prediction MLP: a bottleneck (None: d/4) with BN and ReLU on the hidden layer and neither on the output (SimSiam
+    paper, section 3)."""
+    widths = [dim, hidden or max(1, dim // 4), dim]
+    return mlp(widths, hidden_norm=bn != "none", output_norm="affine" if bn == "all" else "none")
 
 
 class Siamese(nn.Module):

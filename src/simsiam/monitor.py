@@ -57,7 +57,8 @@ class Monitor:
                 some, self.of = draw(train, most), "trained on"
                 cache.usable(some, progress)
                 self.sample = draw(cache.decoded(some), SAMPLE)
-        self.labelled = labels is not None and len(self.queries) > 0 and bool((labels[self.queries] >= 0).any())
+        known = labels is not None and (labels[self.queries] >= 0).any() and (labels[self.bank] >= 0).any()
+        self.labelled = bool(known)
 
     def look(self, method: Siamese, knn: bool = True) -> dict[str, Any]:
         """Return the figures of the method as it is now, and which images they are of ("of").

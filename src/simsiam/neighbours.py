@@ -11,6 +11,10 @@ from torch import Tensor
 from simsiam import kernels
 from simsiam.config import UserError
 
+_QUERIES = 512
+"""Queries that are compared at a time."""
+_GROUP = 16
+"""Columns of which `_largest` takes the maximum first."""
 _BANK_BLOCK = 1 << 25
 """Values of the bank that are normalised and held at a time (128 MiB of float32)."""
 _BLOCK = 1 << 22
@@ -23,7 +27,6 @@ def top_k(
     k: int,
     *,
     exclude_self: bool = False,
-    block: int = 512,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the k rows of the bank that are most similar to each query.
@@ -32,7 +35,6 @@ def top_k(
         queries, bank: float [Q,D] and [N,D], of any scale; arrays may be read-only or memory-mapped.
         k: at most N (N-1 with `exclude_self`) neighbours are returned.
         exclude_self: the queries are the bank; row i is excluded from its own neighbours, but its duplicates are not.
-        block: number of queries compared at a time.
         device: where to compute; None: the device of `bank`.
     Returns:
         Cosine similarities, float32 [Q,k], descending, and indices into the bank, int64 [Q,k], on the CPU. A row of
@@ -41,7 +43,7 @@ def top_k(
         UserError: a value is NaN or infinite.
     """
     assert queries.ndim == 2 and bank.ndim == 2 and queries.shape[1] == bank.shape[1]
-    assert k >= 1 and block >= 1 and (not exclude_self or len(queries) == len(bank))
+    assert k >= 1 and (not exclude_self or len(queries) == len(bank))
     if device is None:
         device = bank.device if isinstance(bank, Tensor) else torch.device("cpu")
     k = max(0, min(k, len(bank) - exclude_self))
@@ -50,9 +52,9 @@ def top_k(
     bank_block = max(1, _BANK_BLOCK // max(1, bank.shape[1]))
     for first in range(0, len(bank), bank_block):
         part = unit_rows(bank[first : first + bank_block], device)
-        buffer = part.new_empty(min(block, len(queries)), len(part))
-        for start in range(0, len(queries), block):
-            rows = slice(start, start + block)
+        buffer = part.new_empty(min(_QUERIES, len(queries)), len(part))
+        for start in range(0, len(queries), _QUERIES):
+            rows = slice(start, start + _QUERIES)
             query = unit_rows(queries[rows], device)
             similarity = torch.mm(query, part.T, out=buffer[: len(query)])
             if exclude_self:
@@ -66,7 +68,7 @@ def top_k(
     return scores.clamp_(-1, 1), indices  # rounding may exceed 1 slightly
 
 
-def _largest(values: Tensor, k: int, group: int = 16) -> tuple[Tensor, Tensor]:
+def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return `values.topk(k, dim=1)`, [Q,N] -> [Q,k] twice.
 
     If rows are long and there is no kernel, first take the maxima of groups of columns: the k groups with the largest
@@ -74,13 +76,13 @@ def _largest(values: Tensor, k: int, group: int = 16) -> tuple[Tensor, Tensor]:
     """
     if kernels.usable(values) and k > 0:
         return kernels.largest(values, k)
-    count = values.shape[1] // group
+    count = values.shape[1] // _GROUP
     if count <= 4 * k:
         return values.topk(k, dim=1)
-    maxima = values[:, : count * group].view(-1, group, count).amax(1)  # column c is in group c % count
+    maxima = values[:, : count * _GROUP].view(-1, _GROUP, count).amax(1)  # column c is in group c % count
     groups = maxima.topk(k, dim=1, sorted=False).indices
-    columns = (groups[:, None] + count * torch.arange(group, device=values.device)[:, None]).flatten(1)
-    rest = torch.arange(count * group, values.shape[1], device=values.device).expand(len(values), -1)
+    columns = (groups[:, None] + count * torch.arange(_GROUP, device=values.device)[:, None]).flatten(1)
+    rest = torch.arange(count * _GROUP, values.shape[1], device=values.device).expand(len(values), -1)
     columns = torch.cat([columns, rest], 1)
     best, which = values.gather(1, columns).topk(k, dim=1)
     return best, columns.gather(1, which)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from simsiam.data.loader import Batch
 from simsiam.data.sources import ImageSet, open_images
 from simsiam.data.views import random_views
 from simsiam.kernels import padded
-from simsiam.recipe import Recipe, check_settings, default_epochs, gather, look_at, resolve
+from simsiam.recipe import Recipe, check_settings, default_epochs, gather, largest_batch, look_at, resolve
 from simsiam.step import Step
 from simsiam.train import build_method, optimizer
 
@@ -112,10 +113,12 @@ def plan(
         "shares": {name: round(value / sum(parts.values()), 3) for name, value in parts.items()},
         "memory_bytes": memory["fixed"] + each * wanted.train.batch_size,
         "memory_available": available,
+        "largest_batch": largest_batch(len(rows)),
         "fits": {
             str(size): memory["fixed"] + each * size
             for size in _FIT
-            if size <= len(images) and (available is None or memory["fixed"] + each * size <= 0.9 * available)
+            if size <= largest_batch(len(rows))
+            and (available is None or memory["fixed"] + each * size <= 0.9 * available)
         },
         "epochs_in": {
             text: round((length - decode_seconds) / epoch_seconds, 1) if length > decode_seconds else 0.0
@@ -129,8 +132,8 @@ def _decode(images: ImageSet, short_side: int, workers: int | None, seconds: flo
 
     Of a set that is slow out of order, the first ones: training decodes it in order.
     """
-    rows = np.unique(np.linspace(0, len(images) - 1, min(_SAMPLE, len(images))).astype(int))
-    order = (np.arange(len(rows)) if images.in_order else np.random.default_rng(0).permutation(rows)).tolist()
+    rows = images.some(_SAMPLE)
+    order = (rows if images.in_order else np.random.default_rng(0).permutation(rows)).tolist()
 
     def load(i: int) -> np.ndarray | None:
         try:
@@ -225,14 +228,10 @@ def _available(device: torch.device) -> int | None:
     if device.type != "cpu":
         return None
     limits = []
-    for path, key in (("/proc/meminfo", "MemAvailable:"), ("/sys/fs/cgroup/memory.max", "")):
-        try:
-            text = Path(path).read_text(encoding="ascii")
-        except OSError:
-            continue
-        words = text.split()
-        if key:
-            limits.append(int(words[words.index(key) + 1]) * 1024)
-        elif words[0].isdigit():
-            limits.append(int(words[0]))
+    with contextlib.suppress(OSError):
+        words = Path("/proc/meminfo").read_text(encoding="ascii").split()
+        limits.append(int(words[words.index("MemAvailable:") + 1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):  # the latter: "max", no limit
+        most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text("ascii")) for name in ("max", "current"))
+        limits.append(most - used)
     return min(limits, default=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -266,7 +267,7 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
     if init is not None:
         init = os.path.abspath(os.path.expanduser(init))
         asked = merge(asked, {"train": {"init": init}})
-    if init is not None and not (Path(init) / RECIPE).exists():
+    if init is not None and not os.path.exists(Path(init) / RECIPE):  # Path's own raises if it may not be entered
         raise UserError(f"{init} is not a run to start from: it has no {RECIPE}.")
     asked = checked(asked)
     if init is not None and recipe is None:
@@ -276,6 +277,9 @@ def gather(data: str | Path | None, recipe: str | None, overrides: Sequence[str]
         table = as_method(table, _family(table.get("encoder", {}).get("name")), method)
     elif recipe is not None or data is None:
         table = preset(recipe or "demo", method)
+        # The stem of new weights suits their size at inference; a run's own recipe names it.
+        if "size" in asked.get("eval", {}) and "encoder" in table:
+            table["encoder"] = {key: value for key, value in table["encoder"].items() if key != "size"}
     if {"epochs", "budget"} & asked.get("train", {}).keys():  # each replaces the other in a recipe
         table = {**table, "train": {k: v for k, v in table.get("train", {}).items() if k not in ("epochs", "budget")}}
     table = merge(table, asked)
@@ -366,14 +370,14 @@ class Facts:
 
 
 def look_at(images: ImageSet, rows: np.ndarray, device: str, processes: int = 1) -> Facts:
-    """Read the headers of up to `_LOOK_AT` images, spread over the set. rows: the training images.
+    """Read the headers of up to `_LOOK_AT` images. rows: the training images.
 
     Raises UserError if there are fewer than two training images.
     """
     if len(rows) < 2:
         raise UserError(f"{images.name} has {counted(len(rows), 'image')} to train on: at least 2 are needed.")
     sides = []
-    for i in np.unique(np.linspace(0, len(images) - 1, min(_LOOK_AT, len(images))).astype(int)).tolist():
+    for i in images.some(_LOOK_AT).tolist():
         try:
             sides.append(min(open_image(images.read(i)).size))
         except Exception:  # archives and plug-ins raise anything; bad files are reported during decoding
@@ -382,8 +386,10 @@ def look_at(images: ImageSet, rows: np.ndarray, device: str, processes: int = 1)
 
 
 def check_settings(table: Table, device: str) -> None:
-    """Raise the UserErrors of `resolve` for bad settings before a large set is listed."""
-    resolve(table, Facts(1_000_000, 256, device))
+    """Raise the UserErrors of `resolve` for bad settings, and for a missing package, before a large set is listed."""
+    plan, _ = resolve(table, Facts(1_000_000, 256, device))
+    if plan.train.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("train.tensorboard needs TensorBoard: pip install 'simsiam[tensorboard]'.")
 
 
 def resolve(table: Table, facts: Facts) -> tuple[Recipe, Reasons]:

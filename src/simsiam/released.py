@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from simsiam import methods
 from simsiam.compute import describe
-from simsiam.config import Table, UserError, did_you_mean, merge, write_recipe
+from simsiam.config import Table, UserError, as_path, did_you_mean, merge, write_recipe
 from simsiam.encoders import build
 from simsiam.recipe import Recipe, gather, read
 from simsiam.runs import ENVIRONMENT, RECIPE, SUMMARY, Checkpoints, write_json, write_text
@@ -42,7 +42,7 @@ def import_released(
     Returns the run's summary, as `train` does; values that the file does not contain are None.
     Raises UserError, and writes nothing, if the file holds code, is not a checkpoint, or does not fit.
     """
-    path, run = Path(checkpoint), Path(out)
+    path, run = as_path(checkpoint), as_path(out)
     if run.is_file() or (run.is_dir() and any(run.iterdir())):
         raise UserError(f"{run} exists already: choose another -o.")
     file = _read(path)
@@ -71,7 +71,7 @@ def import_released(
         Checkpoints(run).save(steps, tensors | momentum, state, healthy=True)
     about = {"method": plan.method, "data": plan.data, "step": steps, "verdict": None}
     save_encoder(run, found.eval(), plan.prepare, plan.seed, about)
-    unknown = ("images", "held_out", "seconds", "images_per_second", "loss", "std", "effective_rank")
+    unknown = ("images", "held_out", "seconds", "images_per_second", "loss", "std", "effective_rank", "most_rank")
     summary: dict[str, Any] = {
         "run": str(run),
         "data": plan.data,

@@ -28,7 +28,10 @@ LOCK = ".lock"
 
 def cache_folder() -> Path:
     """Return the folder for files that can be recreated: $SIMSIAM_CACHE, or ~/.cache/simsiam."""
-    return Path(os.environ.get("SIMSIAM_CACHE") or "~/.cache/simsiam").expanduser()
+    try:
+        return Path(os.environ.get("SIMSIAM_CACHE") or "~/.cache/simsiam").expanduser()
+    except RuntimeError:
+        raise UserError("There is no home folder for the cache: set SIMSIAM_CACHE to a folder.") from None
 
 
 @contextlib.contextmanager
@@ -93,10 +96,25 @@ def make_writable(folder: Path) -> None:
 def check_unused(run: Path) -> None:
     """Raise UserError if the folder requested for a new run is not empty."""
     _check_name(run)
-    if (run / RECIPE).exists():
+    if os.path.exists(run / RECIPE):  # Path's own raises if a folder above may not be entered
         raise UserError(f"{run} already contains a run: continue it with --resume, or choose another -o.")
-    if run.is_file() or (run.is_dir() and any(path.name != LOCK for path in run.iterdir())):
+    if os.path.isfile(run) or (os.path.isdir(run) and any(name != LOCK for name in _listed(run))):
         raise UserError(f"{run} exists and is not a run: choose another -o.")
+
+
+def check_place(run: Path | None) -> None:
+    """Raise UserError if a new run, in `run` or under `runs/`, cannot be written: now, not once all is decoded."""
+    run = (run or Path("runs")).absolute()
+    above = next(path for path in (run, *run.parents) if os.path.exists(path))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"Cannot create the run folder {run}: {above} is not a writable folder. Choose another -o.")
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"Cannot read {folder}: {error.strerror or error}. Choose another -o.") from None
 
 
 def made(run: Path | None, data: str, method: str) -> Path:
@@ -134,7 +152,7 @@ def resumable(run: Path | None) -> Path:
     """Return the run to resume. Raises UserError if there is none."""
     if run is None:
         raise UserError("--resume needs a run: add -o RUN.")
-    if not (run / RECIPE).exists():
+    if not os.path.exists(run / RECIPE):
         raise UserError(f"{run} is not a run, so it cannot be resumed: it has no {RECIPE}.")
     return run
 
@@ -178,7 +196,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     with atomic(path) as temporary:
-        temporary.touch()
         mode = temporary.stat().st_mode  # follows the umask; the library would let only the owner read
         try:
             save_file(plain, str(temporary), metadata=dict(metadata or {}))
@@ -189,11 +206,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the header of a safetensors file. Raises UserError if it is missing or broken."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except FileNotFoundError:
         raise UserError(f"There is no {path}.") from None
     except (SafetensorError, OSError) as error:
@@ -238,6 +261,15 @@ class Checkpoints:
             return None
         tensors, metadata = read_tensors(path)
         return tensors, json.loads(metadata["state"])
+
+    def state(self) -> dict[str, Any] | None:
+        """Return the JSON part of the newest state, without reading its tensors; None before the first save."""
+        path = self.named(LAST)
+        if path is None:
+            return None
+        with _opened(path) as file:
+            state: dict[str, Any] = json.loads(file.metadata()["state"])
+            return state
 
 
 class Metrics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from simsiam.compute import draw, pick_device, set_threads
-from simsiam.config import UserError, coerce
+from simsiam.config import UserError, as_path, coerce
 from simsiam.console import Listener
 from simsiam.embeddings import Embeddings, read_embeddings
 from simsiam.neighbours import top_k, unit_rows
@@ -61,20 +61,20 @@ def search(
     if k < 1:
         raise UserError(f"-k is {k}: it must be at least 1.")
     stored = read_embeddings(folder)
-    if not queries:
-        raise UserError("Name at least one image to search for.")
     rows = {id_: row for row, id_ in enumerate(stored.ids)}
-    queries = [queries] if isinstance(queries, str | Path) else list(queries)
-    for query in queries:
+    asked = list(queries) if isinstance(queries, Iterable) and not isinstance(queries, str) else [queries]
+    for query in asked:
         if not isinstance(query, str | os.PathLike):
             raise UserError(f"search() takes image files and ids of stored images, not {type(query).__name__}.")
-    names = [os.fspath(query) for query in queries]
-    files = [name for name in names if os.path.isfile(name)]
-    own = {name: rows[name] for name in set(names).difference(files) if name in rows}
-    for name in names:
-        if name not in own and name not in files:
-            raise UserError(f"{name} is neither an image file nor an id in {folder}.")
+    names = [os.fspath(query) for query in asked]
+    if not names:
+        raise UserError("Name at least one image to search for.")
+    files = [name for name in dict.fromkeys(names) if os.path.isfile(as_path(name))]
     embedded = dict(zip(files, stored.encoder(device).embed(files), strict=True)) if files else {}
+    own = {name: rows[name] for name in names if name not in embedded and name in rows}
+    for name in names:
+        if name not in own and name not in embedded:
+            raise UserError(f"{name} is neither an image file nor an id in {folder}.")
     vectors = np.stack([stored.vectors[own[name]] if name in own else embedded[name] for name in names])
 
     # One extra, because a stored query finds itself.

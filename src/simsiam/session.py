@@ -82,8 +82,6 @@ class Session:
         found = self.checkpoints.load() if resume else None
         if found is not None:
             tensors, state = found
-            if state["fingerprint"] != self.loader.cache.fingerprint:  # other images
-                raise images_changed(self.recipe.data, self.run)
             self.step, self.seconds, self.latest = state["step"], state["seconds"], state["latest"]
             self.training_seconds = state["training_seconds"]
             for guard, verdict in zip(self.guards, state.get("verdicts", ()), strict=False):
@@ -95,11 +93,10 @@ class Session:
         # At step 0 no metrics are kept: the initial state is evaluated again.
         self.metrics = Metrics(self.run, self.step or None)
         if self.recipe.train.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("train.tensorboard needs TensorBoard: pip install 'simsiam[tensorboard]'.") from None
-            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.step)
+            from torch.utils.tensorboard import SummaryWriter
+
+            # It drops events from that step on; the step of the checkpoint is kept, as in `Metrics`.
+            self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.step + 1 if self.step else 0)
 
     def begin(self, untrained: Callable[[], torch.nn.Module]) -> None:
         """Start the clock; a new run is first evaluated and saved, so a healthy state exists from the start."""
@@ -271,6 +268,13 @@ class Session:
                 self._lock.release()
         if self.board is not None:
             self.board.close()
+
+
+def check_images(data: str, run: Path, fingerprint: str) -> None:
+    """Raise UserError if a run, which is to be resumed, has a checkpoint of other images than these."""
+    state = Checkpoints(run).state()
+    if state is not None and state["fingerprint"] != fingerprint:
+        raise images_changed(data, run)
 
 
 def images_changed(data: str, run: Path) -> UserError:

@@ -70,7 +70,8 @@ def plan(console: Console, found: dict[str, Any]) -> None:
         return "unknown" if count is None else show_bytes(count)
 
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in found["shares"].items())
-    none = "none: choose a smaller encoder or size" if found["images"] >= 64 else "all: there are few images"
+    few = found["largest_batch"] < 64  # the smallest that is tried
+    none = "all: there are few images" if few else "none: choose a smaller encoder or size"
     fits = ", ".join(f"{size} ({memory(count)})" for size, count in found["fits"].items())
     lengths = ", ".join(f"{text}: {epochs:,g}" for text, epochs in found["epochs_in"].items())
     rows = [
@@ -152,6 +153,8 @@ def clusters(console: Console, found: dict[str, Any]) -> None:
 
 
 def check(console: Console, found: dict[str, Any]) -> None:
+    from simsiam.data.check import UNLABELLED
+
     sizes, splits = found["sizes"], found["splits"]
     labels = found["labels"]
     extra, groups = sum(len(group) - 1 for group in found["duplicates"]), found["duplicates_across_splits"]
@@ -174,15 +177,26 @@ def check(console: Console, found: dict[str, Any]) -> None:
             ["width x height", "  ".join(f"{key} {sizes[key][0]}x{sizes[key][1]}" for key in ("min", "median", "max"))],
             ["short side", "  ".join(f"{key} {value}" for key, value in sizes["short_side"].items())],
         ]
-    rows.append(["labels", "none found" if labels is None else f"{len(labels)}: {_counts(labels)}"])
+    if labels is None:
+        rows.append(["labels", "none found"])
+    else:
+        known = {name: count for name, count in labels.items() if name != UNLABELLED}
+        without = f"; {labels[UNLABELLED]:,} images without" if UNLABELLED in labels else ""
+        rows.append(["labels", f"{len(known)}: {_counts(known)}{without}"])
     console.results(found["name"], ["", ""], rows)
-    for bad in found["bad_files"][:20]:
-        console.say(f"Bad file: {bad['path']}: {bad['reason']}")
+    hidden = bad_files(console, found["bad_files"])
     for group in found["duplicates"][:10]:
         console.say(f"Identical: {', '.join(group[:6])}{' ...' if len(group) > 6 else ''}")
-    hidden = max(0, len(found["bad_files"]) - 20) + max(0, len(found["duplicates"]) - 10)
+    hidden += max(0, len(found["duplicates"]) - 10)
     if hidden:
         console.say(f"... and {hidden:,} more: --json lists all.")
+
+
+def bad_files(console: Console, found: list[dict[str, str]]) -> int:
+    """Print the first of the files that cannot be read; return the number of the others."""
+    for bad in found[:20]:
+        console.say(f"Bad file: {bad['path']}: {bad['reason']}")
+    return max(0, len(found) - 20)
 
 
 def experiment(console: Console, result: dict[str, Any]) -> None:

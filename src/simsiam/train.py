@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from simsiam import evaluate, kernels, methods, ranks
-from simsiam.assess import Rows, Subject, keep_samples, side_by_side
+from simsiam.assess import Rows, Subject, features_by_kind, keep_samples
 from simsiam.compute import (
     Compute,
     describe,
@@ -30,7 +30,7 @@ from simsiam.compute import (
     seed_of,
     set_threads,
 )
-from simsiam.config import Interrupted, Table, UserError, counted, read_recipe, show_duration, write_recipe
+from simsiam.config import Interrupted, Table, UserError, as_path, counted, read_recipe, show_duration, write_recipe
 from simsiam.console import Listener
 from simsiam.data.cache import Cache, build_cache, open_cache
 from simsiam.data.imageset import ImageSet
@@ -51,15 +51,17 @@ from simsiam.runs import (
     RECIPE,
     SUMMARY,
     Checkpoints,
+    check_place,
     check_unused,
     claim,
     made,
     read_json,
+    read_kept,
     resumable,
     write_json,
     write_text,
 )
-from simsiam.session import Session, finite, images_changed, method_tensors, signals
+from simsiam.session import Session, check_images, finite, images_changed, method_tensors, signals
 from simsiam.step import Step
 from simsiam.weights import read_encoder, save_encoder
 
@@ -120,10 +122,12 @@ def train(
     try:
         fits = enough_memory(f"Not enough memory for this batch size: {advice}")
         with fits, ranks.process_group(pick_device(device)) as where, repeatable(where):
-            listener = (listener if ranks.is_main() else None) or Listener()
-            return _train(data, out, recipe, overrides, resume, where, workers, listener, settings)
+            heard = (listener if ranks.is_main() else None) or Listener()
+            return _train(data, out, recipe, overrides, resume, where, workers, heard, settings)
     finally:
         torch.set_num_threads(threads)
+        if listener is not None:
+            listener.close()
 
 
 def _train(
@@ -138,11 +142,12 @@ def _train(
     settings: Table,
 ) -> dict[str, Any]:
     asked = gather(data, recipe, overrides, settings)
-    given = None if out is None else Path(out)
+    given = None if out is None else as_path(out)
     resumed: Recipe | None = None
     if resume:
         run = resumable(given)
-        if ranks.is_main() and (recipe is not None or overrides or _any(settings)):
+        ignored = recipe is not None or overrides or any(value is not None for value in settings.values())
+        if ranks.is_main() and ignored:
             told = f"--resume takes its settings from {run / RECIPE}; the given ones are ignored."
             warnings.warn(told, stacklevel=3)
         finished = _finished(run, listener)
@@ -153,6 +158,7 @@ def _train(
     else:
         if given is not None:
             check_unused(given)
+        check_place(given)
         check_settings(asked, where.type)
     name = asked["data"] if resumed is None else resumed.data
     listener.say(f"Inspecting {name} ...")
@@ -160,9 +166,14 @@ def _train(
     rows, held_out = images.split()
     facts = look_at(images, rows, where.type, ranks.world_size())
     plan, reasons = (resumed, []) if resumed is not None else resolve(asked, facts)
-    if len(rows) < plan.train.batch_size:  # a new run gets a batch that fits
-        assert resume
-        raise images_changed(plan.data, run)
+    wanted = settings["batch_size"]
+    if resumed is not None:
+        check_images(plan.data, run, images.fingerprint)
+        if len(rows) < plan.train.batch_size:  # a run without a checkpoint; a new one gets a batch that fits
+            raise images_changed(plan.data, run)
+    elif wanted is not None and plan.train.batch_size != wanted and ranks.is_main():
+        told = f"There are only {counted(facts.images, 'image')} to train on: the batch size is {plan.train.batch_size}"
+        warnings.warn(f"{told}, not {wanted}.", stacklevel=3)
     _check_parts(plan.train.batch_size)
     job = _Job(given, resume, resume and data is not None, plan, reasons, images, rows, held_out, facts)
     s, step_seconds = _session(job, where, workers, listener)
@@ -171,7 +182,6 @@ def _train(
         listener.plan(_facts(s, len(held_out), step_seconds), job.reasons)
         return _run(s, held_out)
     finally:
-        listener.close()
         s.close()
 
 
@@ -223,6 +233,9 @@ def _session(job: _Job, where: torch.device, workers: int | None, listener: List
     Returns the session, whose run folder exists, and the seconds of a step.
     """
     plan, rows = job.plan, job.rows
+    # First what may be refused: decoding may take hours.
+    saved = job.resume and job.out is not None and Checkpoints(job.out).named(LAST) is not None
+    method = build_method(plan, len(rows)) if saved else _initial(plan, len(rows), listener)
     # Decode everything first if all ranks must know which images are bad, if the method visits every image before
     # training, or if reading out of file order is many times slower.
     if ranks.is_distributed() or job.images.in_order or methods.get(plan.method).Method.sweeps:
@@ -231,8 +244,6 @@ def _session(job: _Job, where: torch.device, workers: int | None, listener: List
         _check_alike(cache)
     else:
         cache = open_cache(job.images, plan.short_side, workers=workers)
-    saved = job.resume and job.out is not None and Checkpoints(job.out).named(LAST) is not None
-    method = build_method(plan, len(rows)) if saved else _initial(plan, len(rows), listener)
     loader = Loader(cache, rows, plan.train.batch_size, where, plan.seed)
     own = probe(method, plan, loader, where, job.facts, listener.say, resumed=job.resume)
     probed = ranks.from_main(lambda: own)
@@ -268,15 +279,17 @@ def _session(job: _Job, where: torch.device, workers: int | None, listener: List
 def _write_start(s: Session, job: _Job) -> None:
     """Lock the run folder, write the recipe and the environment into it, and load the last checkpoint of a resumed run."""
     ranks.from_main(lambda: s.claim(job.resume))
+    if ranks.is_main() and not job.resume:
+        write_text(s.run / RECIPE, write_recipe(s.recipe.table()))
+    s.open(job.resume)
     if ranks.is_main():
-        if not job.resume:
-            write_text(s.run / RECIPE, write_recipe(s.recipe.table()))
         device = s.compute.device
         about: Table = {"device": str(device), "processes": ranks.world_size(), **_command()}
         if device.type == "cpu":
             about["kernels"] = kernels.compiled() is not None
+        if job.resume:  # the command that began it
+            about |= {key: value for key, value in read_kept(s.run / ENVIRONMENT).items() if key == "command"}
         write_json(s.run / ENVIRONMENT, {**describe(device), **about})
-    s.open(job.resume)
     if job.moved and ranks.is_main():
         write_text(s.run / RECIPE, write_recipe({**read_recipe(s.run / RECIPE), "data": s.recipe.data}))
 
@@ -307,8 +320,8 @@ def _run(s: Session, held_out: Rows) -> dict[str, Any]:
 def fit(s: Session, stopped: list[str]) -> None:
     """The training loop. Ends with the schedule or by the guard; a signal saves the state and raises Interrupted."""
     s.method.train()
-    compiles = bool(s.recipe.train.compile)
-    step = Step(s.method, s.optimizer, s.recipe.views.each(), s.compute, compiles=compiles, say=s.listener.say)
+    views, compiles = s.recipe.views.each(), bool(s.recipe.train.compile)
+    step = Step(s.method, s.optimizer, views, s.compute, compiles=compiles, say=s.listener.say)
     per_epoch = s.loader.steps_per_epoch
     if s.step == 0 and s.method.sweeps:
         with torch.no_grad(), s.compute.autocast():
@@ -342,7 +355,11 @@ def fit(s: Session, stopped: list[str]) -> None:
 
 def _go_on(s: Session) -> str:
     again = f"torchrun --nproc-per-node {ranks.world_size()} -m simsiam" if ranks.is_distributed() else "simsiam"
-    return f"Resume with: {again} train --resume -o {shlex.quote(str(s.run))}"
+    device = s.compute.device  # not part of the recipe
+    usual = ranks.is_distributed() or device == pick_device()
+    return f"Resume with: {again} train --resume -o {shlex.quote(str(s.run))}" + (
+        "" if usual else f" --device {device}"
+    )
 
 
 def _sweep(s: Session, stopped: list[str]) -> Iterator[tuple[list[Tensor], Tensor]]:
@@ -449,10 +466,6 @@ def _saved_weights(run: Path) -> tuple[dict[str, Tensor], str]:
     return {}, ""
 
 
-def _any(settings: Table) -> bool:
-    return any(value is not None for value in settings.values())
-
-
 def _command() -> dict[str, str]:
     called = Path(sys.argv[0])  # the latter: python -m simsiam
     ours = called.name == "simsiam" or called == Path(__file__).with_name("__main__.py")
@@ -528,7 +541,7 @@ def _finish(s: Session, before: Encoder, held_out: Rows) -> dict[str, Any]:
     knn = None
     if cache.labels is not None and verdict.name != "diverged":
         bank, queries = draw(cache.labelled(rows), _BANK), draw(held_out, _QUERIES)
-        kinds = side_by_side(subject, bank, queries)
+        kinds = features_by_kind(subject, bank, queries)
         knn = evaluate.compare(["knn"], kinds, seed=plan.seed)["knn"]
     images = s.step * plan.train.batch_size
     figures = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -40,8 +41,8 @@ def read_encoder(run: Path) -> tuple[Encoder, Preprocessing, dict[str, Any]]:
     torchvision builds a different network.
     """
     description, weights = run / f"{ENCODER}.json", run / f"{ENCODER}.safetensors"
-    if not description.exists():
-        begun = (run / RECIPE).exists()
+    if not os.path.exists(description):  # Path's own raises if a folder above may not be entered
+        begun = os.path.exists(run / RECIPE)
         resume = (
             f" Its training has not finished: `simsiam train --resume -o {shlex.quote(str(run))}`." if begun else ""
         )

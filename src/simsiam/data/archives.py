@@ -107,7 +107,10 @@ def _key(path: str) -> str:
 def _side_labels(members: dict[str, Callable[[], bytes]]) -> dict[str, Any]:
     """Maps sample keys to labels, from WebDataset's .cls or .json members."""
     labels: dict[str, Any] = {}
+    samples = {_key(path) for path in members if path.lower().endswith(decode.ENDINGS)}
     for path, reader in members.items():
+        if _key(path) not in samples:  # e.g. COCO's annotations, gigabytes once parsed
+            continue
         try:
             if path.endswith(".cls"):
                 labels[_key(path)] = reader().decode("utf-8", "replace").strip()

@@ -35,6 +35,7 @@ from simsiam.data.decode import (
     reduced_size,
 )
 from simsiam.data.imageset import ImageSet
+from simsiam.data.sources import exists
 from simsiam.kernels import Packed
 from simsiam.runs import cache_folder, write_json
 
@@ -178,7 +179,8 @@ class Cache:
         """Asks the operating system to prefetch the pixels of those rows, int64 [B], that are decoded."""
         if not hasattr(os, "posix_fadvise"):
             return
-        with open(self.directory / PIXELS, "rb") as file:
+        # It is advice: whatever goes wrong, the memory map still holds the pixels.
+        with contextlib.suppress(OSError), open(self.directory / PIXELS, "rb") as file:
             for row in self.decoded(rows).tolist():
                 size = 3 * int(self.heights[row]) * int(self.widths[row])
                 os.posix_fadvise(file.fileno(), int(self._offsets[row]), size, os.POSIX_FADV_WILLNEED)
@@ -193,8 +195,8 @@ class Cache:
         most = 3 * MAX_ASPECT * self.short_side**2
         if len(missing) * most <= disk.free or not disk.total:  # some network file systems report neither
             return
-        some = np.linspace(0, len(missing) - 1, min(_HEADERS, len(missing))).astype(int)
-        needed = len(missing) * float(np.mean([self._expected(row, self.short_side) for row in missing[some].tolist()]))
+        some = self.images.some(_HEADERS, missing).tolist()
+        needed = len(missing) * float(np.mean([self._expected(row, self.short_side) for row in some]))
         if needed > disk.free:
             raise UserError(
                 f"The cache of {self.name} needs about {show_bytes(needed)} in {self.directory.parent}, "
@@ -443,9 +445,7 @@ def _known(base: Path, images: ImageSet, short_side: int | None) -> Path | None:
         if meta["root"] == images.root:
             return folder
         # Only if nothing is left at the old location: for a copy, equal file times and sizes prove too little.
-        left = any(
-            map(os.path.exists, (meta["root"], meta["root"].partition(":")[2]))
-        )  # the latter: torchvision's sets
+        left = exists(meta["root"])
         if images.fingerprint in meta["sets"] and not left:
             moved = folder
     return moved
@@ -469,7 +469,7 @@ def _meta(folder: Path, short_side: int | None) -> dict[str, Any] | None:
 
 def _noted(folder: Path, images: ImageSet, short_side: int | None) -> Path:
     """The folder, after recording this set in it, if writable, so that it is found again when the images move."""
-    with contextlib.suppress(OSError, UserError), FileLock(folder / "lock"):
+    with contextlib.suppress(OSError, NotImplementedError, UserError), FileLock(folder / "lock"):
         meta = _meta(folder, short_side)
         if meta is not None and (meta["root"] != images.root or images.fingerprint not in meta["sets"]):
             sets = [*meta["sets"], images.fingerprint]
@@ -492,6 +492,8 @@ def _explained(base: Path, cache: Cache | None = None) -> Iterator[None]:
     """Turns errors of an unwritable folder or a full disk into a UserError."""
     try:
         yield
+    except NotImplementedError:
+        raise UserError(f"The file system of {base} has no locks: set SIMSIAM_CACHE to another folder.") from None
     except OSError as error:
         if error.errno in _FULL and cache is not None:
             there = cache.decoded(np.arange(len(cache)))

@@ -15,6 +15,8 @@ from simsiam.data.decode import DecodeError, decode, in_order, open_image, orien
 from simsiam.data.imageset import ImageSet
 from simsiam.data.sources import open_images
 
+UNLABELLED = "(unlabelled)"
+"""The key under "labels" for the number of images without one."""
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
@@ -31,7 +33,7 @@ def check(data: str | Path | ImageSet, workers: int | None = None, listener: Lis
         duplicates_across_splits: number of those groups with both training and test images,
         sizes: upright, {"min", "max": [width, height] of the images with the fewest and the most pixels, "median": of
             each side separately, "short_side": {"p5": pixels, ...}}, or None if no image is good,
-        modes, formats: {Pillow's name: count}, labels: {class: count} or None.
+        modes, formats: {Pillow's name: count}, labels: {class: count, UNLABELLED: count} or None.
     Raises UserError if there are no images.
     """
     images = data if isinstance(data, ImageSet) else open_images(data)
@@ -107,4 +109,4 @@ def _labels(images: ImageSet) -> dict[str, int] | None:
     found: dict[str, int] = {}
     for name, count in zip(images.classes, counts[1:], strict=True):
         found[name] = found.get(name, 0) + count  # ImageNet has two classes named crane
-    return found | ({"(unlabelled)": counts[0]} if counts[0] else {})
+    return found | ({UNLABELLED: counts[0]} if counts[0] else {})

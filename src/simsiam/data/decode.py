@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 import os
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,6 +53,10 @@ NOT_READ = (*HEIC, *_RAW, ".avif", ".jp2", ".j2k", ".jxl", ".ico", ".psd", ".svg
 VERSION = f"Pillow {PIL.__version__}: {' '.join(ENDINGS)}"
 """Identifies what this installation can decode; another one may decode more."""
 
+_BOMBS = "Pillow's limit against decompression bombs"
+# `most_pixels` is the limit here; Pillow would warn from half of it on, of photographs of 108 megapixels too.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 MAX_ASPECT = 4
 """With `short_side`, the long side is centre-cropped to at most this many short sides, as batches are padded."""
 
@@ -84,14 +89,17 @@ def hint(names: Iterable[str]) -> str:
     return " To read .heic: pip install pillow-heif." if missing else ""
 
 
+def most_pixels() -> int | None:
+    """The largest image that Pillow opens; from half of that on it warns. None: no limit."""
+    return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+
+
 def check_length(length: int) -> None:
     """Raises DecodeError if an encoded image of `length` bytes, not read yet, is larger than the largest image that is
     decoded, at 16 bits for each of four channels."""
-    limit = Image.MAX_IMAGE_PIXELS
+    limit = most_pixels()
     if limit is not None and length > 8 * limit:
-        raise DecodeError(
-            f"{length / 1e6:,.0f} MB, too large for Pillow's decompression bomb limit of {limit / 1e6:.0f} megapixels"
-        )
+        raise DecodeError(f"{length / 1e6:,.0f} MB, more than {limit / 1e6:.0f} megapixels can take, {_BOMBS}")
 
 
 def open_image(source: bytes | Image.Image) -> Image.Image:
@@ -106,14 +114,13 @@ def open_image(source: bytes | Image.Image) -> Image.Image:
         except Image.UnidentifiedImageError:
             text = all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in source[:64])
             raise DecodeError("text, not an image" if text else "not an image that Pillow can read") from None
+        except Image.DecompressionBombError:
+            raise DecodeError(f"more than {(most_pixels() or 0) / 1e6:.0f} megapixels, {_BOMBS}") from None
         except Exception as error:  # Pillow's plug-ins raise all kinds of errors on a broken header
             raise DecodeError(_reason(error)) from None
-    limit = Image.MAX_IMAGE_PIXELS
+    limit = most_pixels()
     if limit is not None and image.width * image.height > limit:
-        raise DecodeError(
-            f"{image.width}x{image.height} is {image.width * image.height / 1e6:.0f} megapixels, "
-            f"over Pillow's limit of {limit / 1e6:.0f} against decompression bombs"
-        )
+        raise DecodeError(f"more than {limit / 1e6:.0f} megapixels, {_BOMBS}")
     return image
 
 

@@ -23,8 +23,9 @@ _SPLITS = {
     **dict.fromkeys(("test", "testing", "val", "valid", "validation", "dev", "eval"), "test"),
     **dict.fromkeys(("unlabeled", "unlabelled", "unsup", "extra", "pred"), "further"),
 }
-_SPLIT = re.compile(rf"(?:^|[-_. /])({'|'.join(_SPLITS)})(?=[-_. /\d]|$)", re.IGNORECASE)
-_JUNK = re.compile(r"(?:^|/)(?:\.|__MACOSX(?:/|$))")
+_SPLIT = re.compile(rf"(?:^|[-_. /])({'|'.join(_SPLITS)})(?:(?=[-_. /\d]|$)|(?-i:(?<=[a-z])(?=[A-Z])))", re.IGNORECASE)
+_JUNK = re.compile(r"(?:^|/)(?:\.|(?:__MACOSX|@eaDir|#recycle|\$RECYCLE\.BIN)(?:/|$))")
+"""Hidden files, and folders of macOS, Synology (thumbnails of every photograph) and Windows."""
 _OF_MACOS = re.compile(r"(?:^|/)(?:\._|__MACOSX(?:/|$))")
 _HELD_OUT = 1000
 _ODD = 0x9E3779B97F4A7C15
@@ -56,6 +57,14 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def some(self, most: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """At most `most` of the rows, ascending (of all images, if None): int64, spread over the set, or the first ones if
+        it is slow out of order."""
+        rows = np.arange(len(self)) if rows is None else rows
+        if self.in_order:
+            return rows[:most]
+        return rows[np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int))]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -151,7 +160,7 @@ def layout(paths: Sequence[str]) -> tuple[np.ndarray | None, tuple[str, ...] | N
     def count(*wanted: str) -> int:
         return sum(images[folder] for folder, kind in kinds.items() if kind in wanted)
 
-    both = count("train") and count("test", "further")
+    both = (count("train") and count("test", "further")) or (count("further") and count("test"))
     split = both and count("train", "test", "further") >= _ENOUGH * len(paths)
     if not split:
         kinds = dict.fromkeys(images, "train")
@@ -198,7 +207,7 @@ def _kind(name: str) -> str:
 def split_by_name(names: Sequence[str]) -> np.ndarray:
     """bool [N]: which files are test data according to their names; none unless some are training data."""
     kinds = np.array(list(map(_kind, names)), dtype=str)
-    return (kinds == "test") & (kinds == "train").any()
+    return (kinds == "test") & np.isin(kinds, ("train", "further")).any()
 
 
 def encode(

@@ -42,7 +42,7 @@ def open_images(data: str | Path | None = None) -> ImageSet:
     path = Path(text)
     if not text.strip():
         raise UserError("The name of the data is empty. Name a folder that holds images.")
-    if text == "demo":  # precedes a folder of that name, or no recipe could refer to the set
+    if data in (None, "demo"):  # precedes a folder of that name, or no recipe could refer to the set
         if path.exists():
             warnings.warn("demo is the bundled set; write ./demo for the folder of that name.", stacklevel=2)
         return demo_images()
@@ -60,17 +60,20 @@ def open_images(data: str | Path | None = None) -> ImageSet:
 
 
 def exists(data: str) -> bool:
-    """Whether a path or a pattern, as in `absolute`, names a file or folder."""
-    return os.path.exists(data) or any(map(_found, _braces(data)))
+    """Whether there still is what `data`, as in `absolute`, names; of a torchvision set, its folder."""
+    root = re.fullmatch(r"\w+:(.+)", data)
+    return data == "demo" or os.path.exists(root[1] if root else data) or any(map(_found, _braces(data)))
 
 
 def absolute(data: str | Path) -> str:
     """`data` in a form that does not depend on the working directory."""
     text = os.path.expanduser(os.fspath(data))
-    if text == "demo":
+    if data == "demo":  # a Path is the folder of that name
         return text
-    if os.path.exists(text) or _MAGIC.search(text):
+    if os.path.exists(text):
         return os.path.abspath(text)
+    if _MAGIC.search(text):  # the working directory is no pattern
+        return os.path.abspath(os.path.join(glob.escape(os.getcwd()), text))
     return placed(text) or text  # the latter: there is nothing of this name
 
 
@@ -167,15 +170,15 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 
 def _matching(pattern: str) -> tuple[str, str, list[File]]:
-    paths: list[str] = []
-    for one in _braces(pattern):
-        found = _found(one) if glob.has_magic(one) else [one]
-        paths += [path for path in found if not os.path.isdir(path)]
+    matching = [path for one in _braces(pattern) for path in (_found(one) if glob.has_magic(one) else [one])]
+    paths = [path for path in matching if not os.path.isdir(path)]
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise UserError(
             f"{len(missing)} of the {len(paths)} files of {pattern} are missing; the first is {missing[0]}."
         )
+    if matching and not paths:
+        raise UserError(f"{pattern} matches folders only. For the files in them: '{pattern}/**'")
     if not paths:
         raise UserError(f"No file matches {pattern}. Check it, and quote it so that the shell does not expand it.")
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])

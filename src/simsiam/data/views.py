@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from simsiam import kernels
+from simsiam.config import require_above_0, require_not_negative
 from simsiam.kernels import Images, Packed
 
 LUMA = (0.299, 0.587, 0.114)
@@ -72,14 +73,17 @@ class ViewSettings:
     """solarize_p of every second view, if different."""
     small_count: int = 0
     """Number of additional views, of small_size pixels and small_scale of the area (SwAV's multi-crop)."""
-    small_size: int = 96
+    small_size: int | None = None
+    """None: 3/7 of size, as 96 is of 224."""
     small_scale: tuple[float, float] = (0.05, 0.14)
 
     def __post_init__(self) -> None:
         if self.size < 8:
             raise ValueError(f"views.size is {self.size}: a view must be at least 8 pixels wide.")
-        if self.count < 1 or self.small_count < 0 or self.small_size < 8:
-            raise ValueError("count must be at least 1, small_count not negative and small_size at least 8.")
+        require_above_0(self, "count")
+        require_not_negative(self, "small_count")
+        if self.small_size is not None and self.small_size < 8:
+            raise ValueError(f"views.small_size is {self.small_size}: a view must be at least 8 pixels wide.")
         for name in ("scale", "small_scale", "ratio", "blur_sigma"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
@@ -102,7 +106,7 @@ class ViewSettings:
             blur_p=self.blur_p if self.second_blur_p is None else self.second_blur_p,
             solarize_p=self.solarize_p if self.second_solarize_p is None else self.second_solarize_p,
         )
-        small = replace(self, size=self.small_size, scale=self.small_scale)
+        small = replace(self, size=self.small_size or max(8, round(self.size * 3 / 7)), scale=self.small_scale)
         return [second if i % 2 else self for i in range(self.count)] + [small] * self.small_count
 
 

@@ -129,10 +129,10 @@ def compare(
 
     for kind, make in by_kind.items():
         judge(kind, make())
-    return {name: _side_by_side(module, scores[name]) for name, (module, _) in asked.items()}
+    return {name: _table(module, scores[name]) for name, (module, _) in asked.items()}
 
 
-def _side_by_side(module: ModuleType, scores: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+def _table(module: ModuleType, scores: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     if not scores:
         return None
     table: dict[str, Any] = {kind: score["value"] for kind, score in scores.items()}

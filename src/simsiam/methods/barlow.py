@@ -46,6 +46,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+ONE_DEVICE = {"train": {"lr": 0.3}}
+"""The authors' table for batches below 2048 (facebookresearch/barlowtwins, issue 7): 0.3 at 512, 0.4 at 256."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -59,8 +62,8 @@ class Settings:
     weight: float = 0.0051
     """lambda, the weight of the redundancy term."""
     scale: float = 0.024
-    """Scale of the whole loss, as in the released code. LARS cancels it, except that weight decay weighs 1/scale = 42
-    times as much relative to the gradient, and that the learning rate of biases and BN, 0.0048 in the released code, is
+    """Scale of the whole loss, as in the first release of the code. LARS cancels it, except that weight decay weighs 1/scale = 42
+    times as much relative to the gradient, and that the learning rate of biases and BN, 0.0048 in that code, is
     scale * 0.2. That code also divides the loss's gradient by the number of GPUs: on its 32, biases and BN moved 32
     times less than here."""
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from simsiam.collapse import spread
 from simsiam.config import require_above_0
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, at_least_float32, encoder_and_predictor, project
-from simsiam.methods.simsiam import negative_cosine, prediction_mlp, projection_mlp
+from simsiam.heads import Siamese, at_least_float32, encoder_and_predictor, prediction_mlp, project
+from simsiam.methods.simsiam import negative_cosine, projection_mlp
 
 CITATION = (
     'D. Pototzky, A. Sultan, L. Schmidt-Thieme, "FastSiam: Resource-Efficient Self-Supervised Learning on a Single '
@@ -84,7 +84,7 @@ class Method(Siamese):
         super().__init__(encoder, settings)
         hidden = settings.projector_hidden or encoder.dim
         self.projector = projection_mlp(encoder.dim, hidden, settings.dim, settings.projector_layers)
-        self.predictor = prediction_mlp(settings.dim, settings.predictor_hidden or max(1, settings.dim // 4))
+        self.predictor = prediction_mlp(settings.dim, settings.predictor_hidden)
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         z = project(self.network, views)

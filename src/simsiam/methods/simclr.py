@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simsiam.collapse import spread
 from simsiam.config import require_above_0
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, in_float32, mlp, project, unit
+from simsiam.heads import Siamese, in_float32, mlp, prediction_mlp, project, unit
 from simsiam.ranks import all_gather, rank
 
 CITATION = (
@@ -103,8 +103,7 @@ class Method(Siamese):
         self.projector = mlp(
             [encoder.dim, *[hidden] * (settings.projector_layers - 1), settings.dim], output_norm="affine"
         )
-        narrow = max(1, settings.dim // 4)
-        self.predictor = mlp([settings.dim, narrow, settings.dim]) if settings.predictor else nn.Identity()
+        self.predictor = prediction_mlp(settings.dim) if settings.predictor else nn.Identity()
 
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         z1, z2 = project(self.network, views)

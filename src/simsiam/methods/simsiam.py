@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from simsiam.collapse import spread
 from simsiam.config import require_above_0, require_not_negative
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, at_least_float32, encoder_and_predictor, mlp, project, twin
+from simsiam.heads import (
+    HeadNorms,
+    Siamese,
+    at_least_float32,
+    encoder_and_predictor,
+    mlp,
+    prediction_mlp,
+    project,
+    twin,
+)
 from simsiam.ranks import all_gather
 
 CITATION = 'X. Chen, K. He, "Exploring Simple Siamese Representation Learning", arXiv 2011.10566 (CVPR 2021)'
@@ -82,20 +91,13 @@ def softmax_cross_entropy(p: Tensor, z: Tensor) -> Tensor:
     return -(at_least_float32(z).softmax(1) * at_least_float32(p).log_softmax(1)).sum(1).mean()
 
 
-def projection_mlp(
-    inner: int, hidden: int, dim: int, layers: int, bn: Literal["none", "hidden", "default", "all"] = "default"
-) -> nn.Sequential:
+def projection_mlp(inner: int, hidden: int, dim: int, layers: int, bn: HeadNorms = "default") -> nn.Sequential:
     """Projection MLP: BN after every layer, ReLU after all but the last, whose BN is not affine (section 3).
 
     The released code has a bias before that last BN, frozen; it has no effect on z and is omitted here.
     """
     widths = [inner, *[hidden] * (layers - 1), dim]
     return mlp(widths, hidden_norm=bn != "none", output_norm="none" if bn in ("none", "hidden") else "plain")
-
-
-def prediction_mlp(dim: int, hidden: int, bn: Literal["none", "hidden", "default", "all"] = "default") -> nn.Sequential:
-    """Prediction MLP: a bottleneck with BN and ReLU on the hidden layer and neither on the output (section 3)."""
-    return mlp([dim, hidden, dim], hidden_norm=bn != "none", output_norm="affine" if bn == "all" else "none")
 
 
 class Method(Siamese):
@@ -109,10 +111,10 @@ class Method(Siamese):
 
     def __init__(self, encoder: Encoder, settings: Settings) -> None:
         super().__init__(encoder, settings)
-        hidden = settings.projector_hidden or encoder.dim
-        self.projector = projection_mlp(encoder.dim, hidden, settings.dim, settings.projector_layers, settings.bn)
-        bottleneck = settings.predictor_hidden or max(1, settings.dim // 4)
-        self.predictor = prediction_mlp(settings.dim, bottleneck, settings.bn) if settings.predictor else nn.Identity()
+        width = settings.projector_hidden or encoder.dim
+        self.projector = projection_mlp(encoder.dim, width, settings.dim, settings.projector_layers, settings.bn)
+        hidden, bn = settings.predictor_hidden, settings.bn
+        self.predictor = prediction_mlp(settings.dim, hidden, bn) if settings.predictor else nn.Identity()
         self.predictor.requires_grad_(settings.predictor_trained)
         if settings.target_steps != 1:
             self.target = twin(self.network)

@@ -13,7 +13,7 @@ from simsiam import ranks
 from simsiam.collapse import spread
 from simsiam.config import require_above_0, require_not_negative
 from simsiam.encoders import Encoder
-from simsiam.heads import Siamese, in_float32, mlp, project, similarities, unit
+from simsiam.heads import Siamese, in_float32, mlp, prediction_mlp, project, similarities, unit
 
 CITATION = (
     'M. Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", arXiv 2006.09882 '
@@ -40,7 +40,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
             "scale": [0.14, 1.0],
             "jitter": [0.8, 0.8, 0.8, 0.2],
             "small_count": 6,
-            "small_size": 96,
             "small_scale": [0.05, 0.14],
         },
     },
@@ -49,12 +48,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "train": {"lr": 0.06, "weight_decay": 5e-4},
     },
     "thin": {
-        "method": {"prototypes": 200, "projector_hidden": 512, "queue": 1024, "queue_epoch": 1, "freeze_steps": 50},
+        "method": {"prototypes": 200, "projector_hidden": 512, "queue": 1024, "queue_epoch": 1},
         "train": {"lr": 0.3, "weight_decay": 1e-4},
     },
 }
 ONE_DEVICE = {"method": {"queue": 3840}, "train": {"lr": 0.6, "warmup_epochs": 0}}
-"""As in the released script for batch 256, except freeze_steps, which is 5005 there (one epoch of ImageNet)."""
+"""As in the released script for batch 256."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,9 @@ class Settings:
     """Features of earlier batches that are added when computing the codes, for batches small relative to K; 0: none."""
     queue_epoch: int = 15
     """The epoch, counted from 0, from which the queue is used."""
-    freeze_steps: int = 313
-    """Initial steps during which the prototypes are frozen."""
+    freeze_epochs: int = 1
+    """Initial epochs during which the prototypes are frozen. The released scripts state them in steps: 313 at batch 4096,
+    5005 at 256."""
     predictor: bool = False
     """Apply a prediction MLP to z before it is compared with the prototypes (SimSiam paper, section 6.2)."""
     stop_gradient: bool = True
@@ -91,7 +91,7 @@ class Settings:
     def __post_init__(self) -> None:
         require_above_0(self, "dim", "projector_layers", "projector_hidden", "prototypes", "sinkhorn_iterations")
         require_above_0(self, "temperature")
-        require_not_negative(self, "queue", "queue_epoch", "freeze_steps")
+        require_not_negative(self, "queue", "queue_epoch", "freeze_epochs")
         if self.epsilon < 0.025:
             raise ValueError(f"epsilon is {self.epsilon:g}: it must be at least 0.025.")
 
@@ -138,7 +138,6 @@ class Method(Siamese):
     """
 
     queue: Tensor
-    steps: Tensor
     epoch: Tensor
     _queue_ready: bool
     _epoch: int
@@ -148,13 +147,11 @@ class Method(Siamese):
         self.projector = mlp(
             [encoder.dim, *[settings.projector_hidden] * (settings.projector_layers - 1), settings.dim]
         )
-        narrow = max(1, settings.dim // 4)
-        self.predictor = mlp([settings.dim, narrow, settings.dim]) if settings.predictor else nn.Identity()
+        self.predictor = prediction_mlp(settings.dim) if settings.predictor else nn.Identity()
         self.prototypes = nn.Linear(settings.dim, settings.prototypes, bias=False)
         nn.init.normal_(self.prototypes.weight)
         self.after_step(0.0)
         self.register_buffer("queue", torch.zeros(2, settings.queue, settings.dim))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("epoch", torch.zeros((), dtype=torch.long))
         self._in_host(self)
         self.register_load_state_dict_post_hook(self._in_host)
@@ -176,8 +173,7 @@ class Method(Siamese):
     def forward(self, views: list[Tensor], index: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         settings, weight = self.settings, self.prototypes.weight
         weight = unit(weight) if settings.normalised_in_graph else weight
-        self.steps += self.training
-        prototypes = torch.where(self.steps > settings.freeze_steps, weight, weight.detach())
+        prototypes = torch.where(self.epoch >= settings.freeze_epochs, weight, weight.detach())
         z = project(self.network, views)
         full = [i for i, x in enumerate(views) if x.shape == views[0].shape][:2]
         # stopgrad: the codes are targets.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from simsiam.config import Table, UserError, did_you_mean, read_recipe
@@ -16,6 +17,6 @@ def get(name: str) -> Table:
     if name in names():
         return read_recipe(Path(__file__).with_name(f"{name}.toml"))
     path = Path(name)
-    if not path.exists() and path.suffix != ".toml":
+    if not os.path.exists(path) and path.suffix != ".toml":
         raise UserError(f"There is no recipe {name!r}.{did_you_mean(name, names())} Or give the path of a TOML file.")
     return read_recipe(path)

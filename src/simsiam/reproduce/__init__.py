@@ -27,10 +27,10 @@ from typing import Any, Literal
 
 from simsiam import methods
 from simsiam.assess import evaluate_run
-from simsiam.config import Table, UserError, counted, did_you_mean, merge, read_recipe
+from simsiam.config import Interrupted, Table, UserError, as_path, counted, did_you_mean, merge, read_recipe
 from simsiam.console import Listener
 from simsiam.data.sources import open_images
-from simsiam.recipe import largest_batch
+from simsiam.recipe import largest_batch, preset
 from simsiam.runs import RECIPE, SUMMARY, read_json, read_metrics, write_json, write_text
 from simsiam.train import train
 
@@ -138,7 +138,7 @@ def run(
         raise UserError(f"seeds is {seeds}: it must be at least 1.")
     data = "demo" if data is None else str(data)
     epochs = _EPOCHS[scale] if epochs is None else epochs
-    folder = Path(out or f"runs/reproduce-{name}-{scale}")
+    folder = as_path(out or f"runs/reproduce-{name}-{scale}")
     _begin(folder, experiment, {"experiment": name, "scale": scale, "data": data, "epochs": epochs})
     total, number = len(experiment.variants) * seeds, 0
     rows = []
@@ -148,11 +148,22 @@ def run(
             number += 1
             listener.say(f"{number} of {total}: {variant.name}, seed {seed}")
             place = folder / variant.slug / f"seed-{seed}"
-            runs.append(_one(place, variant, seed, data, scale, epochs, device, workers, listener))
+            try:
+                runs.append(_one(place, variant, seed, data, scale, epochs, device, workers, listener))
+            except Interrupted as error:  # it says how to finish that run alone
+                told = str(error).partition(" Resume with:")[0]
+                raise Interrupted(f"{told} To go on, repeat the command: finished runs are kept.") from None
         rows.append(_row(variant, runs))
     result = {
-        **{"experiment": name, "title": experiment.title, "source": experiment.source, "scale": scale, "data": data},
-        **{"epochs": epochs, "seeds": seeds, "rows": rows, **compare(rows)},
+        "experiment": name,
+        "title": experiment.title,
+        "source": experiment.source,
+        "scale": scale,
+        "data": data,
+        "epochs": epochs,
+        "seeds": seeds,
+        "rows": rows,
+        **compare(rows),
     }
     write_json(folder / "result.json", result)
     write_text(folder / "table.md", markdown(result))
@@ -160,9 +171,17 @@ def run(
     return {**result, "folder": str(folder)}
 
 
-def _check_batches(experiment: Experiment, data: str) -> None:
+def _batch(variant: Variant, scale: Scale) -> int:
+    """The batch size that a variant or the preset of its method names; 0 if it has that of the recipe."""
+    usual, method = preset(_RECIPES[scale]), variant.settings.get("method", {}).get("name")
+    usual_size, size = (table["train"].get("batch_size", 0) for table in (usual, preset(_RECIPES[scale], method)))
+    own: int = variant.settings.get("train", {}).get("batch_size", 0 if size == usual_size else size)
+    return own
+
+
+def _check_batches(experiment: Experiment, data: str, scale: Scale) -> None:
     """Raise UserError if there are too few images for the largest batch, which training would silently reduce."""
-    most = max(variant.settings.get("train", {}).get("batch_size", 0) for variant in experiment.variants)
+    most = max(_batch(variant, scale) for variant in experiment.variants)
     if not most:
         return
     images = len(open_images(data).split()[0])
@@ -178,7 +197,7 @@ def _begin(folder: Path, experiment: Experiment, settings: Table) -> None:
     holds runs with other settings."""
     path = folder / "experiment.json"
     if not any(folder.glob(f"*/seed-*/{RECIPE}")):  # new, or no run could start because of a mistake
-        _check_batches(experiment, settings["data"])
+        _check_batches(experiment, settings["data"], settings["scale"])
         write_json(path, settings)
     elif read_json(path) != settings:
         found = ", ".join(f"{key} {value}" for key, value in read_json(path).items())

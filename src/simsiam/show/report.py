@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from simsiam.compute import draw
-from simsiam.config import UserError, read_recipe, short_name, show_bytes, show_duration
+from simsiam.config import UserError, as_path, counted, read_recipe, short_name, show_bytes, show_duration
 from simsiam.runs import (
     ENCODER,
     ENVIRONMENT,
@@ -100,13 +100,13 @@ class Sample:
         )
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: str | Path) -> Path:
     """Write `run/report.html` and return its path.
 
     Parts of the page whose files are missing are left out.
     Raises UserError if `run` is not a run folder or a file in it is damaged.
     """
-    run = Path(run)
+    run = as_path(run)
     if not any((run / name).exists() for name in (RECIPE, SUMMARY, METRICS)):
         raise UserError(f"{run} is not a run folder: give the folder that `simsiam train -o` wrote.")
     path = run / REPORT
@@ -122,6 +122,7 @@ def _page(run: Path) -> str:
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters["number"] = _number
+    environment.globals["counted"] = counted
     template = environment.from_string(Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8"))
     content = _content(run)
     return template.render(content, bundle=_bundle())
@@ -198,8 +199,10 @@ def _facts(
         last |= {key: value for key, value in line.items() if value is not None}
     collapse = evaluation.get("collapse") or {}
     told = ("std", "effective_rank", "verdict", "images_per_second")
-    # The summary first: an evaluation on other images judges the features, not z.
-    facts = {key: next((of[key] for of in (summary, collapse, last) if of.get(key) is not None), None) for key in told}
+    # The summary first: an evaluation on other images judges the features, not z. What a run that has ended lacks there
+    # it has not, as a diverged one its spread.
+    given = (summary, collapse) if summary else (collapse, last)
+    facts = {key: next((of[key] for of in given if of.get(key) is not None), None) for key in told}
     facts |= {key: summary.get(key) for key in ("images", "epochs")}
     facts["steps"] = summary.get("steps", last.get("step"))
     facts["seconds"] = summary.get("seconds", last.get("seconds"))
@@ -210,10 +213,13 @@ def _facts(
     facts["dim"] = summary.get("dim") or collapse.get("dim") or method.get("dim")
     facts["most_rank"] = summary.get("most_rank") or collapse.get("most_rank") or facts["dim"]
     facts["data"] = summary.get("data") or config.get("data")
-    facts["labelled"] = sample is not None and sample.labels is not None
+    facts["cosine"] = facts["method"] in ("simsiam", "fastsiam") and method.get("similarity") != "softmax"
+    facts["labelled"] = "knn" in last or (sample is not None and sample.labels is not None)
     facts["classes"] = len(sample.classes) if sample and sample.classes else None
     facts["finished"], facts["imported"] = bool(summary), "imported" in summary
     facts["bad_files"] = len(summary.get("bad_files", ()))
+    facts["advice"] = summary.get("advice") or ""
+    facts["resume"] = shlex.join(["simsiam", "train", "--resume", "-o", str(run)])
     return facts
 
 
@@ -225,16 +231,15 @@ def _sentences(facts: Table, knn: Mapping[str, Any]) -> list[str]:
     first = {
         "healthy": f"the encoder learnt from {images}{time}.",
         "partial": f"the encoder learnt from {images}{time}, but uses {rank} of "
-        f"{facts['dim'] or 'its'} directions. More epochs or a smaller output width may help.",
-        "collapsed": "every image gets nearly the same embedding, so this encoder is of no use. Check that the "
-        "stop-gradient and the predictor are on, or lower the learning rate.",
-        "diverged": "the loss became infinite or NaN. The last healthy state was kept; lower the learning rate.",
+        f"{facts['dim'] or 'its'} directions. {facts['advice']}",
+        "collapsed": f"every image gets nearly the same embedding, so this encoder is of no use. {facts['advice']}",
+        "diverged": f"the loss became infinite or NaN. The last healthy state was kept. {facts['advice']}",
     }.get(facts["verdict"] or "")
     if facts["imported"]:
         first = f"the weights of a released checkpoint, after {facts['steps']:,} steps. Nothing was trained here."
     elif first is None or (facts["verdict"] == "healthy" and not facts["finished"]):
         steps = f"{facts['steps']:,} steps so far" if facts["steps"] else "no step has been recorded yet"
-        first = f"{steps}{time}. `simsiam train --resume` continues it."
+        first = f"{steps}{time}. Continue it with {facts['resume']}"
     trained, untrained, pixels = (knn.get(key) for key in ("trained", "untrained", "pixels"))
     if facts["verdict"] in ("collapsed", "diverged"):
         return [first]
@@ -310,11 +315,10 @@ def _curves(facts: Table, metrics: Sequence[Table]) -> list[Table]:
         for key, name in (("knn", "untrained"), ("knn_pixels", "raw pixels"))
         if _finite(first.get(key))
     }
-    cosine = facts["method"] == "simsiam"
-    minimum = " The minimum is −1; reaching it at once, with the spread at 0, is collapse." if cosine else ""
+    minimum = " The minimum is −1; reaching it at once, with the spread at 0, is collapse." if facts["cosine"] else ""
     wanted: list[tuple[str, str, str, str, dict[str, float], bool]] = [
         ("train", "loss", "Loss", "Falls as the network predicts one view of an image from the other." + minimum,
-         {"minimum −1": -1.0} if cosine else {}, False),
+         {"minimum −1": -1.0} if facts["cosine"] else {}, False),
         ("train", "std", "Spread of the embeddings", "std of z/|z| × √d. Near 1, different images get different "
          "embeddings; at 0 they all get the same one.", {"healthy 1": 1.0, "collapsed 0": 0.0}, True),
         ("monitor", "effective_rank", "Effective rank", "How many independent directions the embeddings use. It should "

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import shlex
 import threading
 from collections import defaultdict
@@ -25,8 +26,8 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from simsiam.clusters import Clusters, find_clusters, stored_settings, summary, write_clusters
-from simsiam.compute import draw, set_threads
-from simsiam.config import UserError, short_name
+from simsiam.compute import draw, pick_device, set_threads
+from simsiam.config import UserError, as_path, short_name
 from simsiam.data.cache import Cache
 from simsiam.data.decode import DecodeError, decode
 from simsiam.duplicates import find_duplicates
@@ -61,12 +62,13 @@ class Viewer:
     first use."""
 
     def __init__(self, folder: str | Path, device: str = "auto") -> None:
-        folder = Path(folder)
+        folder = as_path(folder)
         if (folder / RECIPE).exists():
             raise UserError(
                 f"{folder} is a run. Embed images with it first: simsiam embed {shlex.quote(str(folder))} DATA -o DIR."
             )
         set_threads()
+        pick_device(device)  # fail now, not when the page needs it
         self.stored, self.device = read_embeddings(folder, ("id", "class", "pixels")), device
         if not len(self.stored):
             raise UserError(f"{folder} holds no vectors: there is nothing to show.")
@@ -82,16 +84,15 @@ class Viewer:
         except UserError as error:
             self.why_none = str(error)
         self.on_map = draw(np.arange(len(self.stored)), ON_MAP)
-        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-        self._made: dict[str, Any] = {}
+        self._locks: defaultdict[Callable[[Viewer], Any], threading.Lock] = defaultdict(threading.Lock)
+        self._made: dict[Callable[[Viewer], Any], Any] = {}
 
     def once(self, part: Callable[[Viewer], T]) -> T:
         """Return the result of `part`, computed on first use only."""
-        name = part.__name__
-        with self._locks[name]:
-            if name not in self._made:
-                self._made[name] = part(self)
-            made: T = self._made[name]
+        with self._locks[part]:
+            if part not in self._made:
+                self._made[part] = part(self)
+            made: T = self._made[part]
             return made
 
     def about(self) -> dict[str, Any]:
@@ -157,6 +158,7 @@ class Viewer:
         return {
             "how": how,
             "rows": self.on_map.tolist(),
+            "ids": [self.ids[row] for row in self.on_map.tolist()],
             "x": np.round(scaled[:, 0], 4).tolist(),
             "y": np.round(scaled[:, 1], 4).tolist(),
             "classes": [self.classes[row] for row in self.on_map.tolist()],
@@ -331,23 +333,19 @@ def build_app(viewer: Viewer, hosts: tuple[str, ...] = ("localhost", "127.0.0.1"
     def images(
         viewer: Same,
         start: Annotated[int, Query(ge=0)] = 0,
-        count: Annotated[int, Query(ge=1, le=500)] = 60,
+        count: Annotated[int, Query(ge=1, le=500)] = 90,
         text: str = "",
         kind: Annotated[str | None, Query(alias="class")] = None,
         cluster: int | None = None,
     ) -> dict[str, Any]:
         return viewer.images(start, count, text, kind, cluster)
 
-    @app.get("/{state}/item/{row}")
-    def item(viewer: Same, row: int) -> dict[str, Any]:
-        return viewer.item(known(viewer, row))
-
     @app.get("/{state}/near/{row}")
-    def near(viewer: Same, row: int, k: K = 24) -> dict[str, Any]:
+    def near(viewer: Same, row: int, k: K = 36) -> dict[str, Any]:
         return viewer.near(known(viewer, row), k)
 
     @app.post("/{state}/near", dependencies=[Depends(_from_here)])
-    async def near_image(viewer: Same, request: Request, k: K = 24) -> dict[str, Any]:
+    async def near_image(viewer: Same, request: Request, k: K = 36) -> dict[str, Any]:
         content = bytearray()
         async for part in request.stream():
             content += part
@@ -410,8 +408,12 @@ def serve(
         if ready is not None:
             ready(f"http://{shown}:{sockets[0].getsockname()[1]}/")
         config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1, headers=HEADERS)
+        server = uvicorn.Server(config)
+        logging.getLogger("uvicorn.error").addFilter(
+            lambda _: not server.should_exit
+        )  # that it cancels what still runs
         with contextlib.suppress(KeyboardInterrupt):  # the normal way to stop the viewer
-            uvicorn.Server(config).run(sockets)
+            server.run(sockets)
 
 
 def _encoded(image: Image.Image, kind: str, **settings: Any) -> bytes:

@@ -8,7 +8,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import IO, Any, cast
 
 from simsiam.config import counted, show_duration
@@ -96,21 +96,20 @@ class Console(Listener):
         self._said = 0.0
         self._counted: tuple[str, float] | None = None
 
-    def _show(self, kind: str, done: float, total: float, text: str, columns: Callable[[], Sequence[Any]]) -> None:
-        """Move the progress bar of a task, which is drawn first if another one was shown."""
-        from rich.progress import BarColumn, Progress, TextColumn
+    def _show(self, kind: str, done: float, total: float, text: str) -> None:
+        """Move the progress bar of a task, which is drawn first if another one is shown or none."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         if self._bar is None or self._task[0] != kind:
             self.close()
-            shown = TextColumn(kind), BarColumn(24), *columns()
-            self._bar = Progress(*shown, console=self.screen, transient=kind != "training")
+            training, told = kind == "training", TextColumn("{task.fields[text]}")
+            columns = [told] if training else [MofNCompleteColumn(), told, TimeRemainingColumn()]
+            self._bar = Progress(TextColumn(kind), BarColumn(24), *columns, console=self.screen, transient=not training)
             self._bar.start()
             self._task = (kind, self._bar.add_task(kind, total=total, text=""))
         self._bar.update(self._task[1], completed=done, text=text)
 
     def _count(self, kind: str, done: int, total: int, text: str) -> None:
-        from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
-
         if not self.screen.is_terminal:  # a file or a log: an occasional line for long tasks
             now = time.monotonic()
             if self._counted is None or self._counted[0] != kind:
@@ -121,8 +120,7 @@ class Console(Listener):
             if done == total:  # the next count is a new task
                 self._counted = None
             return
-        columns = lambda: [MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn()]
-        self._show(kind, done, total, text, columns)
+        self._show(kind, done, total, text)
         if done == total:
             self.close()
 
@@ -161,15 +159,13 @@ class Console(Listener):
         self.screen.print()
 
     def step(self, figures: dict[str, Any], progress: float, left: float | None) -> None:
-        from rich.progress import TextColumn
-
         remaining = "" if left is None else f"{show_duration(left)} left"
         text = (
             f"{100 * progress:3.0f} %  loss {figures['loss']:+.3f}  std {figures['std']:.2f}  lr {figures['lr']:.3g}  "
             f"{figures['images_per_second']:,.0f} images/s  {remaining}"
         )
         if self.screen.is_terminal:
-            self._show("training", progress, 1.0, text, lambda: [TextColumn("{task.fields[text]}")])
+            self._show("training", progress, 1.0, text)
         elif progress >= self._said:
             self.screen.print(text, soft_wrap=True)
             self._said = math.floor(progress * 20 + 1) / 20

@@ -62,8 +62,8 @@ class Settings:
     weight: float = 0.0051
     """lambda, the weight of the redundancy term."""
     scale: float = 0.024
-    """Scale of the whole loss, as in the first release of the code. LARS cancels it, except that weight decay weighs 1/scale = 42
-    times as much relative to the gradient, and that the learning rate of biases and BN, 0.0048 in that code, is
+    """Scale of the whole loss, as in the first release of the code. LARS cancels it, except that weight decay weighs
+    1/scale = 42 times as much relative to the gradient, and that the learning rate of biases and BN, 0.0048 in that code, is
     scale * 0.2. That code also divides the loss's gradient by the number of GPUs: on its 32, biases and BN moved 32
     times less than here."""
 

@@ -233,5 +233,7 @@ def _available(device: torch.device) -> int | None:
         limits.append(int(words[words.index("MemAvailable:") + 1]) * 1024)
     with contextlib.suppress(OSError, ValueError):  # the latter: "max", no limit
         most, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text("ascii")) for name in ("max", "current"))
-        limits.append(most - used)
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text("ascii").splitlines()
+        cached = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+        limits.append(most - used + cached)
     return min(limits, default=None)

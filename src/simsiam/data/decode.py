@@ -50,8 +50,8 @@ _RAW = (".dng", ".cr2", ".nef", ".arw")
 NOT_READ = (*HEIC, *_RAW, ".avif", ".jp2", ".j2k", ".jxl", ".ico", ".psd", ".svg", ".dcm")
 """Extensions of images that are named if they are left out. Those in `ENDINGS` are not."""
 
-VERSION = f"Pillow {PIL.__version__}: {' '.join(ENDINGS)}"
-"""Identifies what this installation can decode; another one may decode more."""
+VERSION = f"2, Pillow {PIL.__version__}: {' '.join(ENDINGS)}"
+"""Identifies what this installation can decode; another one may decode more. Since 2, of twice as many pixels."""
 
 _BOMBS = "Pillow's limit against decompression bombs"
 # `most_pixels` is the limit here; Pillow would warn from half of it on, of photographs of 108 megapixels too.

@@ -62,7 +62,8 @@ def open_images(data: str | Path | None = None) -> ImageSet:
 def exists(data: str) -> bool:
     """Whether there still is what `data`, as in `absolute`, names; of a torchvision set, its folder."""
     root = re.fullmatch(r"\w+:(.+)", data)
-    return data == "demo" or os.path.exists(root[1] if root else data) or any(map(_found, _braces(data)))
+    there = data == "demo" or os.path.exists(data) or (root is not None and os.path.exists(root[1]))
+    return there or any(map(_found, _braces(data)))
 
 
 def absolute(data: str | Path) -> str:

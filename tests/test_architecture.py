@@ -19,7 +19,7 @@ ROOMS = {
     1: ("data", "encoders", "heads", "optim", "neighbours", "collapse", "recipes"),
     2: ("methods", "features", "weights", "embed", "embeddings"),
     3: ("search", "duplicates", "clusters"),
-    4: ("evaluate", "recipe", "monitor", "finetune", "assess"),
+    4: ("evaluate", "recipe", "defaults", "monitor", "finetune", "assess"),
     5: ("session", "probe", "step", "train", "show", "export", "released"),
     6: ("reproduce", "plan"),
     7: ("cli", "tables", "catalogue", "__main__", "__init__"),

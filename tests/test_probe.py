@@ -16,8 +16,9 @@ from simsiam import probe
 from simsiam.compute import Compute
 from simsiam.config import Interrupted, UserError, merge, read_recipe, write_recipe
 from simsiam.data.loader import Batch
+from simsiam.defaults import Facts
 from simsiam.probe import Probed, settle
-from simsiam.recipe import Facts, Recipe, preset, read
+from simsiam.recipe import Recipe, preset, read
 from simsiam.runs import write_text
 from test_train import SMALL, Recorder, Stop
 

@@ -12,7 +12,8 @@ import pytest
 import simsiam
 from simsiam import methods
 from simsiam.config import UserError, write_recipe
-from simsiam.recipe import Facts, TrainSettings, default_epochs, gather, preset, read, resolve
+from simsiam.defaults import Facts, default_epochs, resolve
+from simsiam.recipe import TrainSettings, gather, preset, read
 
 
 @pytest.mark.parametrize("images", [10, 300, 3_800, 50_000, 2_000_000])

@@ -12,7 +12,8 @@ import pytest
 from simsiam import methods, reproduce
 from simsiam.assess import evaluate_run
 from simsiam.config import Interrupted, UserError
-from simsiam.recipe import Facts, gather, resolve
+from simsiam.defaults import Facts, resolve
+from simsiam.recipe import gather
 
 every_experiment = pytest.mark.parametrize("name", reproduce.names())
 

@@ -37,10 +37,11 @@ from simsiam.data.cache import Cache, build_cache
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.data.views import random_views
+from simsiam.defaults import Facts, look_at, resolve
 from simsiam.embeddings import read_embeddings
 from simsiam.optim import LARS
 from simsiam.plan import plan
-from simsiam.recipe import Facts, gather, look_at, read, resolve
+from simsiam.recipe import gather, read
 from simsiam.runs import Checkpoints, claim, made, read_json, read_metrics
 from simsiam.session import method_tensors
 from simsiam.step import Step
@@ -1088,7 +1089,7 @@ def test_mistakes_are_told_before_hours_of_decoding(
     """DeepCluster has everything decoded first."""
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("simsiam.recipe.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("simsiam.defaults.importlib.util.find_spec", lambda name: None)
     listener = Closing()
     with pytest.raises(UserError, match=says):
         simsiam.train(photos, tmp_path / "run", method="deepcluster", listener=listener, **settings)

@@ -20,8 +20,9 @@ from simsiam.data.decode import decode, in_order
 from simsiam.data.loader import Batch
 from simsiam.data.sources import ImageSet, open_images
 from simsiam.data.views import random_views
+from simsiam.defaults import check_settings, default_epochs, largest_batch, look_at, resolve
 from simsiam.kernels import padded
-from simsiam.recipe import Recipe, check_settings, default_epochs, gather, largest_batch, look_at, resolve
+from simsiam.recipe import Recipe, gather
 from simsiam.step import Step
 from simsiam.train import build_method, optimizer
 

@@ -18,8 +18,9 @@ from simsiam.compute import Compute, Pace, generator, out_of_memory, probe_preci
 from simsiam.config import UserError
 from simsiam.data.loader import Batch, Loader
 from simsiam.data.views import random_views
+from simsiam.defaults import Facts, Reasons, default_epochs
 from simsiam.heads import Siamese
-from simsiam.recipe import Facts, Reasons, Recipe, default_epochs
+from simsiam.recipe import Recipe
 from simsiam.step import Step
 
 _FEW = 64

@@ -37,13 +37,14 @@ from simsiam.data.imageset import ImageSet
 from simsiam.data.loader import Loader
 from simsiam.data.sources import open_images
 from simsiam.data.views import random_views
+from simsiam.defaults import Facts, Reasons, check_settings, look_at, resolve
 from simsiam.encoders import Encoder, build, check_sizes
 from simsiam.features import BN_IMAGES, untrained
 from simsiam.heads import Siamese
 from simsiam.monitor import FEWEST, Monitor
 from simsiam.optim import LARS
 from simsiam.probe import probe, settle
-from simsiam.recipe import Facts, Reasons, Recipe, check_settings, gather, look_at, read, resolve
+from simsiam.recipe import Recipe, gather, read
 from simsiam.runs import (
     ENVIRONMENT,
     HEALTHY,

@@ -30,7 +30,8 @@ from simsiam.assess import evaluate_run
 from simsiam.config import Interrupted, Table, UserError, as_path, counted, did_you_mean, merge, read_recipe
 from simsiam.console import Listener
 from simsiam.data.sources import open_images
-from simsiam.recipe import largest_batch, preset
+from simsiam.defaults import largest_batch
+from simsiam.recipe import preset
 from simsiam.runs import RECIPE, SUMMARY, read_json, read_metrics, write_json, write_text
 from simsiam.train import train
 

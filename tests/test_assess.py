@@ -241,6 +241,7 @@ def test_what_was_stored_meanwhile_is_kept(run: Path, tmp_path: Path, monkeypatc
     assert "retrieval" not in result and {"retrieval", "collapse", "finetune"} <= stored.keys()
 
 
+@pytest.mark.filterwarnings("ignore:.*accuracies")
 def test_a_single_labelled_image_is_too_few_and_no_error(run: Path, photos: Path, tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

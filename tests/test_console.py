@@ -107,6 +107,6 @@ def test_images_without_a_label_are_no_class(capsys: pytest.CaptureFixture[str])
     found |= {"splits": {"train": 1284, "test": 0}, "modes": {}, "formats": {}, "sizes": None}
     for given, wanted in ((labels, "1,234 images without"), ({"a": 2, "b": 3}, "2: a 2, b 3"), (None, "none found")):
         tables.check(Console(), {**found, "labels": given})
-        shown = " ".join(capsys.readouterr().err.split())
+        shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
         assert wanted in shown and "(unlabelled)" not in shown
         assert given is not labels or "10: class0 5" in shown

@@ -39,7 +39,7 @@ def test_the_figures_fit_together(photos: Path, tmp_path: Path, monkeypatch: pyt
     assert found["decode_seconds"] == pytest.approx(97 / found["decode_images_per_second"], abs=0.06)
     # 87 training images
     assert found["seconds_per_epoch"] == pytest.approx(5 * 16 / found["images_per_second"], rel=0.01)
-    assert list(found["fits"]) == ["64"]
+    assert found["largest_batch"] == 22 and not found["fits"], "training would cut the batches that it tries"
 
 
 def test_a_budget_is_for_decoding_and_training_together(photos: Path) -> None:
@@ -135,7 +135,8 @@ def test_threads_that_are_asked_for_are_measured(photos: Path, monkeypatch: pyte
     assert asked == [None, 1]
 
 
-def test_memory_grows_with_the_batch_and_the_views(photos: Path) -> None:
+def test_memory_grows_with_the_batch_and_the_views(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["simsiam.plan"], "largest_batch", lambda images: 64)
     small = plan(photos, seconds=0.5, **SMALL)
     overrides = [*SMALL["overrides"], "views.size=32"]
     large = plan(photos, seconds=0.5, overrides=overrides)

@@ -829,7 +829,7 @@ def test_a_member_of_an_archive_that_is_too_large_is_not_read(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
-    files = {f"{i}.png": png(i) for i in range(3)} | {"1.cls": bytes(9_000_000), "bomb.png": bytes(40_000_000)}
+    files = {f"{i}.png": png(i) for i in range(3)} | {"1.cls": bytes(17_000_000), "bomb.png": bytes(40_000_000)}
     if kind == "tar":
         write_tar(tmp_path / "a.tar", files)
     else:

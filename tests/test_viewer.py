@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import os
@@ -358,12 +359,18 @@ class Tab:
     def __init__(self, address: str, profile: Path) -> None:
         assert BROWSER is not None
         (read, answers), (questions, write) = os.pipe(), os.pipe()
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,800", f"--user-data-dir={profile}"]
-        line = f'exec "$@" 3<&{questions} 4>&{answers}'
-        command = ["sh", "-c", line, "sh", BROWSER, *flags, "--remote-debugging-pipe", "about:blank"]
-        self.process = subprocess.Popen(command, pass_fds=(questions, answers), stderr=subprocess.DEVNULL)
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (questions, answers)]  # 3 and 4 are for the browser
         os.close(questions)
         os.close(answers)
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,800", f"--user-data-dir={profile}"]
+        self.process = subprocess.Popen(
+            [BROWSER, *flags, "--remote-debugging-pipe", "about:blank"],
+            pass_fds=(3, 4),
+            preexec_fn=lambda: [os.dup2(end, number) for end, number in zip(ends, (3, 4), strict=True)] and None,
+            stderr=subprocess.DEVNULL,
+        )
+        for end in ends:
+            os.close(end)
         self.write, self.read = open(write, "wb"), open(read, "rb")  # noqa: SIM115
         self.number, self.buffer, self.session = 0, b"", None
         page = next(each for each in self.ask("Target.getTargets")["targetInfos"] if each["type"] == "page")

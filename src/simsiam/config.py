@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import os
 import re
 import tomllib
 import types
@@ -38,7 +39,7 @@ def did_you_mean(name: str, known: Iterable[str], short: Iterable[str] = ()) -> 
     return f" Did you mean {close[0]!r}?" if close else f" Available: {', '.join(known)}."
 
 
-def as_path(path: str | Path) -> Path:
+def as_path(path: str | os.PathLike[str]) -> Path:
     """Return a path as the user wrote it, with ~ expanded: shells do not do so after `--out=`, nor does Python."""
     return Path(path).expanduser()
 

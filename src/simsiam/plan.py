@@ -48,8 +48,8 @@ def plan(
     including decoding) and sizes in bytes:
     {"images", "method", "encoder", "device", "batch_size", "precision", "decode_images_per_second", "decode_seconds",
     "cache_bytes", "views_images_per_second", "images_per_second", "seconds_per_epoch", "epochs", "seconds",
-    "bottleneck", "shares": {part: share of the time}, "memory_bytes", "memory_available", "fits": {batch size: bytes},
-    "epochs_in": {"10m": ..., "1h": ..., "8h": ...}}.
+    "bottleneck", "shares": {part: share of the time}, "memory_bytes", "memory_available", "largest_batch",
+    "fits": {batch size: bytes}, "epochs_in": {"10m": ..., "1h": ..., "8h": ...}}.
     Raises UserError as `train` does.
     """
     set_threads()

@@ -1171,5 +1171,5 @@ def test_to_go_on_a_device_is_named_if_it_is_not_the_usual_one(
 
 def test_a_batch_that_was_asked_for_and_does_not_fit_is_warned_about(photos: Path, tmp_path: Path) -> None:
     overrides = [text for text in SMALL["overrides"] if "batch_size" not in text]
-    with pytest.warns(UserWarning, match=r"only 87 images to train on: the batch size is 16, not 64\."):
+    with pytest.warns(UserWarning, match=r"only 88 images to train on: the batch size is 16, not 64\."):
         simsiam.train(photos, tmp_path / "run", epochs=1, batch_size=64, overrides=overrides)

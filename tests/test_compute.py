@@ -190,7 +190,7 @@ def test_the_faster_precision_is_picked(monkeypatch: pytest.MonkeyPatch, faster:
     monkeypatch.setattr(compute.time, "perf_counter", lambda: clock)
     monkeypatch.setattr(compute, "computes_bf16", lambda device: True)
     picked, reason = probe_precision(CPU, step)
-    assert picked == faster and "4.0x" in reason and set(calls) == {"bf16", "fp32"}
+    assert picked == faster and "4.00x" in reason and set(calls) == {"bf16", "fp32"}
     monkeypatch.setattr(compute, "computes_bf16", lambda device: False)
     calls.clear()
     assert probe_precision(CPU, step)[0] == "fp32" and not calls

@@ -379,13 +379,14 @@ def test_labels_are_not_denied_where_nothing_was_measured(tmp_path: Path) -> Non
     assert "re no labels" not in text and "Diverged: the loss" in text and "Lower train.lr." in text
     assert "Spread of the embeddings</b>" not in text and "1 is healthy" not in text
     run = make_run(tmp_path / "unfinished", items=24, steps=40)
-    for name in ("summary.json", "evaluation.json"):
+    for name in ("summary.json", "evaluation.json", "encoder.json"):
         (run / name).unlink()
     shutil.rmtree(run / "samples")
     page = Page(write_report(run))
     text = re.sub(r"\s+", " ", page.text)
     assert "re no labels" not in text and "below" not in text and "neighbours" not in page.sections()
-    assert f"Continue it with simsiam train --resume -o {run}" in text
+    assert f"Continue this run simsiam train --resume -o {run}" in text and "bad files" not in text
+    assert "of at most 2,048" in text
 
 
 def test_the_minimum_is_that_of_the_loss(tmp_path: Path) -> None:

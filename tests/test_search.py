@@ -141,8 +141,8 @@ def test_mistakes_are_one_clear_line(stored: Path, tmp_path: Path) -> None:
         search(stored, ["nowhere.jpg"])
     with pytest.raises(UserError, match="simsiam embed RUN DATA"):
         search(tmp_path, ["a.jpg"])
-    with pytest.raises(UserError, match="takes image files and ids of stored images, not Image"):
-        search(stored, [Image.new("RGB", (8, 8))])  # type: ignore[list-item]
+    with pytest.raises(UserError, match="takes image files, ids of stored images and images, not bytes"):
+        search(stored, [b"GIF89a"])
     with pytest.raises(UserError, match=r"k is 2\.5.* a whole number"):
         search(stored, ["image-1"], k=2.5)  # type: ignore[arg-type]
     lost = made(tmp_path / "lost", np.eye(4))
@@ -177,9 +177,15 @@ def test_queries_may_come_as_any_list(
     for nothing in ([], np.array([], str)):
         with pytest.raises(UserError, match="at least one image"):
             search(stored, nothing)
-    for wrong in (3, None, Image.new("RGB", (8, 8))):
-        with pytest.raises(UserError, match="takes image files and ids of stored images, not"):
-            search(stored, wrong)  # type: ignore[arg-type]
+    for wrong in (3, None, [b"GIF89a"]):
+        with pytest.raises(UserError, match="takes image files, ids of stored images and images, not"):
+            search(stored, wrong)
+    picture = Image.open(photos / ids[0])
+    (of_file,) = search(stored, photos / ids[0], k=3)
+    for images in (picture, [picture], np.asarray(picture), np.asarray(picture)[None]):
+        (found,) = search(stored, images, k=3)
+        assert found["query"] == "image 0" and found["neighbours"] == of_file["neighbours"]
+    assert [each["query"] for each in search(stored, [ids[1], picture], k=1)] == [ids[1], "image 1"]
     (tmp_path / "a.png").write_bytes((photos / ids[0]).read_bytes())
     monkeypatch.setenv("HOME", str(tmp_path))
     assert search(stored, ["~/a.png"], k=1)[0]["neighbours"][0]["id"] == ids[0]

@@ -148,7 +148,7 @@ def evaluate(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Also fine-tune the whole network on this share of the labels, e.g. 0.1. Takes minutes.",
+            help="Also fine-tune the whole network on this share of the labels, at least 5 per class. Takes minutes.",
         ),
     ] = None,
     k: Annotated[
@@ -168,6 +168,7 @@ def evaluate(
     """Compare a run to raw pixels and the untrained encoder: kNN, linear, few-shot, retrieval, clusters, collapse."""
     console = _console()
     from simsiam.assess import evaluate_run
+    from simsiam.evaluate import names as evaluations
 
     chosen = None if only is None else [name.strip() for name in only.split(",")]
     result = evaluate_run(
@@ -185,8 +186,10 @@ def evaluate(
     tables.evaluation(console, result)
     if result["file"]:
         _write_report(console, run)
+    elif data is not None:
+        console.say("The run's evaluation.json and report keep only results on the images it was trained on.")
     if as_json:
-        _print_json({**dict.fromkeys(("knn", "linear", "fewshot", "collapse")), **result})
+        _print_json({**dict.fromkeys((*evaluations(), "linear_sgd", "finetune")), **result})
 
 
 @app.command()

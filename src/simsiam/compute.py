@@ -303,8 +303,8 @@ def probe_precision(device: torch.device, step: Callable[[Compute], None]) -> tu
         seconds[precision] = min(times[1:])
     ratio = seconds["fp32"] / seconds["bf16"]
     if ratio > 1:
-        return "bf16", f"measured {ratio:.1f}x faster than fp32 here"
-    return "fp32", f"measured {1 / ratio:.1f}x faster than bf16 here"
+        return "bf16", f"measured {ratio:.2f}x faster than fp32 here"
+    return "fp32", f"measured {1 / ratio:.2f}x faster than bf16 here"
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -230,7 +230,8 @@ def read_embeddings(folder: str | Path, columns: Sequence[str] = ("id",)) -> Emb
         table = pq.ParquetFile(folder / ITEMS).read([*columns, "key"])  # ignores missing columns
         items = {name: table[name].to_pylist() for name in columns}
     except (OSError, EOFError, ValueError, KeyError) as error:  # EOFError: of an empty file
-        raise UserError(f"Cannot read the embeddings in {folder}: {' '.join(str(error).split())}") from None
+        told = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"Cannot read the embeddings in {folder} ({told}): run `simsiam embed` again.") from None
     if not len(vectors) == len(table) == meta.get("vectors") or vectors.shape[1:] != (meta.get("dim"),):
         raise UserError(f"The files of {folder} do not belong together: run `simsiam embed` again, or copy all three.")
     if _written(folder) != written:  # with as many vectors as before, the check above would pass
@@ -265,7 +266,10 @@ def _known(out: Path, encoder: dict[str, Any], data: str) -> tuple[dict[str, int
         raise UserError(f"{out} holds something other than embeddings: choose another -o.")
     if not (out / META).exists():  # a killed write
         return none
-    meta = read_json(out / META)
+    try:
+        meta = read_json(out / META)
+    except UserError as error:
+        raise UserError(f"{str(error).rstrip('.')}: delete {out}, or choose another -o.") from None
     if not _made_by(encoder, meta):
         raise UserError(f"{out} holds embeddings of another encoder: choose another -o, or delete it.")
     theirs = str(meta.get("data"))

@@ -198,9 +198,11 @@ def _fit(model: nn.Module, weights: dict[str, Tensor], library: str, encoder: En
     except RuntimeError:  # other shapes
         missing, unexpected = [], ["shapes"]
     heads = {name.rpartition(".")[0] for name in missing}
+    width = encoder.backbone.conv1.out_channels if isinstance(encoder.backbone, ResNet) else 64
     classifiers = 1 if library == "torchvision" else 0  # timm builds the model without one
     if unexpected or len(heads) != classifiers or "" in heads:
-        raise UserError(f"The weights of {encoder.spec.name} do not fit into {library}'s model. {_ELSE}")
+        why = f", which is 64 channels wide, not {width}" if width != 64 else ""
+        raise UserError(f"The weights of {encoder.spec.name} do not fit into {library}'s model{why}. {_ELSE}")
     for head in heads:
         model.set_submodule(head, nn.Identity())
     return sorted(heads)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from simsiam.compute import draw, pick_device, set_threads
 from simsiam.config import UserError, as_path, coerce
@@ -38,7 +39,7 @@ Vectors = NDArray[np.float32] | torch.Tensor
 
 def search(
     folder: str | Path,
-    queries: str | Path | Sequence[str | Path],
+    queries: Any,
     k: int = 10,
     *,
     index: bool | None = None,
@@ -49,12 +50,13 @@ def search(
 
     Args:
         folder: embeddings, as `simsiam embed` writes them.
-        queries: one or several image files, embedded by the run that made the embeddings, or ids of stored images,
-            which are left out of their own neighbours. A file takes precedence over an id of the same name.
+        queries: one or a list of image files, embedded by the run that made the embeddings; ids of stored images, which
+            are left out of their own neighbours; or images as `ImageEncoder.embed` takes them, which are called "image
+            0" and so on, by their place in the list. A file takes precedence over an id of the same name.
         index: True to use an index, False to compare all vectors; None: an index beyond a million vectors.
         listener: receives a message before each slow step.
     Returns [{"query", "neighbours": [{"id", "score"}, ...]}, ...], best first; the score is 1 for the same direction.
-    Raises UserError for a query that is neither, or if the run is gone or its encoder has changed.
+    Raises UserError for a query that is none of these, or if the run is gone or its encoder has changed.
     """
     set_threads()
     k = coerce(k, int, "k")
@@ -62,19 +64,26 @@ def search(
         raise UserError(f"-k is {k}: it must be at least 1.")
     stored = read_embeddings(folder)
     rows = {id_: row for row, id_ in enumerate(stored.ids)}
-    asked = list(queries) if isinstance(queries, Iterable) and not isinstance(queries, str) else [queries]
-    for query in asked:
+    names: list[str] = []
+    images: dict[str, Any] = {}
+    for number, query in enumerate(_listed(queries)):
+        if isinstance(query, Image.Image | np.ndarray):
+            names.append(f"image {number}")
+            images[names[-1]] = query
+            continue
         if not isinstance(query, str | os.PathLike):
-            raise UserError(f"search() takes image files and ids of stored images, not {type(query).__name__}.")
-    names = [os.fspath(query) for query in asked]
+            raise UserError(f"search() takes image files, ids of stored images and images, not {type(query).__name__}.")
+        names.append(os.fspath(query))
+        if os.path.isfile(as_path(query)):
+            images[names[-1]] = query
+        elif names[-1] not in rows:
+            raise UserError(f"{names[-1]} is neither an image file nor an id in {folder}.")
     if not names:
         raise UserError("Name at least one image to search for.")
-    files = [name for name in dict.fromkeys(names) if os.path.isfile(as_path(name))]
-    embedded = dict(zip(files, stored.encoder(device).embed(files), strict=True)) if files else {}
-    own = {name: rows[name] for name in names if name not in embedded and name in rows}
-    for name in names:
-        if name not in own and name not in embedded:
-            raise UserError(f"{name} is neither an image file nor an id in {folder}.")
+    own = {name: rows[name] for name in names if name not in images}
+    embedded: dict[str, NDArray[np.float32]] = {}
+    if images:
+        embedded = dict(zip(images, stored.encoder(device).embed(list(images.values())), strict=True))
     vectors = np.stack([stored.vectors[own[name]] if name in own else embedded[name] for name in names])
 
     # One extra, because a stored query finds itself.
@@ -88,6 +97,11 @@ def search(
         ]
         results.append({"query": name, "neighbours": near[:k]})
     return results
+
+
+def _listed(queries: Any) -> list[Any]:
+    one = isinstance(queries, str | os.PathLike | Image.Image) or getattr(queries, "ndim", None) in (2, 3)
+    return [queries] if one or not isinstance(queries, Iterable) else list(queries)
 
 
 def by_vectors(

@@ -20,10 +20,7 @@ def training(console: Console, summary: dict[str, Any]) -> None:
     rows = [
         ["loss", _number(summary["loss"], 3)],
         ["std of z/|z|, times sqrt(d) (1 healthy, 0 collapsed)", _number(summary["std"], 2)],
-        [
-            f"effective rank of z (at most {summary.get('most_rank') or summary['dim']})",
-            _number(summary["effective_rank"]),
-        ],
+        ["effective rank of z" + _at_most(summary), _number(summary["effective_rank"])],
         ["verdict", summary["verdict"]],
         ["images/s", _number(summary["images_per_second"], 0)],
         ["epochs", f"{summary['epochs']:g}"],
@@ -60,8 +57,7 @@ def evaluation(console: Console, result: dict[str, Any]) -> None:
         of, scale = ("z/|z|", "1 healthy, 0 collapsed") if projected else ("the features", "0 collapsed")
         console.say(
             f"Collapse: {collapse['verdict']}; std of {of} {_number(collapse['std'], 2)} ({scale}), "
-            f"effective rank {_number(collapse['effective_rank'])} "
-            f"of at most {collapse.get('most_rank') or collapse['dim']}."
+            f"effective rank {_number(collapse['effective_rank'])}{_at_most(collapse)}."
         )
 
 
@@ -221,6 +217,11 @@ def experiment(console: Console, result: dict[str, Any]) -> None:
         + ", ".join(f"{len(pairs)} pairs {kind}" for kind, pairs in result["pairs"].items())
         + "."
     )
+
+
+def _at_most(figures: dict[str, Any]) -> str:
+    most = figures.get("most_rank") or figures["dim"]
+    return f" (at most {most})" if figures["effective_rank"] is not None else ""
 
 
 def _number(value: Any, digits: int = 1) -> str:

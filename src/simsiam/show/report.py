@@ -11,7 +11,7 @@ import math
 import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,6 +144,8 @@ def _content(run: Path) -> Table:
     recipe = (run / RECIPE).read_text(encoding="utf-8") if there else ""
     metrics = read_metrics(run)
     sample = _read_sample(run)
+    if sample is not None and summary.get("encoder_step") == 0:  # nothing to compare with
+        sample = replace(sample, untrained=None)
     measures = _measures(evaluation)
     figures = {name: evaluation.get(name) or summary.get(name) or {} for name in measures}
     facts = _facts(run, summary, config, evaluation, metrics, sample)
@@ -211,14 +213,17 @@ def _facts(
     facts["method"] = summary.get("method") or method.get("name")
     facts["encoder"] = summary.get("encoder") or encoder.get("name")
     facts["dim"] = summary.get("dim") or collapse.get("dim") or method.get("dim")
-    facts["most_rank"] = summary.get("most_rank") or collapse.get("most_rank") or facts["dim"]
+    ranked = (of["most_rank"] for of in (summary, collapse, last) if of.get("most_rank"))
+    facts["most_rank"] = next(ranked, facts["dim"])
     facts["data"] = summary.get("data") or config.get("data")
     facts["cosine"] = facts["method"] in ("simsiam", "fastsiam") and method.get("similarity") != "softmax"
     facts["labelled"] = "knn" in last or (sample is not None and sample.labels is not None)
     facts["classes"] = len(sample.classes) if sample and sample.classes else None
     facts["finished"], facts["imported"] = bool(summary), "imported" in summary
-    facts["bad_files"] = len(summary.get("bad_files", ()))
+    facts["bad_files"] = len(summary["bad_files"]) if "bad_files" in summary else None
     facts["advice"] = summary.get("advice") or ""
+    facts["encoder_step"] = summary.get("encoder_step")
+    facts["usable"] = (run / f"{ENCODER}.json").exists()
     facts["resume"] = shlex.join(["simsiam", "train", "--resume", "-o", str(run)])
     return facts
 
@@ -228,18 +233,20 @@ def _sentences(facts: Table, knn: Mapping[str, Any]) -> list[str]:
     images = f"{facts['images']:,} images" if facts["images"] else "the images"
     time = f" in {_nbsp(show_duration(facts['seconds']))}" if facts["seconds"] else ""
     rank = f"only {facts['effective_rank']:.0f}" if facts["effective_rank"] is not None else "only a few"
+    step = "" if facts["encoder_step"] is None else f", from step {facts['encoder_step']:,}"
     first = {
         "healthy": f"the encoder learnt from {images}{time}.",
         "partial": f"the encoder learnt from {images}{time}, but uses {rank} of "
         f"{facts['dim'] or 'its'} directions. {facts['advice']}",
         "collapsed": f"every image gets nearly the same embedding, so this encoder is of no use. {facts['advice']}",
-        "diverged": f"the loss became infinite or NaN. The last healthy state was kept. {facts['advice']}",
+        "diverged": f"the loss became infinite or NaN. The encoder that is kept is the last healthy one{step}. "
+        f"{facts['advice']}",
     }.get(facts["verdict"] or "")
     if facts["imported"]:
         first = f"the weights of a released checkpoint, after {facts['steps']:,} steps. Nothing was trained here."
     elif first is None or (facts["verdict"] == "healthy" and not facts["finished"]):
         steps = f"{facts['steps']:,} steps so far" if facts["steps"] else "no step has been recorded yet"
-        first = f"{steps}{time}. Continue it with {facts['resume']}"
+        first = f"{steps}{time}."
     trained, untrained, pixels = (knn.get(key) for key in ("trained", "untrained", "pixels"))
     if facts["verdict"] in ("collapsed", "diverged"):
         return [first]

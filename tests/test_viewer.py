@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import io
@@ -418,10 +419,13 @@ class Tab:
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 def test_the_page_is_used_as_a_person_uses_it(stored: Path, tmp_path: Path) -> None:
-    server = Server(stored)
-    tab = Tab(server.address, tmp_path)
     tiles = "document.querySelectorAll('.tile').length"
-    try:
+    with contextlib.ExitStack() as ends:
+        server = Server(stored)
+        ends.callback(server.process.communicate)
+        ends.callback(server.process.kill)
+        tab = Tab(server.address, tmp_path)
+        ends.callback(tab.close)
         tab.until(f"typeof map !== 'undefined' && map && {tiles} === 90")
         # What the list was narrowed down to is there again after Back.
         change = "new Event('change')"
@@ -470,10 +474,6 @@ def test_the_page_is_used_as_a_person_uses_it(stored: Path, tmp_path: Path) -> N
             f"const again = $('right').querySelector('select'); again.value = 'noise'; again.dispatchEvent({change})"
         )
         tab.until("document.body.innerText.includes('The viewer has stopped')")
-    finally:
-        tab.close()
-        server.process.kill()
-        server.process.communicate()
 
 
 def test_ctrl_c_does_not_wait_for_what_is_computed(stored: Path) -> None:

@@ -191,6 +191,13 @@ def test_the_faster_precision_is_picked(monkeypatch: pytest.MonkeyPatch, faster:
     monkeypatch.setattr(compute, "computes_bf16", lambda device: True)
     picked, reason = probe_precision(CPU, step)
     assert picked == faster and "4.00x" in reason and set(calls) == {"bf16", "fp32"}
+    for seconds, wanted in ((1.05, "fp32"), (1.2, "bf16")):  # of fp32, 1 of bf16
+
+        def about_as_fast(each: Compute, seconds: float = seconds) -> None:
+            nonlocal clock
+            clock += 1 if each.precision == "bf16" else seconds
+
+        assert probe_precision(CPU, about_as_fast)[0] == wanted
     monkeypatch.setattr(compute, "computes_bf16", lambda device: False)
     calls.clear()
     assert probe_precision(CPU, step)[0] == "fp32" and not calls

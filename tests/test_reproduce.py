@@ -197,3 +197,25 @@ def test_a_batch_of_the_methods_own_counts_too(monkeypatch: pytest.MonkeyPatch, 
     """SimCLR has 4,096 images on ImageNet, SimSiam 256."""
     with pytest.raises(UserError, match=r"batches of 4,096 images and needs 16,384 to train on: demo has 7,994"):
         reproduce.run("comparison", "demo", tmp_path / "out", scale="imagenet")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"epochs": 0.0}, "epochs is 0: it must be above 0"),
+        ({"data": "nowhere"}, "nowhere"),
+        ({"device": "gpu"}, "Device 'gpu' cannot be used"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(settings: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        reproduce.run("symmetry", settings.pop("data", None), tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(photos: Path, tmp_path: Path) -> None:
+    shutil.copytree(photos, tmp_path / "mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="mine exists and is not an experiment: choose another -o"):
+        reproduce.run("symmetry", photos, tmp_path / "mine")
+    assert sorted(tmp_path.rglob("*")) == before

@@ -419,6 +419,7 @@ def test_a_run_that_trains_is_nobody_elses(photos: Path, tmp_path: Path, monkeyp
     assert refused and claim(tmp_path / "run").is_locked
 
 
+@pytest.mark.filterwarnings("ignore:There are only")
 def test_resume_refuses_other_images_and_says_what_it_ignores(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1041,6 +1042,7 @@ def test_the_optimiser_has_what_the_recipe_says(name: str, kind: type[torch.opti
         assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.2 * 64 / 256, 0.7, 0.3)
 
 
+@pytest.mark.filterwarnings("ignore:There are only")
 def test_a_damaged_member_of_an_archive_stops_nothing(photos: Path, tmp_path: Path) -> None:
     """zipfile raises its own error for it."""
     paths = sorted(photos.rglob("*.png"))[:40]
@@ -1171,5 +1173,6 @@ def test_to_go_on_a_device_is_named_if_it_is_not_the_usual_one(
 
 def test_a_batch_that_was_asked_for_and_does_not_fit_is_warned_about(photos: Path, tmp_path: Path) -> None:
     overrides = [text for text in SMALL["overrides"] if "batch_size" not in text]
-    with pytest.warns(UserWarning, match=r"only 88 images to train on: the batch size is 16, not 64\."):
-        simsiam.train(photos, tmp_path / "run", epochs=1, batch_size=64, overrides=overrides)
+    for name, settings in (("a", {"batch_size": 64}), ("b", {"overrides": [*overrides, "train.batch_size=64"]})):
+        with pytest.warns(UserWarning, match=r"only 88 images to train on: the batch size is 16, not 64\."):
+            simsiam.train(photos, tmp_path / name, epochs=1, **{"overrides": overrides, **settings})

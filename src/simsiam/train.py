@@ -44,7 +44,7 @@ from simsiam.heads import Siamese
 from simsiam.monitor import FEWEST, Monitor
 from simsiam.optim import LARS
 from simsiam.probe import probe, settle
-from simsiam.recipe import Recipe, gather, read
+from simsiam.recipe import OPEN, Recipe, gather, read
 from simsiam.runs import (
     ENVIRONMENT,
     HEALTHY,
@@ -167,7 +167,8 @@ def _train(
     rows, held_out = images.split()
     facts = look_at(images, rows, where.type, ranks.world_size())
     plan, reasons = (resumed, []) if resumed is not None else resolve(asked, facts)
-    wanted = settings["batch_size"]
+    explicit = OPEN in asked or settings["batch_size"] is not None  # else it may be the recipe's
+    wanted = asked.get("train", {}).get("batch_size") if explicit else None
     if resumed is not None:
         check_images(plan.data, run, images.fingerprint)
         if len(rows) < plan.train.batch_size:  # a run without a checkpoint; a new one gets a batch that fits

@@ -179,9 +179,12 @@ def _matching(pattern: str) -> tuple[str, str, list[File]]:
             f"{len(missing)} of the {len(paths)} files of {pattern} are missing; the first is {missing[0]}."
         )
     if matching and not paths:
-        raise UserError(f"{pattern} matches folders only. For the files in them: '{pattern}/**'")
+        raise UserError(f"{pattern} matches folders only. For the files in them: '{pattern.rstrip('/')}/**'")
     if not paths:
-        raise UserError(f"No file matches {pattern}. Check it, and quote it so that the shell does not expand it.")
+        told = " A [ that belongs to a name is written [[]." if "[" in pattern else ""
+        raise UserError(
+            f"No file matches {pattern}. Check it, and quote it so that the shell does not expand it.{told}"
+        )
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     files = {file.id: file for file in (_file(os.path.relpath(path, root), path) for path in paths)}
     return os.path.basename(root), os.path.realpath(root), list(files.values())

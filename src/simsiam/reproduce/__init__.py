@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from simsiam import methods
 from simsiam.assess import evaluate_run
+from simsiam.compute import pick_device
 from simsiam.config import Interrupted, Table, UserError, as_path, counted, did_you_mean, merge, read_recipe
 from simsiam.console import Listener
 from simsiam.data.sources import open_images
@@ -139,6 +140,9 @@ def run(
         raise UserError(f"seeds is {seeds}: it must be at least 1.")
     data = "demo" if data is None else str(data)
     epochs = _EPOCHS[scale] if epochs is None else epochs
+    if epochs <= 0:
+        raise UserError(f"epochs is {epochs:g}: it must be above 0.")
+    pick_device(device)  # fail before anything is written
     folder = as_path(out or f"runs/reproduce-{name}-{scale}")
     _begin(folder, experiment, {"experiment": name, "scale": scale, "data": data, "epochs": epochs})
     total, number = len(experiment.variants) * seeds, 0
@@ -183,10 +187,8 @@ def _batch(variant: Variant, scale: Scale) -> int:
 def _check_batches(experiment: Experiment, data: str, scale: Scale) -> None:
     """Raise UserError if there are too few images for the largest batch, which training would silently reduce."""
     most = max(_batch(variant, scale) for variant in experiment.variants)
-    if not most:
-        return
     images = len(open_images(data).split()[0])
-    if most > largest_batch(images):
+    if most and most > largest_batch(images):
         raise UserError(
             f"{experiment.name} has batches of {most:,} images and needs {4 * most:,} to train on: "
             f"{data} has {images:,}."
@@ -198,6 +200,10 @@ def _begin(folder: Path, experiment: Experiment, settings: Table) -> None:
     holds runs with other settings."""
     path = folder / "experiment.json"
     if not any(folder.glob(f"*/seed-*/{RECIPE}")):  # new, or no run could start because of a mistake
+        written = path.name, "result.json", "table.md", "curves.svg"
+        own = {*written, *(variant.slug for variant in experiment.variants)}
+        if folder.exists() and not (folder.is_dir() and {each.name for each in folder.iterdir()} <= own):
+            raise UserError(f"{folder} exists and is not an experiment: choose another -o.")
         _check_batches(experiment, settings["data"], settings["scale"])
         write_json(path, settings)
     elif read_json(path) != settings:

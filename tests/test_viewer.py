@@ -364,10 +364,15 @@ class Tab:
         os.close(questions)
         os.close(answers)
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,800", f"--user-data-dir={profile}"]
+
+        def place() -> None:
+            for end, number in zip(ends, (3, 4), strict=True):
+                os.dup2(end, number)
+
         self.process = subprocess.Popen(
             [BROWSER, *flags, "--remote-debugging-pipe", "about:blank"],
             pass_fds=(3, 4),
-            preexec_fn=lambda: [os.dup2(end, number) for end, number in zip(ends, (3, 4), strict=True)] and None,
+            preexec_fn=place,
             stderr=subprocess.DEVNULL,
         )
         for end in ends:
@@ -465,10 +470,10 @@ def test_the_page_is_used_as_a_person_uses_it(stored: Path, tmp_path: Path) -> N
         x, y = tab.run("spotOf(7)")
         tab.pointer("down", x, y)
         tab.pointer("up", x, y)
-        tab.until("location.hash.startsWith('#image/')")
+        tab.until("location.hash.startsWith('#image/') && document.body.innerText.includes('Most similar')")
         # Once the viewer has stopped, the list says so.
         tab.run("location.hash = '#images'")
-        tab.until(f"{tiles} === 32")
+        tab.until(f"{tiles} === 32 && $('right').querySelector('select')?.value === 'rings'")
         assert server.stop() == (0, "")
         tab.run(
             f"const again = $('right').querySelector('select'); again.value = 'noise'; again.dispatchEvent({change})"

@@ -270,18 +270,15 @@ class Session:
             self.board.close()
 
 
-def check_images(data: str, run: Path, fingerprint: str) -> None:
-    """Raise UserError if a run, which is to be resumed, has a checkpoint of other images than these."""
+def check_images(recipe: Recipe, run: Path, fingerprint: str, count: int) -> None:
+    """Raise UserError if the images of a run that is to be resumed are not those of its checkpoint. count: the number to
+    train on; without a checkpoint, all that is known is that they filled a batch."""
     state = Checkpoints(run).state()
-    if state is not None and state["fingerprint"] != fingerprint:
-        raise images_changed(data, run)
-
-
-def images_changed(data: str, run: Path) -> UserError:
-    """Return the error for a run that cannot be resumed because its images are different."""
-    return UserError(
-        f"The images in {data} have other names, sizes or times of change than when {run} started: restore them (copy with "
-        f"cp -a or rsync -a), or start a new run from its weights with --init {shlex.quote(str(run))}."
+    if count >= recipe.train.batch_size and (state is None or state["fingerprint"] == fingerprint):
+        return
+    raise UserError(
+        f"The images in {recipe.data} have other names, sizes or times of change than when {run} started: restore them "
+        f"(copy with cp -a or rsync -a), or start a new run from its weights with --init {shlex.quote(str(run))}."
     )
 
 

@@ -62,7 +62,7 @@ from simsiam.runs import (
     write_json,
     write_text,
 )
-from simsiam.session import Session, check_images, finite, images_changed, method_tensors, signals
+from simsiam.session import Session, check_images, finite, method_tensors, signals
 from simsiam.step import Step
 from simsiam.weights import read_encoder, save_encoder
 
@@ -170,9 +170,7 @@ def _train(
     explicit = OPEN in asked or settings["batch_size"] is not None  # else it may be the recipe's
     wanted = asked.get("train", {}).get("batch_size") if explicit else None
     if resumed is not None:
-        check_images(plan.data, run, images.fingerprint)
-        if len(rows) < plan.train.batch_size:  # a run without a checkpoint; a new one gets a batch that fits
-            raise images_changed(plan.data, run)
+        check_images(plan, run, images.fingerprint, len(rows))
     elif wanted is not None and plan.train.batch_size != wanted and ranks.is_main():
         told = f"There are only {counted(facts.images, 'image')} to train on: the batch size is {plan.train.batch_size}"
         warnings.warn(f"{told}, not {wanted}.", stacklevel=3)
@@ -289,8 +287,9 @@ def _write_start(s: Session, job: _Job) -> None:
         about: Table = {"device": str(device), "processes": ranks.world_size(), **_command()}
         if device.type == "cpu":
             about["kernels"] = kernels.compiled() is not None
-        if job.resume:  # the command that began it
-            about |= {key: value for key, value in read_kept(s.run / ENVIRONMENT).items() if key == "command"}
+        began = read_kept(s.run / ENVIRONMENT).get("command") if job.resume else None
+        if began is not None:
+            about["command"] = began
         write_json(s.run / ENVIRONMENT, {**describe(device), **about})
     if job.moved and ranks.is_main():
         write_text(s.run / RECIPE, write_recipe({**read_recipe(s.run / RECIPE), "data": s.recipe.data}))
@@ -359,9 +358,8 @@ def _go_on(s: Session) -> str:
     again = f"torchrun --nproc-per-node {ranks.world_size()} -m simsiam" if ranks.is_distributed() else "simsiam"
     device = s.compute.device  # not part of the recipe
     usual = ranks.is_distributed() or device == pick_device()
-    return f"Resume with: {again} train --resume -o {shlex.quote(str(s.run))}" + (
-        "" if usual else f" --device {device}"
-    )
+    on = "" if usual else f" --device {device}"
+    return f"Resume with: {again} train --resume -o {shlex.quote(str(s.run))}{on}"
 
 
 def _sweep(s: Session, stopped: list[str]) -> Iterator[tuple[list[Tensor], Tensor]]:

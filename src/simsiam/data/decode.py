@@ -115,13 +115,17 @@ def open_image(source: bytes | Image.Image) -> Image.Image:
             text = all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in source[:64])
             raise DecodeError("text, not an image" if text else "not an image that Pillow can read") from None
         except Image.DecompressionBombError:
-            raise DecodeError(f"more than {(most_pixels() or 0) / 1e6:.0f} megapixels, {_BOMBS}") from None
+            raise _too_large() from None
         except Exception as error:  # Pillow's plug-ins raise all kinds of errors on a broken header
             raise DecodeError(_reason(error)) from None
     limit = most_pixels()
     if limit is not None and image.width * image.height > limit:
-        raise DecodeError(f"more than {limit / 1e6:.0f} megapixels, {_BOMBS}")
+        raise _too_large()
     return image
+
+
+def _too_large() -> DecodeError:
+    return DecodeError(f"more than {(most_pixels() or 0) / 1e6:.0f} megapixels, {_BOMBS}")
 
 
 def decode(source: bytes | Image.Image, short_side: int | None = None) -> np.ndarray:
